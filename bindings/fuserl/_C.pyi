@@ -1,0 +1,29 @@
+"""CPU operations (csrc/ops.h is the reference for shapes and meaning)."""
+
+from torch import Tensor
+
+compiler: str
+
+def softmax_rows_forward(
+    logits: Tensor,
+    ids: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    statistics: Tensor,
+    threads: int,
+) -> None: ...
+def softmax_rows_gradient(
+    logits: Tensor,
+    ids: Tensor,
+    lse: Tensor,
+    coefficients: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    out: Tensor,
+    threads: int,
+) -> None: ...
+def group_advantage(
+    rewards: Tensor, group: Tensor, out: Tensor, baseline: int, scale: int, ddof: int, eps: float
+) -> None: ...
+def isa() -> str: ...
+def set_isa(name: str) -> None: ...

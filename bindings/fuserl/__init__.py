@@ -1,0 +1,32 @@
+"""Fused kernels for reinforcement-learning post-training of language models.
+
+The ops are imported on first use, so that `import fuserl` costs nothing:
+
+    import fuserl
+    logprob, entropy = fuserl.token_logprob(logits, ids)
+"""
+
+from importlib import import_module
+from importlib.metadata import version as _version
+
+__version__ = _version("fuserl")
+
+_OPS = ("group_advantage", "linear_policy_loss", "token_logprob")
+__all__ = [*_OPS, "backends"]
+
+
+def backends() -> dict[str, str | None]:
+    """Name every backend; the value is None where it can run on this machine, else the reason why it cannot."""
+    from fuserl.kernels.dispatch import backends
+
+    return backends()
+
+
+def __getattr__(name: str):
+    if name in _OPS:
+        return getattr(import_module(f"fuserl.kernels.{name}"), name)
+    raise AttributeError(f"module 'fuserl' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__():
+    return sorted([*globals(), *_OPS])

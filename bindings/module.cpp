@@ -1,0 +1,57 @@
+// fuserl._C: the CPU operations. Arguments are checked in csrc; here they only change form, and the GIL is released.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <dlfcn.h>
+#include <optional>
+
+#include "caster.h"
+#include "check.h"
+#include "cpu/isa.h"
+#include "ops.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+using fuserl::TensorView;
+
+namespace {
+
+const TensorView* pointer(const std::optional<TensorView>& view) { return view ? &*view : nullptr; }
+
+void softmax_rows_forward(const TensorView& logits, const TensorView& ids,
+                          const std::optional<TensorView>& row_temperature, double temperature,
+                          const TensorView& statistics, int threads) {
+  fuserl::cpu::softmax_rows_forward(logits, ids, pointer(row_temperature), temperature, statistics, threads);
+}
+
+void softmax_rows_gradient(const TensorView& logits, const TensorView& ids, const TensorView& lse,
+                           const TensorView& coefficients, const std::optional<TensorView>& row_temperature,
+                           double temperature, const TensorView& out, int threads) {
+  fuserl::cpu::softmax_rows_gradient(logits, ids, lse, coefficients, pointer(row_temperature), temperature, out,
+                                     threads);
+}
+
+void group_advantage(const TensorView& rewards, const TensorView& group, const TensorView& out, int baseline, int scale,
+                     int ddof, double eps) {
+  fuserl::check_codes("group_advantage", baseline, scale);
+  fuserl::cpu::group_advantage(rewards, group, out, static_cast<fuserl::Baseline>(baseline),
+                               static_cast<fuserl::Scale>(scale), ddof, eps);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using no_gil = py::call_guard<py::gil_scoped_release>;
+  m.doc() = "CPU operations of fuserl.";
+  m.def("softmax_rows_forward", softmax_rows_forward, "logits"_a, "ids"_a, "row_temperature"_a, "temperature"_a,
+        "statistics"_a, "threads"_a, no_gil());
+  m.def("softmax_rows_gradient", softmax_rows_gradient, "logits"_a, "ids"_a, "lse"_a, "coefficients"_a,
+        "row_temperature"_a, "temperature"_a, "out"_a, "threads"_a, no_gil());
+  m.def("group_advantage", group_advantage, "rewards"_a, "group"_a, "out"_a, "baseline"_a, "scale"_a, "ddof"_a, "eps"_a,
+        no_gil());
+  m.def("isa", [] { return fuserl::name(fuserl::isa()); }, "The instruction set in use: avx512, avx2 or baseline.");
+  m.def("set_isa", fuserl::set_isa, "name"_a, "For tests: run the copy for this instruction set from now on.");
+  m.def("borrow", [](bool on){ void* h = dlopen("libtorch_cpu.so", RTLD_NOLOAD|RTLD_LAZY); fuserl::borrow_team(on ? (fuserl::TeamRunner)dlsym(h,"GOMP_parallel") : nullptr); });
+  m.attr("compiler") = FUSERL_COMPILER;
+}

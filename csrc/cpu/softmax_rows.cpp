@@ -1,0 +1,290 @@
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+
+#include "check.h"
+#include "isa.h"
+#include "ops.h"
+#include "parallel.h"
+#include "softmax_rows_kernels.h"
+
+namespace fuserl {
+
+namespace baseline {
+extern const SoftmaxRowsKernels softmax_rows;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const SoftmaxRowsKernels softmax_rows;
+}
+namespace avx512 {
+extern const SoftmaxRowsKernels softmax_rows;
+}
+#endif
+
+namespace {
+
+constexpr double log2_e = 1.4426950408889634074;
+
+const SoftmaxRowsKernels& kernels() {
+#if defined(__x86_64__)
+  if (isa() == Isa::avx512) return avx512::softmax_rows;
+  if (isa() == Isa::avx2) return avx2::softmax_rows;
+#endif
+  return baseline::softmax_rows;
+}
+
+// The row kernels' index of a dtype; f64 has its own scalar path.
+int index_of(DType dtype) { return dtype == DType::f32 ? 0 : dtype == DType::bf16 ? 1 : 2; }
+int bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+struct Rows {
+  char* data;
+  std::int64_t inner, stride_outer, stride_inner;
+
+  explicit Rows(const TensorView& view)
+      : data(view.as<char>()), inner(view.shape[1]), stride_outer(view.stride[0] * bytes_of(view.dtype)),
+        stride_inner(view.stride[1] * bytes_of(view.dtype)) {}
+
+  char* operator[](std::int64_t n) const { return data + n / inner * stride_outer + n % inner * stride_inner; }
+};
+
+// Vectors are f32, or f64 when the logits are.
+struct Vector {
+  const TensorView* view;
+
+  double get(std::int64_t i) const {
+    return view->dtype == DType::f64 ? view->as<double>()[i] : static_cast<double>(view->as<float>()[i]);
+  }
+  void set(std::int64_t i, double x) const {
+    if (view->dtype == DType::f64)
+      view->as<double>()[i] = x;
+    else
+      view->as<float>()[i] = static_cast<float>(x);
+  }
+};
+
+struct Problem {
+  DType dtype;
+  const SoftmaxRowsKernels* kernels;
+  int kernel;
+  Rows logits;
+  std::int64_t vocab, rows;
+  const std::int64_t* ids;
+  const TensorView* row_temperature;
+  double temperature;
+
+  double temperature_of(std::int64_t n) const { return row_temperature ? Vector{row_temperature}.get(n) : temperature; }
+
+  double logit(const char* row, std::int64_t id) const {
+    const char* element = row + id * bytes_of(dtype);
+    if (dtype != DType::f64) return static_cast<double>(kernels->load[kernel](element));
+    return *reinterpret_cast<const double*>(element);
+  }
+};
+
+// ---- checks
+
+void check_temperature(const char* function, double value, const std::string& argument) {
+  if (!(value >= 1e-30 && value <= 1e30))
+    refuse(function, argument + " must be positive and finite (1e-30 to 1e30)", std::to_string(value),
+           "Use 1.0 for the model's own distribution.");
+}
+
+void check_logits(const char* function, const char* argument, const TensorView& view) {
+  check_device(function, argument, view, Device::cpu);
+  if (view.dtype != DType::f32 && view.dtype != DType::f64 && view.dtype != DType::bf16 && view.dtype != DType::f16)
+    refuse(function, std::string(argument) + " must be float32, float64, bfloat16 or float16", name(view.dtype),
+           "Convert it with .to().");
+  if (view.ndim != 3 || (view.shape[2] == 0 && view.shape[0] * view.shape[1] > 0))
+    refuse(function, std::string(argument) + " must have shape (A, R, V) with V > 0", shape_text(view),
+           "View it as three dimensions.");
+  if (view.stride[2] != 1 && view.shape[2] > 1)
+    refuse(function, std::string(argument) + " must have stride 1 in its last dimension",
+           "stride " + std::to_string(view.stride[2]), "Call .contiguous() first.");
+}
+
+Problem checked(const char* function, const TensorView& logits, const TensorView& ids,
+                const TensorView* row_temperature, double temperature) {
+  check_logits(function, "logits", logits);
+  const std::int64_t rows = logits.shape[0] * logits.shape[1], vocab = logits.shape[2];
+  check_dense(function, "ids", ids, DType::i64, Device::cpu, {rows});
+  for (std::int64_t n = 0; n < rows; ++n) {
+    const std::int64_t id = ids.as<std::int64_t>()[n];
+    if (id < 0 || id >= vocab)
+      refuse(function, "ids must lie in [0, " + std::to_string(vocab) + ")",
+             std::to_string(id) + " in row " + std::to_string(n), "Map ignored tokens to any valid id and mask them.");
+  }
+  if (row_temperature) {
+    const DType dtype = logits.dtype == DType::f64 ? DType::f64 : DType::f32;
+    check_dense(function, "row_temperature", *row_temperature, dtype, Device::cpu, {rows});
+    for (std::int64_t n = 0; n < rows; ++n)
+      check_temperature(function, Vector{row_temperature}.get(n), "row_temperature[" + std::to_string(n) + "]");
+  } else {
+    check_temperature(function, temperature, "temperature");
+  }
+  return {logits.dtype, &kernels(), index_of(logits.dtype), Rows(logits), vocab, rows, ids.as<std::int64_t>(),
+          row_temperature, temperature};
+}
+
+// Rows a thread takes at once: about 64k logits, at least one row.
+std::int64_t grain(std::int64_t vocab) { return 1 + 65536 / (vocab + 1); }
+
+// ---- forward
+
+struct Forward : Problem {
+  TensorView statistics;
+};
+
+RowSums sums_f64(const double* x, std::int64_t vocab, double temperature) {
+  RowSums sums = {-std::numeric_limits<double>::infinity(), 0, 0, 0, 0};
+  for (std::int64_t v = 0; v < vocab; ++v) sums.max = x[v] > sums.max ? x[v] : sums.max;
+  const double reference = std::isinf(sums.max) && sums.max < 0 ? 0 : sums.max;
+  for (std::int64_t v = 0; v < vocab; ++v) {
+    const double d = x[v] - reference, e = std::exp(d / temperature);
+    sums.exp += e;
+    sums.weighted_exp += e == 0 ? 0 : d * e;
+    sums.logit += x[v];
+    sums.squared_exp += e * e;
+  }
+  return sums;
+}
+
+void write_statistics(const Forward& problem, std::int64_t n, const RowSums& sums, double chosen, double temperature) {
+  const Vector out{&problem.statistics};
+  const std::int64_t rows = problem.rows;
+  std::int64_t i = n;
+  const auto put = [&](double x) {
+    out.set(i, std::isnan(sums.weighted_exp) ? sums.weighted_exp : x);
+    i += rows;
+  };
+  const double log_sum = std::log(sums.exp), lse = sums.max / temperature + log_sum;
+  put((chosen - sums.max) / temperature - log_sum);
+  put(log_sum - sums.weighted_exp / sums.exp / temperature);
+  put(lse);
+  const std::int64_t kinds = problem.statistics.shape[0];
+  if (kinds == 4 || kinds == 7) put(std::isfinite(lse) ? lse - out.get(i - rows) : 0.0);
+  if (kinds < 6) return;
+  put(sums.logit / temperature / static_cast<double>(problem.vocab));
+  put(sums.squared_exp / (sums.exp * sums.exp));
+  put(chosen == sums.max);
+}
+
+void forward_rows(void* context, std::int64_t begin, std::int64_t end) {
+  const Forward& problem = *static_cast<const Forward*>(context);
+  const bool all = problem.statistics.shape[0] >= 6;
+  for (std::int64_t n = begin; n < end; ++n) {
+    const char* row = problem.logits[n];
+    const double temperature = problem.temperature_of(n);
+    RowSums sums;
+    if (problem.dtype == DType::f64)
+      sums = sums_f64(reinterpret_cast<const double*>(row), problem.vocab, temperature);
+    else
+      problem.kernels->forward[problem.kernel](row, problem.vocab, static_cast<float>(log2_e / temperature), all, &sums);
+    write_statistics(problem, n, sums, problem.logit(row, problem.ids[n]), temperature);
+  }
+}
+
+// ---- gradient
+
+struct Gradient : Problem {
+  Rows out;
+  TensorView lse, coefficients;
+};
+
+struct Coefficients {
+  double a, b, c, d, e;
+
+  double at(double logp, double temperature, bool chosen) const {
+    const double p = std::exp(logp), slope = p == 0 ? 0 : p * (b + c * logp + d * p);
+    return (a + slope + (chosen ? e : 0)) / temperature;
+  }
+};
+
+void gradient_f64(const double* x, double* out, std::int64_t vocab, std::int64_t id, double lse, double temperature,
+                  const Coefficients& k) {
+  for (std::int64_t v = 0; v < vocab; ++v) out[v] = k.at(x[v] / temperature - lse, temperature, v == id);
+}
+
+RowGradient row_gradient(const Coefficients& k, double lse, double temperature) {
+  RowGradient g;
+  g.reference = static_cast<float>(lse * temperature);
+  g.inverse_temperature = static_cast<float>(1 / temperature);
+  g.exp2_scale = static_cast<float>(log2_e / temperature);
+  const double shift = std::isfinite(lse) ? lse - static_cast<double>(g.reference) / temperature : 0;
+  g.shift = static_cast<float>(shift);
+  g.p_factor = static_cast<float>(std::exp(-shift));
+  g.a = static_cast<float>(k.a / temperature);
+  g.b = static_cast<float>(k.b / temperature);
+  g.c = static_cast<float>(k.c / temperature);
+  g.d = static_cast<float>(k.d / temperature);
+  return g;
+}
+
+void gradient_rows(void* context, std::int64_t begin, std::int64_t end) {
+  const Gradient& problem = *static_cast<const Gradient*>(context);
+  const Vector lse_of{&problem.lse}, coefficient{&problem.coefficients};
+  const std::int64_t rows = problem.rows, size = bytes_of(problem.dtype);
+  for (std::int64_t n = begin; n < end; ++n) {
+    char* out = problem.out[n];
+    const auto k = [&](int i) { return coefficient.get(i * rows + n); };
+    const Coefficients c = {k(0), k(1), k(2), k(3), k(4)};
+    if (c.a == 0 && c.b == 0 && c.c == 0 && c.d == 0 && c.e == 0) {
+      std::memset(out, 0, static_cast<std::size_t>(problem.vocab * size));
+      continue;
+    }
+    const char* row = problem.logits[n];
+    const std::int64_t id = problem.ids[n];
+    const double temperature = problem.temperature_of(n);
+    const double lse = lse_of.get(n) + (problem.lse.ndim == 2 ? lse_of.get(rows + n) : 0);
+    if (problem.dtype == DType::f64) {
+      gradient_f64(reinterpret_cast<const double*>(row), reinterpret_cast<double*>(out), problem.vocab, id, lse,
+                   temperature, c);
+      continue;
+    }
+    // In double: 1 - p of a likely token would lose all its digits in float. Read first, for `out` may be `row`.
+    const double chosen = c.at(problem.logit(row, id) / temperature - lse, temperature, true);
+    problem.kernels->gradient[problem.kernel](row, out, problem.vocab, row_gradient(c, lse, temperature));
+    problem.kernels->store[problem.kernel](out + id * size, static_cast<float>(chosen));
+  }
+}
+
+}  // namespace
+
+namespace cpu {
+
+void softmax_rows_forward(const TensorView& logits, const TensorView& ids, const TensorView* row_temperature,
+                          double temperature, const TensorView& statistics, int threads) {
+  constexpr const char* function = "softmax_rows_forward";
+  Forward problem = {checked(function, logits, ids, row_temperature, temperature), statistics};
+  const DType dtype = logits.dtype == DType::f64 ? DType::f64 : DType::f32;
+  const std::int64_t kinds = statistics.ndim == 2 ? statistics.shape[0] : 0;
+  if (kinds != 3 && kinds != 4 && kinds != 6 && kinds != 7)
+    refuse(function, "statistics must have 3, 4, 6 or 7 rows", shape_text(statistics), "Allocate one of those.");
+  check_dense(function, "statistics", statistics, dtype, Device::cpu, {kinds, problem.rows});
+  parallel_for(problem.rows, grain(problem.vocab), threads, forward_rows, &problem);
+}
+
+void softmax_rows_gradient(const TensorView& logits, const TensorView& ids, const TensorView& lse,
+                           const TensorView& coefficients, const TensorView* row_temperature, double temperature,
+                           const TensorView& out, int threads) {
+  constexpr const char* function = "softmax_rows_gradient";
+  check_logits(function, "out", out);
+  Gradient problem = {checked(function, logits, ids, row_temperature, temperature), Rows(out), lse, coefficients};
+  const DType dtype = logits.dtype == DType::f64 ? DType::f64 : DType::f32;
+  check_dtype(function, "out", out, logits.dtype);
+  if (std::memcmp(out.shape, logits.shape, 3 * sizeof(out.shape[0])) != 0)
+    refuse(function, "out must have the shape of logits", shape_text(out), "Allocate it with empty_like(logits).");
+  if ((out.stride[0] == 0 && out.shape[0] > 1) || (out.stride[1] == 0 && out.shape[1] > 1))
+    refuse(function, "out must give each row its own memory", "an expanded view", "Allocate it with empty_like(logits).");
+  if (lse.ndim == 2)
+    check_dense(function, "lse", lse, dtype, Device::cpu, {2, problem.rows});
+  else
+    check_dense(function, "lse", lse, dtype, Device::cpu, {problem.rows});
+  check_dense(function, "coefficients", coefficients, dtype, Device::cpu, {5, problem.rows});
+  parallel_for(problem.rows, grain(problem.vocab), threads, gradient_rows, &problem);
+}
+
+}  // namespace cpu
+}  // namespace fuserl

@@ -1,0 +1,51 @@
+// THE list of native operations: one declaration per op and device, shapes in the comment.
+// All tensors belong to the caller. A broken contract throws std::invalid_argument; nothing is written before the checks.
+#pragma once
+#include "tensor_view.h"
+
+namespace fuserl {
+
+enum class Baseline : int { none, mean, leave_one_out };
+enum class Scale : int { none, group_std, batch_std };
+
+namespace cpu {
+
+// Row statistics of softmax(z), z = logits / temperature. Row n = (n / R, n % R), N = A R.
+//   logits           (A, R, V) f32 | bf16 | f16 | f64, stride 1 in V, any other strides
+//   ids              (N,) i64 in [0, V)
+//   row_temperature  (N,) f32 (f64 when logits are f64), or null for the one `temperature`; > 0 and finite
+//   statistics       (K, N) f32 (f64 when logits are f64):
+//     logprob = z[id] - lse; entropy; lse; [lse_error when K is 4 or 7]; then, when K is 6 or 7,
+//     mean_logit = mean_v z; sum_sq_prob = sum_v p^2; is_top1 = 1 if z[id] is the maximum
+//   lse_error is what rounding lse to f32 lost: the gradient needs it where |lse| is large.
+// A row never depends on its neighbours or on `threads`.
+void softmax_rows_forward(const TensorView& logits, const TensorView& ids, const TensorView* row_temperature,
+                          double temperature, const TensorView& statistics, int threads);
+
+// out[n,v] = (a + p (b + c logp + d p) + e [v == id]) / temperature,  p = exp(logp), logp = z - lse.
+//   logits, ids, row_temperature as above
+//   lse           (N,), or (2, N) with lse_error as the second row
+//   coefficients  (5, N) rows a, b, c, d, e in the dtype of lse
+//   out           (A, R, V) in the dtype of logits, stride 1 in V; may be the memory of logits
+// p == 0 contributes 0 even where logp = -inf. A row whose five coefficients are 0 is filled with 0, logits unread.
+void softmax_rows_gradient(const TensorView& logits, const TensorView& ids, const TensorView& lse,
+                           const TensorView& coefficients, const TensorView* row_temperature, double temperature,
+                           const TensorView& out, int threads);
+
+// out = (r - baseline) / (scale + eps), statistics over the rollouts of one group (batch_std: of all), in double.
+//   rewards, out  (B,) f32 | f64, the same dtype; may be the same memory
+//   group         (B,) i64 ids in [0, B), any order
+// A group without spread gives exact 0 unless (none, none): out = r; (none, batch_std) asks for spread of the batch.
+void group_advantage(const TensorView& rewards, const TensorView& group, const TensorView& out, Baseline baseline,
+                     Scale scale, int ddof, double eps);
+
+}  // namespace cpu
+
+namespace cuda {
+
+// As cpu::group_advantage, one launch on `stream`; an id out of range writes NaN, for a check would have to wait.
+void group_advantage(const TensorView& rewards, const TensorView& group, const TensorView& out, Baseline baseline,
+                     Scale scale, int ddof, double eps, void* stream);
+
+}  // namespace cuda
+}  // namespace fuserl
