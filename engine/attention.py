@@ -1,0 +1,315 @@
+"""Attention over packed rollouts: `attn_implementation="fuserl"`.
+
+A group's prompt stands once in the packed input, followed by its rollouts; each rollout attends to its own tokens and to
+the prompt, never to a sibling or another group:
+
+    p0 p1 p2 | a0 a1 | b0 b1 b2 ||| q0 q1 | c0 c1        a1 sees p0 p1 p2 a0 a1;  c1 sees q0 q1 c0 c1
+
+The layout travels as the keyword `segments` through the model's forward to the attention function, so nothing global is
+set and gradient checkpointing recomputes the same thing. Without `segments` this is transformers' "sdpa", padding and
+all: a padded batch is masked as there, never attended silently.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+NAME = "fuserl"
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Arguments that models send along to every attention function and that do not change what attention computes here.
+_IRRELEVANT = {"position_ids", "use_cache", "cache_position", "output_hidden_states", "return_dict", "num_items_in_batch",
+               "layer_idx"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How one layer turns queries and keys into scores: `softcap * tanh(scaling * q.k / softcap)` within a window."""
+
+    scaling: float
+    window: int | None = None  # a query at position p sees keys at positions > p - window
+    softcap: float | None = None
+    dropout: float = 0.0
+
+
+class Layout(Protocol):
+    """What `segments=` accepts: something that knows which keys each query of a pass may see."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        """Attention of one layer: query (1, H, L, D), key and value (1, Hkv, L, D) -> (1, H, L, D)."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A forest of token segments laid end to end: a root (prompt) and, right after it, its descendants (rollouts).
+
+    Args:
+        parent: (S,) int64 on the host, the segment each one continues, -1 for a root.
+        length: (S,) int64 on the host, tokens of each.
+        position: (L,) int64, the position of each token in its own text.
+    """
+
+    parent: Tensor
+    length: Tensor
+    position: Tensor
+    _masks: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        """Exact attention, tree by tree: no score between two trees is ever computed."""
+        if query.shape[0] != 1 or query.shape[2] != len(self.position) or key.shape[2] != len(self.position):
+            raise ValueError(
+                f"attention: segments must describe the whole input; got {len(self.position)} positions for query "
+                f"{tuple(query.shape)} and key {tuple(key.shape)}. Pass **packed.inputs() and no cache"
+            )
+        pieces = [
+            dense(query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop], mask, scores)
+            for start, stop, mask in self.trees(scores.window, query.device)
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+    def trees(self, window: int | None, device: torch.device) -> list[tuple[int, int, Tensor]]:
+        """(start, stop, mask) of every tree; mask (n, n) bool, True where query row i may see key column j."""
+        found = self._masks.get((window, device))
+        if found is None:
+            found = self._masks[window, device] = self._build(window, device)
+        return found
+
+    def _build(self, window: int | None, device: torch.device) -> list[tuple[int, int, Tensor]]:
+        parent, length = self.parent.tolist(), self.length.tolist()
+        ends = self.length.cumsum(0).tolist()
+        roots = [s for s, p in enumerate(parent) if p < 0]
+        trees = []
+        for first, last in zip(roots, [*roots[1:], len(parent)], strict=True):
+            # line[s, r]: segment r is s itself or one of its ancestors.
+            line = torch.eye(last - first, dtype=torch.bool)
+            for s in range(first + 1, last):
+                line[s - first] |= line[parent[s] - first]
+            owner = torch.repeat_interleave(torch.arange(last - first), self.length[first:last])
+            start, stop = ends[first] - length[first], ends[last - 1]
+            position = self.position[start:stop].cpu()
+            behind = position[:, None] - position[None, :]
+            mask = line[owner][:, owner] & (behind >= 0)
+            if window is not None:
+                mask &= behind < window
+            trees.append((start, stop, mask.to(device)))
+        return trees
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What one forward pass of a model needs to score every trained token of B rollouts.
+
+    Args:
+        input_ids: (1, L) int64, per group its prompt and its rollouts, each without its last token.
+        position_ids: (1, L) int64.
+        segments: which tokens see which.
+        predictor: (N,) int64, where in L the hidden state stands that predicts trained token n.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: Segments
+    predictor: Tensor
+
+    def inputs(self) -> dict:
+        """Keyword arguments for the model's forward."""
+        # A 4-D mask is passed through by transformers as it is: no (L, L) one is built that nobody would read.
+        marker = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.input_ids.device)
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "attention_mask": marker,
+            "segments": self.segments,
+            "use_cache": False,
+        }
+
+    def to(self, device) -> Packed:
+        """The same on `device` (the segments' sizes stay on the host)."""
+        segments = Segments(self.segments.parent, self.segments.length, self.segments.position.to(device))
+        return Packed(self.input_ids.to(device), self.position_ids.to(device), segments, self.predictor.to(device))
+
+
+def pack(prompt_tokens: list[Tensor], group: Tensor, tokens: Tensor, offsets: Tensor) -> Packed:
+    """Lays out each group's prompt once, followed by its rollouts without their last tokens.
+
+    Groups without a rollout take no space; rollouts keep their order within a group and may come in any order.
+
+    Args:
+        prompt_tokens: G tensors (T_g,) int64.
+        group: (B,) int64, the prompt of each rollout.
+        tokens: (N,) int64, the rollouts end to end.
+        offsets: (B + 1,) int64, where each begins and ends.
+
+    Returns:
+        `Packed` on the device of `tokens`.
+
+    Raises:
+        ValueError: an empty prompt with a rollout, ids out of range, or offsets that do not span `tokens`.
+    """
+    host = offsets.tolist()
+    owner = group.tolist()
+    if len(host) != len(owner) + 1 or host[0] != 0 or host[-1] != len(tokens) or host != sorted(host):
+        raise ValueError(
+            f"pack: offsets must rise from 0 to the {len(tokens)} tokens in {len(owner)} steps; got {host[:3]}..{host[-1:]}"
+        )
+    device = tokens.device
+    members: dict[int, list[int]] = {}
+    for rollout, prompt in enumerate(owner):
+        if not 0 <= prompt < len(prompt_tokens) or len(prompt_tokens[prompt]) == 0:
+            raise ValueError(f"pack: group must name one of {len(prompt_tokens)} prompts that are not empty; got {prompt}")
+        members.setdefault(prompt, []).append(rollout)
+    ids, parent, length, position = [], [], [], []
+    predictor = torch.empty(len(tokens), dtype=torch.int64)
+    cursor = 0
+    for prompt in sorted(members):
+        size = len(prompt_tokens[prompt])
+        root, last = len(parent), cursor + size - 1
+        ids.append(prompt_tokens[prompt].to(device))
+        parent.append(-1), length.append(size), position.append(torch.arange(size))
+        cursor += size
+        for rollout in members[prompt]:
+            begin, end = host[rollout], host[rollout + 1]
+            fed = max(end - begin - 1, 0)
+            ids.append(tokens[begin : begin + fed])
+            parent.append(root), length.append(fed), position.append(torch.arange(size, size + fed))
+            predictor[begin:end] = torch.arange(cursor - 1, cursor - 1 + end - begin)
+            predictor[begin : min(begin + 1, end)] = last
+            cursor += fed
+    empty = torch.empty(0, dtype=torch.int64)
+    places = torch.cat(position or [empty]).to(device)
+    segments = Segments(torch.tensor(parent, dtype=torch.int64), torch.tensor(length, dtype=torch.int64), places)
+    packed_ids = torch.cat(ids) if ids else tokens[:0]
+    return Packed(packed_ids[None], places[None], segments, predictor.to(device))
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
+    """Attention under a boolean mask (True: may see) that broadcasts to (B, H, Lq, Lk); None: causal.
+
+    Args:
+        query: (B, H, Lq, D); key and value (B, Hkv, Lk, D), H a multiple of Hkv.
+    """
+    if scores.softcap is not None:
+        return explicit(query, key, value, mask, scores)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=scores.dropout, scale=scores.scaling,
+        is_causal=mask is None, enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+
+
+def explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
+    """The same as `dense` step by step, with the scores in memory: `softmax(softcap * tanh(scaling q.k / softcap)) v`."""
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    repeat = query.shape[1] // key.shape[1]
+    if repeat > 1:
+        key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
+    raw = (query @ key.mT) * scores.scaling
+    if scores.softcap is not None:
+        raw = torch.tanh(raw / scores.softcap) * scores.softcap
+    raw = raw if raw.dtype == torch.float64 else raw.float()
+    # Not -inf: a padding row that may see nothing is to give something finite that nobody reads, not NaN.
+    weights = raw.masked_fill(~mask, torch.finfo(raw.dtype).min).softmax(-1).to(value.dtype)
+    return F.dropout(weights, scores.dropout) @ value
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    segments: Layout | None = None,
+    **others,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls in every layer.
+
+    Args:
+        query: (B, H, L, D); key and value (B, Hkv, Lk, D).
+        attention_mask: what transformers made of the padding mask; with `segments`, nothing or the marker of
+            `Packed.inputs`.
+        segments: who sees whom, for packed input.
+
+    Returns:
+        (B, L, H, D), and None in place of the weights.
+
+    Raises:
+        ValueError: something in the call would be ignored: an unknown argument, or a padding mask beside `segments`.
+    """
+    for name, given in others.items():
+        harmless = given is None or given is (name == "is_causal") or name in _IRRELEVANT
+        if not harmless:
+            raise ValueError(f"attention: {name} must be absent, as {NAME!r} would ignore it; got {given!r:.80}. "
+                             f"Use attn_implementation='sdpa' or 'eager' for this model")  # fmt: skip
+    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, dropout)
+    if segments is not None:
+        if attention_mask is not None and attention_mask.shape != (1, 1, 1, 1):
+            raise ValueError(
+                f"attention: attention_mask must be absent beside segments; got shape {tuple(attention_mask.shape)}. "
+                "Pass **packed.inputs() alone: packed input has no padding"
+            )
+        _check_window(module, sliding_window)
+        return segments.attend(module.layer_idx, query, key, value, scores).transpose(1, 2).contiguous(), None
+    if attention_mask is None and query.shape[2] == 1:
+        attention_mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=query.device)
+    elif attention_mask is None:
+        # An empty preallocated cache is longer than the first input; the window, if any, reaches beyond that input.
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    elif attention_mask.dtype != torch.bool:
+        raise ValueError(f"attention: attention_mask must be boolean; got {attention_mask.dtype}. Give True where visible")
+    return dense(query, key, value, attention_mask, scores).transpose(1, 2).contiguous(), None
+
+
+def unsupported(model: nn.Module) -> str | None:
+    """Why this model's forward cannot be given `segments`, or None if it can."""
+    config = model.config.get_text_config()
+    types = set(getattr(config, "layer_types", None) or ())
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not call attention through transformers' AttentionInterface"
+    if types - _LAYER_TYPES:
+        return f"{type(model).__name__} has layers of type {', '.join(sorted(types - _LAYER_TYPES))}"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return f"{type(model).__name__} shares keys and values between layers"
+    if getattr(config, "use_bidirectional_attention", False):
+        return f"{type(model).__name__} attends in both directions"
+    return None
+
+
+def attach(model: nn.Module) -> None:
+    """Sets the model's attention to "fuserl".
+
+    Raises:
+        ValueError: the model has layers that would silently ignore the layout.
+    """
+    reason = unsupported(model)
+    if reason is not None:
+        raise ValueError(f"attach: model must use full or sliding-window attention throughout; {reason}. Use another model")
+    model.set_attn_implementation(NAME)
+
+
+def _check_window(module: nn.Module, window: int | None) -> None:
+    """A windowed layer whose window never reaches the attention function would see too far: refuse it."""
+    types = getattr(getattr(module, "config", None), "layer_types", None)
+    if types and types[module.layer_idx] == "sliding_attention" and window is None:
+        raise ValueError(
+            f"attention: sliding_window must be given for layer {module.layer_idx}; got None. "
+            f"{type(module).__name__} keeps its window to itself: use another model"
+        )
+
+
+def _mask(*args, **kwargs) -> Tensor | None:
+    """The boolean mask of transformers' "sdpa": padding is masked under "fuserl" exactly as there."""
+    return AttentionMaskInterface._global_mapping["sdpa"](*args, **kwargs)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, _mask)

@@ -1,0 +1,165 @@
+"""What a policy produced (`Rollouts`), and what an update consumes (`Batch`): packed arrays, no padding."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuserl.engine.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """G prompts and their B completions, N tokens in all: readable by a person, scored by rewards.
+
+    Tensors live on the host. Completion b holds `tokens[offsets[b]:offsets[b + 1]]`, the ending token included where
+    one was sampled.
+    """
+
+    prompts: list[Prompt]
+    prompt_tokens: list[Tensor]  # G ragged int64
+    group: Tensor  # (B,) int64, which prompt
+    tokens: Tensor  # (N,) int64
+    offsets: Tensor  # (B + 1,) int64
+    rollout_logprobs: Tensor  # (N,) float32, under the distribution each token was drawn from
+    texts: list[str]  # B completions, without the stop text
+    finish: list[str]  # B, "stop" or "length"
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def prompt_of(self, rollout: int) -> Prompt:
+        """The prompt that completion `rollout` answers."""
+        return self.prompts[int(self.group[rollout])]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sizes of the whole batch, across micro-batches and ranks: the denominators of every normaliser."""
+
+    tokens: int
+    rollouts: int
+    groups: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N trained tokens of B rollouts of G prompts, one element per trained token.
+
+    `take(rows)` selects trained tokens and keeps `counts`, so a loss normalised by `counts` does not depend on how the
+    batch is cut. Per-rollout fields stay whole: `rollout` (N,) indexes them.
+    """
+
+    tokens: Tensor  # (N,) int64
+    rollout: Tensor  # (N,) int64, which rollout a token is of
+    offsets: Tensor  # (B + 1,) int64, on the host
+    group: Tensor  # (B,) int64
+    rewards: Tensor  # (B,) float32
+    rollout_logprobs: Tensor  # (N,) float32, as sampled
+    counts: Counts
+    prompt_tokens: list[Tensor] = field(default_factory=list)  # G ragged int64, each prompt once
+    advantages: Tensor | None = None  # (N,) float32
+    old_logprobs: Tensor | None = None  # (N,) float32, at the start of the update
+    ref_logprobs: Tensor | None = None  # (N,) float32
+    values: Tensor | None = None  # (N,) float32
+    returns: Tensor | None = None  # (N,) float32
+    extra: dict[str, Any] = field(default_factory=dict)  # what one system needs, (N,) tensors under documented keys
+
+    @property
+    def lengths(self) -> Tensor:
+        """Trained tokens per rollout of the whole batch, (B,) int64, on the tokens' device."""
+        return self.offsets.diff().to(self.tokens.device)
+
+    def take(self, rows: Tensor) -> Batch:
+        """The trained tokens `rows` (n,) int64, as a view of this batch with the same counts and rollouts."""
+        return dataclasses.replace(
+            self,
+            extra={name: value[rows] for name, value in self.extra.items()},
+            **{name: value[rows] for name, value in self._token_fields()},
+        )
+
+    def rows_of(self, index: Tensor) -> Tensor:
+        """The rows of the rollouts `index` (b,), in their order, (n,) int64."""
+        lengths = self.offsets.diff()[index]
+        starts = self.offsets[:-1][index] - (lengths.cumsum(0) - lengths)
+        return torch.arange(int(lengths.sum())) + starts.repeat_interleave(lengths)
+
+    def rollouts_at(self, index: Tensor) -> Batch:
+        """The rollouts `index` (b,) with all their tokens, renumbered from 0, with the whole batch's counts."""
+        lengths = self.offsets.diff()[index]
+        return dataclasses.replace(
+            self.take(self.rows_of(index)),
+            rollout=torch.arange(len(index)).repeat_interleave(lengths),
+            offsets=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+            group=self.group[index],
+            rewards=self.rewards[index],
+        )
+
+    def minibatches(self, count: int) -> list[Batch]:
+        """This batch cut into `count` of consecutive rollouts, each with its own counts: one per optimizer step."""
+        if count == 1:
+            return [self]
+        parts = [self.rollouts_at(index) for index in torch.arange(len(self.group)).tensor_split(count)]
+        return [
+            part.replace(counts=Counts(len(part.tokens), len(part.group), len(part.group.unique())))
+            for part in parts
+            if len(part.group)
+        ]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """A copy whose per-token and per-rollout fields live on `device`; offsets stay on the host."""
+        moved = {name: value.to(device) for name, value in self._token_fields()}
+        extra = {name: value.to(device) for name, value in self.extra.items()}
+        return dataclasses.replace(
+            self, group=self.group.to(device), rewards=self.rewards.to(device), extra=extra, **moved
+        )
+
+    def replace(self, **fields: Any) -> Batch:
+        """A copy with `fields` replaced."""
+        return dataclasses.replace(self, **fields)
+
+    def to_tokens(self, per_rollout: Tensor) -> Tensor:
+        """Spread one value per rollout (B,) over its tokens (n,)."""
+        return per_rollout[self.rollout]
+
+    def rollout_sum(self, per_token: Tensor) -> Tensor:
+        """Sum per-token values (n,) within each rollout, (B,)."""
+        return per_token.new_zeros(len(self.group)).index_add(0, self.rollout, per_token)
+
+    def rollout_mean(self, per_token: Tensor) -> Tensor:
+        """Average per-token values (n,) within each rollout, (B,); rollouts without tokens give 0."""
+        return self.rollout_sum(per_token) / self.lengths.clamp(min=1)
+
+    def group_mean(self, per_rollout: Tensor) -> Tensor:
+        """Average values (B,) within each group and give it back to its rollouts, (B,)."""
+        zeros = per_rollout.new_zeros(len(self.group))
+        size = zeros.index_add(0, self.group, torch.ones_like(per_rollout))
+        return (zeros.index_add(0, self.group, per_rollout) / size)[self.group]
+
+    def _token_fields(self):
+        names = ("tokens", "rollout", "rollout_logprobs", "advantages", "old_logprobs", "ref_logprobs", "values", "returns")
+        return [(name, getattr(self, name)) for name in names if getattr(self, name) is not None]
+
+
+def batch_of(rollouts: Rollouts, rewards: Tensor) -> Batch:
+    """Pack `rollouts` with their `rewards` (B,) into a batch whose every completion token is trained."""
+    lengths = rollouts.offsets.diff()
+    if rewards.shape != (len(rollouts),):
+        raise ValueError(
+            f"batch_of: rewards must have shape ({len(rollouts)},), one per rollout; got {tuple(rewards.shape)}. "
+            "Return one number per rollout from the recipe's reward."
+        )
+    return Batch(
+        tokens=rollouts.tokens,
+        rollout=torch.repeat_interleave(torch.arange(len(rollouts)), lengths),
+        offsets=rollouts.offsets,
+        group=rollouts.group,
+        rewards=rewards.float(),
+        rollout_logprobs=rollouts.rollout_logprobs,
+        counts=Counts(tokens=len(rollouts.tokens), rollouts=len(rollouts), groups=len(rollouts.prompts)),
+        prompt_tokens=rollouts.prompt_tokens,
+    )
