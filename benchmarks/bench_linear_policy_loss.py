@@ -1,4 +1,4 @@
-"""linear_policy_loss: against the three bare products of its shapes, with all rows, half of them dead, a frozen head."""
+"""linear_policy_loss: against the three bare products of its shapes, all rows, half of them dead, a frozen head."""
 
 import torch
 from measure import Provider, compare

@@ -23,7 +23,9 @@ class Provider:
         self.name, self.run, self.gate = name, run, gate
 
 
-def compare(benchmark, floor: Provider, ours: Provider, *rivals: Provider, rounds: int = 9, smoke: bool = False) -> None:
+def compare(
+    benchmark, floor: Provider, ours: Provider, *rivals: Provider, rounds: int = 9, smoke: bool = False
+) -> None:
     """Time `ours` as the benchmark and `floor` and `rivals` between its rounds; leave rows in extra_info.
 
     A provider whose gate fails, or that does not load, is not timed: its row says why.

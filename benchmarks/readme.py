@@ -38,7 +38,10 @@ def settings() -> str:
     """What `fuserl train` accepts."""
     from fuserl.engine.config import settings
 
-    rows = [f"| `--{s.name}` | {s.default if s.default is not None else 'automatic'} | {s.metadata['doc']} |" for s in settings()]
+    rows = [
+        f"| `--{s.name}` | {s.default if s.default is not None else 'automatic'} | {s.metadata['doc']} |"
+        for s in settings()
+    ]
     return "\n".join(["| setting | default | what |", "|---|---|---|", *rows])
 
 
@@ -73,8 +76,8 @@ def _row(row: dict) -> str:
         return f"| {row['case']} | {row['provider']} | not timed: {row['reason']} | | | |"
     peak = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
     return (
-        f"| {row['case']} | {row['provider']} | {_time(row['median_s'])} | {_time(row['iqr_s'])} | {row['ratio']:.2f} | "
-        f"{peak} |"
+        f"| {row['case']} | {row['provider']} | {_time(row['median_s'])} | {_time(row['iqr_s'])} "
+        f"| {row['ratio']:.2f} | {peak} |"
     )
 
 

@@ -1,8 +1,8 @@
 // fuserl._C: the CPU operations. Arguments are checked in csrc; here they only change form, and the GIL is released.
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <dlfcn.h>
 #include <optional>
 
 #include "caster.h"
@@ -17,17 +17,30 @@ using fuserl::TensorView;
 
 namespace {
 
+// The threads of the OpenMP runtime that torch was linked with, if any. Looked up by name, so that nothing is linked.
+void share_torch_threads() {
+  static const bool once = [] {
+    void* torch = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
+    void* run = torch ? dlsym(torch, "GOMP_parallel") : nullptr;
+    if (run) fuserl::lend_team(reinterpret_cast<fuserl::TeamRunner>(run));
+    return true;
+  }();
+  static_cast<void>(once);
+}
+
 const TensorView* pointer(const std::optional<TensorView>& view) { return view ? &*view : nullptr; }
 
 void softmax_rows_forward(const TensorView& logits, const TensorView& ids,
                           const std::optional<TensorView>& row_temperature, double temperature,
                           const TensorView& statistics, int threads) {
+  share_torch_threads();
   fuserl::cpu::softmax_rows_forward(logits, ids, pointer(row_temperature), temperature, statistics, threads);
 }
 
 void softmax_rows_gradient(const TensorView& logits, const TensorView& ids, const TensorView& lse,
                            const TensorView& coefficients, const std::optional<TensorView>& row_temperature,
                            double temperature, const TensorView& out, int threads) {
+  share_torch_threads();
   fuserl::cpu::softmax_rows_gradient(logits, ids, lse, coefficients, pointer(row_temperature), temperature, out,
                                      threads);
 }
@@ -52,6 +65,5 @@ PYBIND11_MODULE(_C, m) {
         no_gil());
   m.def("isa", [] { return fuserl::name(fuserl::isa()); }, "The instruction set in use: avx512, avx2 or baseline.");
   m.def("set_isa", fuserl::set_isa, "name"_a, "For tests: run the copy for this instruction set from now on.");
-  m.def("borrow", [](bool on){ void* h = dlopen("libtorch_cpu.so", RTLD_NOLOAD|RTLD_LAZY); fuserl::borrow_team(on ? (fuserl::TeamRunner)dlsym(h,"GOMP_parallel") : nullptr); });
   m.attr("compiler") = FUSERL_COMPILER;
 }

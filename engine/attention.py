@@ -1,9 +1,11 @@
 """Attention over packed rollouts: `attn_implementation="fuserl"`.
 
-A group's prompt stands once in the packed input, followed by its rollouts; each rollout attends to its own tokens and to
-the prompt, never to a sibling or another group:
+A group's prompt stands once in the packed input, followed by its rollouts; each rollout attends to its own tokens and
+to the prompt, never to a sibling or another group:
 
     p0 p1 p2 | a0 a1 | b0 b1 b2 ||| q0 q1 | c0 c1        a1 sees p0 p1 p2 a0 a1;  c1 sees q0 q1 c0 c1
+
+What all prompts begin with (few-shot examples, a system message) likewise stands once, in front of them all.
 
 The layout travels as the keyword `segments` through the model's forward to the attention function, so nothing global is
 set and gradient checkpointing recomputes the same thing. Without `segments` this is transformers' "sdpa", padding and
@@ -21,10 +23,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME = "fuserl"
+_WORTH_SHARING = 16  # tokens
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Arguments that models send along to every attention function and that do not change what attention computes here.
-_IRRELEVANT = {"position_ids", "use_cache", "cache_position", "output_hidden_states", "return_dict", "num_items_in_batch",
-               "layer_idx"}  # fmt: skip
+_IRRELEVANT = {"position_ids", "use_cache", "cache_position", "output_hidden_states", "return_dict", "layer_idx",
+               "num_items_in_batch"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,47 +60,70 @@ class Segments:
     parent: Tensor
     length: Tensor
     position: Tensor
-    _masks: dict = field(default_factory=dict, repr=False, compare=False)
+    _blocks: dict = field(default_factory=dict, repr=False, compare=False)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        """Exact attention, tree by tree: no score between two trees is ever computed."""
+        """Exact attention, block by block: no score between two trees is ever computed."""
         if query.shape[0] != 1 or query.shape[2] != len(self.position) or key.shape[2] != len(self.position):
             raise ValueError(
                 f"attention: segments must describe the whole input; got {len(self.position)} positions for query "
                 f"{tuple(query.shape)} and key {tuple(key.shape)}. Pass **packed.inputs() and no cache"
             )
         pieces = [
-            dense(query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop], mask, scores)
-            for start, stop, mask in self.trees(scores.window, query.device)
+            dense(query[:, :, asking], _columns(key, seen), _columns(value, seen), mask, scores)
+            for asking, seen, mask in self.blocks(scores.window, query.device)
         ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
-    def trees(self, window: int | None, device: torch.device) -> list[tuple[int, int, Tensor]]:
-        """(start, stop, mask) of every tree; mask (n, n) bool, True where query row i may see key column j."""
-        found = self._masks.get((window, device))
+    def blocks(self, window: int | None, device: torch.device) -> list[tuple[slice, tuple[slice, ...], Tensor]]:
+        """(queries, keys, mask) of every block, the queries of all blocks together being the whole input in order.
+
+        A tree is one block; where the root's children have children of their own (a prefix that all prompts share),
+        each child is a block with its descendants, which sees the root besides. mask: True where a query sees a key.
+        """
+        found = self._blocks.get((window, device))
         if found is None:
-            found = self._masks[window, device] = self._build(window, device)
+            made = (self._block(first, last, root, window) for first, last, root in self._cuts())
+            found = [(asking, seen, mask.to(device)) for asking, seen, mask in made]
+            self._blocks[window, device] = found
         return found
 
-    def _build(self, window: int | None, device: torch.device) -> list[tuple[int, int, Tensor]]:
-        parent, length = self.parent.tolist(), self.length.tolist()
-        ends = self.length.cumsum(0).tolist()
-        roots = [s for s, p in enumerate(parent) if p < 0]
-        trees = []
-        for first, last in zip(roots, [*roots[1:], len(parent)], strict=True):
-            # line[s, r]: segment r is s itself or one of its ancestors.
-            line = torch.eye(last - first, dtype=torch.bool)
-            for s in range(first + 1, last):
-                line[s - first] |= line[parent[s] - first]
-            owner = torch.repeat_interleave(torch.arange(last - first), self.length[first:last])
-            start, stop = ends[first] - length[first], ends[last - 1]
-            position = self.position[start:stop].cpu()
-            behind = position[:, None] - position[None, :]
-            mask = line[owner][:, owner] & (behind >= 0)
-            if window is not None:
-                mask &= behind < window
-            trees.append((start, stop, mask.to(device)))
-        return trees
+    def _cuts(self) -> list[tuple[int, int, int | None]]:
+        """Segments first..last of every block, and the root apart that it sees besides."""
+        parent = self.parent.tolist()
+        roots = [s for s, up in enumerate(parent) if up < 0]
+        cuts: list[tuple[int, int, int | None]] = []
+        for root, end in zip(roots, [*roots[1:], len(parent)], strict=True):
+            children = [s for s in range(root + 1, end) if parent[s] == root]
+            if len(children) == end - root - 1:
+                cuts.append((root, end, None))
+            else:
+                cuts.append((root, root + 1, None))
+                cuts += [(a, b, root) for a, b in zip(children, [*children[1:], end], strict=True)]
+        return cuts
+
+    def _block(self, first: int, last: int, root: int | None, window: int | None):
+        parent = self.parent.tolist()
+        ends = [0, *self.length.cumsum(0).tolist()]
+        apart = [] if root is None else [root]
+        members = torch.tensor([*apart, *range(first, last)])
+        # line[i, j]: the j-th member is the i-th itself or one of its ancestors.
+        line = torch.eye(len(members), dtype=torch.bool)
+        place = {segment: i for i, segment in enumerate(members.tolist())}
+        for segment, i in place.items():
+            if parent[segment] in place:
+                line[i] |= line[place[parent[segment]]]
+        owner = torch.repeat_interleave(torch.arange(len(members)), self.length[members])
+        asking = slice(ends[first], ends[last])
+        seen = (*(slice(ends[r], ends[r + 1]) for r in apart), asking)
+        host = self.position.cpu()
+        position = torch.cat([host[span] for span in seen])
+        asked = slice(len(position) - (asking.stop - asking.start), None)
+        behind = position[asked, None] - position[None, :]
+        mask = line[owner[asked]][:, owner] & (behind >= 0)
+        if window is not None:
+            mask &= behind < window
+        return asking, seen, mask
 
 
 @dataclass(frozen=True)
@@ -105,7 +131,8 @@ class Packed:
     """What one forward pass of a model needs to score every trained token of B rollouts.
 
     Args:
-        input_ids: (1, L) int64, per group its prompt and its rollouts, each without its last token.
+        input_ids: (1, L) int64: the prompts' common beginning, then per group the rest of its prompt and its rollouts,
+            each without its last token.
         position_ids: (1, L) int64.
         segments: which tokens see which.
         predictor: (N,) int64, where in L the hidden state stands that predicts trained token n.
@@ -137,7 +164,8 @@ class Packed:
 def pack(prompt_tokens: list[Tensor], group: Tensor, tokens: Tensor, offsets: Tensor) -> Packed:
     """Lays out each group's prompt once, followed by its rollouts without their last tokens.
 
-    Groups without a rollout take no space; rollouts keep their order within a group and may come in any order.
+    What all prompts begin with stands once in front of them all. Groups without a rollout take no space; rollouts may
+    come in any order.
 
     Args:
         prompt_tokens: G tensors (T_g,) int64.
@@ -155,36 +183,75 @@ def pack(prompt_tokens: list[Tensor], group: Tensor, tokens: Tensor, offsets: Te
     owner = group.tolist()
     if len(host) != len(owner) + 1 or host[0] != 0 or host[-1] != len(tokens) or host != sorted(host):
         raise ValueError(
-            f"pack: offsets must rise from 0 to the {len(tokens)} tokens in {len(owner)} steps; got {host[:3]}..{host[-1:]}"
+            f"pack: offsets must rise from 0 to {len(tokens)} in {len(owner)} steps; got {host[:3]}..{host[-1:]}. Give "
+            "the start of every rollout and the end of the last"
         )
     device = tokens.device
     members: dict[int, list[int]] = {}
     for rollout, prompt in enumerate(owner):
         if not 0 <= prompt < len(prompt_tokens) or len(prompt_tokens[prompt]) == 0:
-            raise ValueError(f"pack: group must name one of {len(prompt_tokens)} prompts that are not empty; got {prompt}")
+            raise ValueError(
+                f"pack: group must name one of {len(prompt_tokens)} prompts that are not empty; got {prompt}. Check "
+                "ids and prompts"
+            )
         members.setdefault(prompt, []).append(rollout)
-    ids, parent, length, position = [], [], [], []
+    forest = _Forest(device)
+    shared = common_prefix([prompt_tokens[prompt] for prompt in members])
+    trunk = forest.add(prompt_tokens[owner[0]][:shared], -1) if shared else -1
     predictor = torch.empty(len(tokens), dtype=torch.int64)
-    cursor = 0
     for prompt in sorted(members):
-        size = len(prompt_tokens[prompt])
-        root, last = len(parent), cursor + size - 1
-        ids.append(prompt_tokens[prompt].to(device))
-        parent.append(-1), length.append(size), position.append(torch.arange(size))
-        cursor += size
+        branch = forest.add(prompt_tokens[prompt][shared:], trunk)
+        last = forest.size - 1
         for rollout in members[prompt]:
             begin, end = host[rollout], host[rollout + 1]
-            fed = max(end - begin - 1, 0)
-            ids.append(tokens[begin : begin + fed])
-            parent.append(root), length.append(fed), position.append(torch.arange(size, size + fed))
-            predictor[begin:end] = torch.arange(cursor - 1, cursor - 1 + end - begin)
+            predictor[begin:end] = torch.arange(forest.size - 1, forest.size - 1 + end - begin)
             predictor[begin : min(begin + 1, end)] = last
-            cursor += fed
-    empty = torch.empty(0, dtype=torch.int64)
-    places = torch.cat(position or [empty]).to(device)
-    segments = Segments(torch.tensor(parent, dtype=torch.int64), torch.tensor(length, dtype=torch.int64), places)
-    packed_ids = torch.cat(ids) if ids else tokens[:0]
-    return Packed(packed_ids[None], places[None], segments, predictor.to(device))
+            forest.add(tokens[begin : max(end - 1, begin)], branch)
+    return forest.packed(predictor.to(device))
+
+
+def common_prefix(texts: list[Tensor]) -> int:
+    """How many tokens all texts begin with (few-shot examples, a system message), fewer than the shortest has.
+
+    0 for a single text, and where it would be too few to be worth treating apart.
+    """
+    if len(texts) < 2:
+        return 0
+    size = min(map(len, texts)) - 1
+    equal = torch.stack([ids[:size] for ids in texts]).eq(texts[0][:size]).all(0)
+    shared = int(equal.long().cumprod(0).sum())
+    return shared if shared >= _WORTH_SHARING else 0
+
+
+class _Forest:
+    """Segments laid end to end, each continuing an earlier one."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.size = device, 0
+        self.ids: list[Tensor] = [torch.empty(0, dtype=torch.int64, device=device)]
+        self.parent: list[int] = []
+        self.length: list[int] = []
+        self.depth: list[int] = []  # position after each segment
+
+    def add(self, ids: Tensor, parent: int) -> int:
+        """Appends a segment; its number."""
+        self.ids.append(ids.to(self.device))
+        self.parent.append(parent)
+        self.length.append(len(ids))
+        self.depth.append(len(ids) + (self.depth[parent] if parent >= 0 else 0))
+        self.size += len(ids)
+        return len(self.parent) - 1
+
+    def packed(self, predictor: Tensor) -> Packed:
+        """The model's input."""
+        places = [torch.arange(end - length, end) for end, length in zip(self.depth, self.length, strict=True)]
+        position = torch.cat([torch.empty(0, dtype=torch.int64), *places]).to(self.device)
+        parent, length = (torch.tensor(x, dtype=torch.int64) for x in (self.parent, self.length))
+        return Packed(torch.cat(self.ids)[None], position[None], Segments(parent, length, position), predictor)
+
+
+def _columns(x: Tensor, spans: tuple[slice, ...]) -> Tensor:
+    return x[:, :, spans[0]] if len(spans) == 1 else torch.cat([x[:, :, span] for span in spans], dim=2)
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
@@ -202,7 +269,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores
 
 
 def explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
-    """The same as `dense` step by step, with the scores in memory: `softmax(softcap * tanh(scaling q.k / softcap)) v`."""
+    """`dense` step by step, with the scores in memory: `softmax(softcap * tanh(scaling q.k / softcap)) v`."""
     if mask is None:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     repeat = query.shape[1] // key.shape[1]
@@ -265,7 +332,7 @@ def attention(
         # An empty preallocated cache is longer than the first input; the window, if any, reaches beyond that input.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     elif attention_mask.dtype != torch.bool:
-        raise ValueError(f"attention: attention_mask must be boolean; got {attention_mask.dtype}. Give True where visible")
+        raise ValueError(f"attention: attention_mask must be bool; got {attention_mask.dtype}. Give True where visible")
     return dense(query, key, value, attention_mask, scores).transpose(1, 2).contiguous(), None
 
 
@@ -292,7 +359,7 @@ def attach(model: nn.Module) -> None:
     """
     reason = unsupported(model)
     if reason is not None:
-        raise ValueError(f"attach: model must use full or sliding-window attention throughout; {reason}. Use another model")
+        raise ValueError(f"attach: model must use full or sliding-window attention only; {reason}. Use another model")
     model.set_attn_implementation(NAME)
 
 

@@ -141,7 +141,16 @@ class Batch:
         return (zeros.index_add(0, self.group, per_rollout) / size)[self.group]
 
     def _token_fields(self):
-        names = ("tokens", "rollout", "rollout_logprobs", "advantages", "old_logprobs", "ref_logprobs", "values", "returns")
+        names = (
+            "tokens",
+            "rollout",
+            "rollout_logprobs",
+            "advantages",
+            "old_logprobs",
+            "ref_logprobs",
+            "values",
+            "returns",
+        )
         return [(name, getattr(self, name)) for name in names if getattr(self, name) is not None]
 
 

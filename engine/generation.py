@@ -1,8 +1,8 @@
 """Generation inside the training process: each prompt is read once, then all its rollouts are decoded together.
 
 Every pass of the model runs a fixed number of token rows. A row is a prompt token or the last token of a rollout; it
-keeps its keys and values in a slot. Rollouts that end free their slots for those that wait. What a rollout gets, bit for
-bit, depends on its prompt, its seed and its stream, not on what is decoded beside it (shown for float32 on CPUs).
+keeps its keys and values in a slot. Rollouts that end free their slots for those that wait. What a rollout gets, bit
+for bit, depends on its prompt, its seed and its stream, not on what is decoded beside it (shown for float32 on CPUs).
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def generate(
     for index, ids in enumerate(prompt_tokens):
         if len(ids) == 0:
             raise ValueError(f"generate: prompts must not be empty; got {prompts[index].text!r} at {index}. Add text")
-    ending = Ending(tokenizer, tuple(stop), _eos_ids(model) if stop_ids is None else frozenset(stop_ids), max_new_tokens)
+    stop_ids = _eos_ids(model) if stop_ids is None else frozenset(stop_ids)
+    ending = Ending(tokenizer, tuple(stop), stop_ids, max_new_tokens)
     rollouts = [
         Rollout(prompt, uniforms(seed, streams[prompt], member, max_new_tokens))
         for prompt in range(len(prompts))
@@ -150,7 +151,7 @@ class Decoder:
         self.live: dict[int, Rollout] = {}
         self.kept: dict[int, tuple[KVCache, Tensor]] = {}
         self.prefix = KVCache(1, max(map(len, prompts)))
-        self.shared = _common_prefix(prompts)
+        self.shared = attention.common_prefix(prompts)
         if self.shared:
             self._read(self.prefix, {0: (0, 0, self.shared)})
 
@@ -215,7 +216,7 @@ class Decoder:
         return [slot for slot, _ in admitted], torch.stack([first[rollout.prompt] for _, rollout in admitted])
 
     def _read(self, cache: KVCache, spans: dict[int, tuple[int, int, int]]) -> dict[int, Tensor]:
-        """Runs prompts' tokens start..stop into slots, (slot, start, stop) each; logits (V,) after each one's last token."""
+        """Runs prompts' tokens into slots, (slot, start, stop) each; logits (V,) after each one's last token."""
         tokens, slot, position, last = [], [], [], {}
         for prompt, (to, start, stop) in spans.items():
             tokens.append(self.prompts[prompt][start:stop])
@@ -256,16 +257,6 @@ class Decoder:
                 f"{len(layout.served)} called attention. Use another model"
             )
         return logits if keep is None else logits[: len(keep)]
-
-
-def _common_prefix(prompts: list[Tensor]) -> int:
-    """How many tokens all prompts begin with (few-shot examples, a system message); 0 if too few to be worth a pass."""
-    if len(prompts) < 2:
-        return 0
-    size = min(map(len, prompts)) - 1
-    equal = torch.stack([ids[:size] for ids in prompts]).eq(prompts[0][:size]).all(0)
-    shared = int(equal.long().cumprod(0).sum())
-    return shared if shared >= PROMPT_BLOCK else 0
 
 
 def _eos_ids(model: nn.Module) -> frozenset[int]:

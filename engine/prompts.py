@@ -141,7 +141,8 @@ def _built(name: str, shots: int, held: int, chat_model: str | None) -> Task:
         return task(name, shots=shots, held_out=held)
     from fuserl.engine import models
 
-    return task(name, shots=shots, held_out=held, render=chat(models.load_tokenizer(chat_model)))
+    tokenizer = models.load(chat_model)[1]  # its weights come along, and go at once
+    return task(name, shots=shots, held_out=held, render=chat(tokenizer))
 
 
 def _source(name: str) -> Source:

@@ -8,7 +8,6 @@ A reward is a plain function that declares by name what it wants to see, and ret
 from __future__ import annotations
 
 import inspect
-import math
 import numbers
 import re
 from collections.abc import Callable
@@ -150,7 +149,7 @@ def score(function: Callable, rollouts: Rollouts) -> Tensor:
 
 def _finite(reward: object) -> bool:
     # A tensor is no number here: one that is part of a graph or on a device would hide its cost from the loop.
-    return isinstance(reward, numbers.Real) and math.isfinite(reward) and abs(reward) <= torch.finfo(torch.float32).max
+    return isinstance(reward, numbers.Real) and abs(reward) <= torch.finfo(torch.float32).max
 
 
 class _naming:

@@ -1,7 +1,7 @@
 """Drawing tokens: temperature, top-k, top-p, min-p, and one random stream per rollout.
 
-    p = softmax(logits / temperature), cut to the allowed tokens and renormalised
-    token = the first v with p_1 + ... + p_v > u,  u uniform in [0, 1) from the rollout's own stream
+p = softmax(logits / temperature), cut to the allowed tokens and renormalised
+token = the first v with p_1 + ... + p_v > u,  u uniform in [0, 1) from the rollout's own stream
 """
 
 from __future__ import annotations

@@ -27,7 +27,11 @@ def reference(rewards: Tensor, group: Tensor, baseline: int, scale: int, ddof: i
     least, most = (zeros.scatter_reduce(0, group, r, kind, include_self=False)[group] for kind in ("amin", "amax"))
     others = (mean * count - r) / (count - 1)
     centred = r - (zeros, mean, others)[baseline]
-    std = (zeros + 1 - eps, (deviation / (count - ddof)).sqrt(), (r - r.mean()).square().sum().div(len(r) - ddof).sqrt())
+    std = (
+        zeros + 1 - eps,
+        (deviation / (count - ddof)).sqrt(),
+        (r - r.mean()).square().sum().div(len(r) - ddof).sqrt(),
+    )
     flat = least == most if baseline or scale == 1 else (r.min() == r.max()).expand_as(r) & (scale == 2)
     return torch.where(flat, 0.0, centred / (std[scale] + eps)).to(rewards.dtype)
 
@@ -60,7 +64,8 @@ def _dispatch(rewards, group, baseline, scale, ddof, eps, backend):
 
 _library = torch.library.Library("fuserl", "FRAGMENT")
 _library.define(
-    "group_advantage(Tensor rewards, Tensor group, int baseline, int scale, int ddof, float eps, str? backend) -> Tensor"
+    "group_advantage(Tensor rewards, Tensor group, int baseline, int scale, int ddof, float eps, str? backend)"
+    " -> Tensor"
 )
 _library.impl("group_advantage", _dispatch, "CompositeExplicitAutograd")
 

@@ -22,7 +22,7 @@ def default_chunk(hidden: Tensor, weight: Tensor) -> int:
 class HeadProducts:
     """Logits of chunks of (live) rows, and the accumulation of the gradients that come back."""
 
-    def __init__(self, hidden, weight, rows, chunk, dtype, hidden_grad, weight_grad, grad_weight):
+    def __init__(self, hidden, weight, rows, *, chunk, dtype, hidden_grad, weight_grad, grad_weight):
         self.hidden, self.weight, self.rows, self.dtype = hidden, weight, rows, dtype
         self.device_products = hidden.device.type != "cpu" and hidden.dtype != dtype
         self.widened = hidden.device.type == "cpu" and hidden.dtype != dtype

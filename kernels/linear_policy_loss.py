@@ -3,8 +3,8 @@
     z = hidden @ weight.T / temperature      out.logprob[n] = log_softmax(z[n])[ids[n]], out.entropy[n], ...
     loss = sum_n token_loss(out, rows)[n]
 
-The loss is a function of a few numbers per row, so for each chunk of rows it is evaluated and differentiated by autograd
-on those numbers alone; with its derivatives g the logits' gradient is, elementwise,
+The loss is a function of a few numbers per row, so for each chunk of rows it is evaluated and differentiated by
+autograd on those numbers alone; with its derivatives g the logits' gradient is, elementwise,
 
     dz[n, v] = g_logprob (1[v = id] - p) - g_entropy p (log p + entropy) + g_mean_logprob (1/V - p)
              + 2 g_sum_sq p (p - sum_sq) + g_mean_logit / V
@@ -22,14 +22,13 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from fuserl.kernels import head_products, softmax_rows
+from fuserl.kernels import head_products, loss_contract, softmax_rows
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.token_logprob import split_temperature
 
 __all__ = ["linear_policy_loss"]
 
-OUTPUTS = ("logprob", "entropy", "mean_logprob", "sum_sq_prob", "mean_logit", "is_top1")
-SCOPES = ("token", "rollout")
+OUTPUTS = loss_contract.OUTPUTS
 
 
 class Outputs(SimpleNamespace):
@@ -44,6 +43,8 @@ class Outputs(SimpleNamespace):
 
 def reference(call: Call, hidden: Tensor, weight: Tensor, *params: Tensor) -> Tensor:
     """The definition: all logits at once and autograd through them."""
+    if call.grad_weight is not None:
+        raise ValueError("linear_policy_loss: the reference cannot add to grad_weight; got one. Use another backend.")
     rows = call.rows if call.rows is not None else torch.arange(len(hidden), device=hidden.device)
     z = hidden[rows].to(call.dtype) @ weight.to(call.dtype).T / call.row_temperatures(rows)
     logp = z.log_softmax(-1)
@@ -160,10 +161,13 @@ def _run(call: Call, hidden: Tensor, weight: Tensor, params: Sequence[Tensor], n
     """Stream the live rows: the loss, and its gradients to hidden, weight and params where they are needed."""
     count = len(hidden) if call.rows is None else len(call.rows)
     products = head_products.HeadProducts(
-        hidden, weight, call.rows, min(call.chunk, count), call.dtype, needs[0], needs[1], call.grad_weight
-    )
+        hidden, weight, call.rows, chunk=min(call.chunk, count), dtype=call.dtype,
+        hidden_grad=needs[0], weight_grad=needs[1], grad_weight=call.grad_weight,
+    )  # fmt: skip
     backward = any(needs) or call.grad_weight is not None
-    d_params = [torch.zeros_like(p, dtype=call.dtype) if need else None for p, need in zip(params, needs[2:], strict=True)]
+    d_params = [
+        torch.zeros_like(p, dtype=call.dtype) if need else None for p, need in zip(params, needs[2:], strict=True)
+    ]
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for pieces in call.pieces(count):
         rows = products.row_numbers(slice(pieces[0].start, pieces[-1].stop))
@@ -195,9 +199,9 @@ def _differentiate(call, statistics, rows, params, d_params, backward):
             "Use out.logprob without detach() or no_grad()."
         )
     wanted = [p for p, d in zip(params, d_params, strict=True) if d is not None]
-    _refuse_captured(losses, [*leaves.values(), *wanted])
+    loss_contract.refuse_captured(losses, [*leaves.values(), *wanted])
     if os.environ.get("FUSERL_DEBUG") and call.spans is None:
-        _refuse_coupled(call, leaves, rows, losses)
+        loss_contract.refuse_coupled(lambda part: call.token_loss(Outputs(**part(leaves)), part(rows)), losses)
     ones = torch.ones_like(losses)
     gradients = torch.autograd.grad(losses, [*leaves.values(), *wanted], grad_outputs=ones, allow_unused=True)
     accumulators = [d for d in d_params if d is not None]
@@ -253,39 +257,6 @@ def _compact(logits: Tensor, alive: Tensor) -> None:
             logits[k] = logits[row]
 
 
-def _refuse_captured(losses: Tensor, known: Sequence[Tensor]) -> None:
-    """Raise if the loss reaches a trainable tensor whose gradient would be lost."""
-    known_ids = {id(leaf) for leaf in known}
-    pending, seen = [losses.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known_ids:
-            raise ValueError(
-                f"linear_policy_loss: token_loss must reach trainable tensors only through out and params=; got one of "
-                f"shape {tuple(leaf.shape)} that it captured, whose gradient would be lost. Pass it in params=, or "
-                "detach it."
-            )
-        pending += [following for following, _ in node.next_functions]
-
-
-def _refuse_coupled(call, leaves, rows, losses) -> None:
-    """Raise if a row's loss changes when it is evaluated without the others: the scope says that rows are independent."""
-    half = (len(rows) + 1) // 2
-    for part in (slice(0, half), slice(half, len(rows))):
-        with torch.no_grad():
-            result = call.token_loss(Outputs(**{name: leaf[part] for name, leaf in leaves.items()}), rows[part])
-        alone = result[0] if isinstance(result, tuple) else result
-        if not torch.allclose(alone, losses[part], rtol=1e-4, atol=1e-7, equal_nan=True):
-            raise ValueError(
-                "linear_policy_loss: with scope='token' each row's loss must depend on that row only; got other values "
-                "for half of the rows. Use scope='rollout', or normalise by counts fixed before the call."
-            )
-
-
 def _cut(begin: int, end: int, chunk: int) -> list[slice]:
     return [slice(at, min(at + chunk, end)) for at in range(begin, end, chunk)]
 
@@ -314,9 +285,8 @@ def linear_policy_loss(
         loss = sum_n token_loss(out, rows)[n],    out.logprob = log_softmax(hidden @ weight.T / temperature)[ids]
 
     Args:
-        hidden: (N, D) float32, bfloat16, float16 or float64, the state that predicts each token.
+        hidden: (N, D) float32, bfloat16, float16 or float64, the state that predicts each token of ids, (N,) int64.
         weight: (V, D), the head, of hidden's dtype; its gradient is skipped when it requires none.
-        ids: (N,) int64, the tokens.
         token_loss: called as token_loss(out, rows) with out.<output> (n,) float32 for each requested output and rows
             (n,) int64, their indices in hidden. Returns one loss per row, already normalised, or that and a dict of
             statistics (n,). Evaluated once per chunk under autograd.
@@ -340,93 +310,17 @@ def linear_policy_loss(
     Raises:
         ValueError: on a wrong shape, dtype, device or name, and when token_loss captures a trainable tensor.
 
-    Memory: one chunk of float32 logits (on GPU and its gradient in hidden's dtype), and the returned gradients.
-    A second derivative raises. Sibling: `token_logprob` starts from logits.
+    Memory: one chunk of float32 logits (on GPU its gradient too), the returned gradients. Sibling: `token_logprob`.
     """
     outputs = tuple(outputs)
-    _check(hidden, weight, ids, outputs, scope, live, grad_weight)
-    spans = _spans(offsets, live, len(hidden)) if scope == "rollout" else None
+    loss_contract.check(hidden, weight, ids, outputs=outputs, scope=scope, live=live, grad_weight=grad_weight)
+    spans = loss_contract.live_spans(offsets, live, len(hidden)) if scope == "rollout" else None
     row_temperature, temperature = split_temperature("linear_policy_loss", temperature, ids)
+    rows = None if live is None or bool(live.all()) else live.nonzero().squeeze(-1).to(ids.device)
     call = Call(
-        ids=ids,
-        token_loss=token_loss,
-        outputs=outputs,
-        rows=None if live is None or bool(live.all()) else live.nonzero().squeeze(-1).to(ids.device),
-        spans=spans,
-        chunk=chunk or head_products.default_chunk(hidden, weight),
-        temperature=temperature,
-        row_temperature=row_temperature,
-        grad_weight=grad_weight if torch.is_grad_enabled() else None,
-        backward=torch.is_grad_enabled(),
-        dtype=softmax_rows.accumulator(hidden.dtype),
-        backend=choose("linear_policy_loss", IMPLS, hidden.device, backend),
-    )
-    if call.backend == "reference" and grad_weight is not None:
-        raise ValueError("linear_policy_loss: the reference cannot add to grad_weight; got one. Use another backend.")
+        ids, token_loss, outputs, rows, spans, chunk or head_products.default_chunk(hidden, weight), temperature,
+        row_temperature, grad_weight if torch.is_grad_enabled() else None, torch.is_grad_enabled(),
+        softmax_rows.accumulator(hidden.dtype), choose("linear_policy_loss", IMPLS, hidden.device, backend),
+    )  # fmt: skip
     loss = IMPLS[call.backend](call, hidden, weight, *params)
     return loss, Outputs(**call.out), call.stats
-
-
-def _spans(offsets: Tensor | None, live: Tensor | None, count: int) -> list[tuple[int, int]]:
-    """Each live rollout's [begin, end) among the live rows."""
-    if offsets is None or offsets.device.type != "cpu":
-        raise ValueError(
-            f"linear_policy_loss: offsets must be a host tensor for scope 'rollout'; got "
-            f"{offsets if offsets is None else offsets.device}. Pass the (B + 1,) row offsets of the rollouts."
-        )
-    bounds = offsets.tolist()
-    if bounds[:1] != [0] or bounds[-1] != count or bounds != sorted(bounds):
-        raise ValueError(
-            f"linear_policy_loss: offsets must rise from 0 to {count}, the rows of hidden; got {bounds[0]} to "
-            f"{bounds[-1]}. Pass the (B + 1,) row offsets of the rollouts."
-        )
-    spans, position = [], 0
-    for begin, end in zip(bounds, bounds[1:], strict=False):
-        kept = end - begin if live is None else int(live[begin:end].sum())
-        if kept not in (0, end - begin):
-            raise ValueError(
-                f"linear_policy_loss: live must be constant within a rollout for scope 'rollout'; got {kept} of "
-                f"{end - begin} rows in the one at row {begin}. A rollout's loss needs all of its rows."
-            )
-        if kept:
-            spans.append((position, position + kept))
-            position += kept
-    return spans
-
-
-def _check(hidden, weight, ids, outputs, scope, live, grad_weight) -> None:
-    def require(condition: bool, contract: str, got: object, cure: str) -> None:
-        if not condition:
-            raise ValueError(f"linear_policy_loss: {contract}; got {got}. {cure}")
-
-    require(hidden.dim() == 2, "hidden must be (N, D)", tuple(hidden.shape), "Flatten (B, T, D) and drop padding.")
-    require(
-        weight.dim() == 2 and weight.shape[1] == hidden.shape[1],
-        f"weight must be (V, {hidden.shape[1]})", tuple(weight.shape), "Pass the head's weight, not its transpose.",
-    )  # fmt: skip
-    require(
-        weight.dtype == hidden.dtype and weight.device == hidden.device,
-        f"weight must be {hidden.dtype} on {hidden.device} like hidden", f"{weight.dtype} on {weight.device}",
-        "Convert one to the other.",
-    )  # fmt: skip
-    require(
-        ids.shape == hidden.shape[:1] and ids.dtype == torch.int64 and ids.device == hidden.device,
-        f"ids must be ({len(hidden)},) int64 on {hidden.device}", f"{tuple(ids.shape)} {ids.dtype} on {ids.device}",
-        "Pass one token per row of hidden.",
-    )  # fmt: skip
-    unknown = [name for name in outputs if name not in OUTPUTS]
-    require(not unknown and bool(outputs), f"outputs must be among {', '.join(OUTPUTS)}", outputs, "Correct the name.")
-    require(scope in SCOPES, f"scope must be one of {SCOPES}", repr(scope), "Use 'rollout' for sequence-level losses.")
-    if live is not None:
-        require(
-            live.shape == ids.shape and live.dtype == torch.bool and live.device.type == "cpu",
-            f"live must be ({len(hidden)},) bool on the host", f"{tuple(live.shape)} {live.dtype} on {live.device}",
-            "Make it where the rewards are: reading it from a device would wait.",
-        )  # fmt: skip
-    if grad_weight is not None:
-        require(
-            grad_weight.shape == weight.shape and grad_weight.device == weight.device
-            and grad_weight.dtype == softmax_rows.accumulator(weight.dtype),
-            f"grad_weight must be {tuple(weight.shape)} float32 on {weight.device}",
-            f"{tuple(grad_weight.shape)} {grad_weight.dtype} on {grad_weight.device}", "Allocate it with torch.zeros.",
-        )  # fmt: skip

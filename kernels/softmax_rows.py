@@ -32,6 +32,10 @@ STATISTICS_LAUNCH = {"SEGMENT": 16384, "DEPTH": 4, "LANES": 1024, "num_warps": 4
 GRADIENT_LAUNCH = {"BLOCK": 8192, "num_warps": 8, "enable_fp_fusion": True}
 MERGE_LAUNCH = {"ROWS": 8, "num_warps": 4, "enable_fp_fusion": False}
 
+# No recompilation for another length or temperature, nor for where a vector of one number per row happens to lie.
+_ROW_VECTORS = ["id_ptr", "lse_ptr", "coefficients_ptr", "row_temperature_ptr", "partial_ptr", "statistics_ptr"]
+_SPECIALIZE = {"do_not_specialize": ["temperature", "N", "R"], "do_not_specialize_on_alignment": _ROW_VECTORS}
+
 # Which rows of the full list above a caller gets, by how many it asks for.
 _CHOSEN_ROWS = {3: [0, 1, 2], 4: [0, 1, 2, 3], 6: [0, 1, 2, 4, 5, 6], 7: [0, 1, 2, 3, 4, 5, 6]}
 
@@ -93,7 +97,7 @@ def _merged(top, total, weighted, scale, axis: tl.constexpr):
     return greatest, tl.sum(weight * total, axis), tl.sum(weight * (weighted + gap * total), axis), weight
 
 
-@triton.jit(do_not_specialize=["temperature", "N", "R"])
+@triton.jit(**_SPECIALIZE)
 def _segment_kernel(
     x_ptr, row_temperature_ptr, partial_ptr, temperature, N, R, V, stride_a, stride_r,
     MORE: tl.constexpr, SEGMENT: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
@@ -142,7 +146,7 @@ def _segment_kernel(
         tl.store(partial_ptr + 4 * plane, tl.sum(linear))
 
 
-@triton.jit(do_not_specialize=["temperature", "N", "R"])
+@triton.jit(**_SPECIALIZE)
 def _merge_kernel(
     x_ptr, id_ptr, row_temperature_ptr, partial_ptr, statistics_ptr, temperature, N, R, V, stride_a, stride_r, segments,
     ERROR: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -188,7 +192,7 @@ def _merge_kernel(
         tl.store(statistics_ptr + 5 * N, tl.where(defined, (x == top).to(dtype), total), inside)
 
 
-@triton.jit(do_not_specialize=["temperature", "N", "R"])
+@triton.jit(**_SPECIALIZE)
 def _gradient_kernel(
     x_ptr, id_ptr, lse_ptr, coefficients_ptr, row_temperature_ptr, out_ptr, temperature, N, R, V, stride_a, stride_r,
     out_stride_a, out_stride_r, ERROR: tl.constexpr, BLOCK: tl.constexpr,
@@ -210,9 +214,9 @@ def _gradient_kernel(
         temperature = tl.load(row_temperature_ptr + row)
     scale = tl.full([BLOCK], 1.0 / temperature, a.dtype)
 
-    # A dead row goes through as x = lse = 0, which its coefficients turn into 0.
+    # A dead row goes through unread as p = 0, and so does what lies beyond the row.
     x_ptr += _row_offset(row, R, stride_a, stride_r)
-    x = tl.load(x_ptr + v, v < tl.where(live, V, 0), other=0.0).to(a.dtype)
+    x = tl.load(x_ptr + v, v < tl.where(live, V, 0), other=float("-inf")).to(a.dtype)
     lse = tl.load(lse_ptr + row, live, other=0.0)
     logp = tl.fma(x, scale, tl.full([BLOCK], -lse, a.dtype))
     if ERROR:
@@ -233,7 +237,7 @@ def _triton_statistics(logits, ids, temperature, row_temperature, rows):
     statistics = logits.new_empty((rows, A * R), dtype=accumulator(logits.dtype))
     partial = statistics.new_empty((5 if rows > 4 else 3, A * R, segments))
     row_temperature = _precise(temperature, row_temperature, logits, A * R)
-    sizes = temperature, A * R, R, V, *logits.stride()[:2]
+    sizes = temperature, A * R, R, V, *_strides(logits)
     with torch.cuda.device_of(logits):
         _segment_kernel[(A * R * segments,)](
             logits, row_temperature, partial, *sizes, MORE=rows > 4, **STATISTICS_LAUNCH
@@ -248,12 +252,17 @@ def _triton_statistics(logits, ids, temperature, row_temperature, rows):
 def _triton_gradient(logits, ids, lse, coefficients, temperature, row_temperature, out):
     A, R, V = logits.shape
     row_temperature = _precise(temperature, row_temperature, logits, A * R)
-    sizes = temperature, A * R, R, V, *logits.stride()[:2], *out.stride()[:2]
+    sizes = temperature, A * R, R, V, *_strides(logits), *_strides(out)
     with torch.cuda.device_of(logits):
         _gradient_kernel[(A * R * triton.cdiv(V, GRADIENT_LAUNCH["BLOCK"]),)](
             logits, ids, lse, coefficients, row_temperature, out, *sizes,
             ERROR=lse.dim() == 2, **GRADIENT_LAUNCH,
         )  # fmt: skip
+
+
+def _strides(x):
+    """The strides that address a row; that of a single leading index only tells lengths apart, so it is left out."""
+    return x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)
 
 
 def _precise(temperature, row_temperature, logits, N):

@@ -33,26 +33,25 @@ def _forward(logits, ids, row_temperature, temperature, inplace, backend):
     backend = choose("token_logprob", IMPLS, logits.device, backend)
     flat = ids.reshape(-1).contiguous()
     statistics = softmax_rows.forward(_rows(logits), flat, temperature, row_temperature, 4, backend)
-    return statistics[0].view(ids.shape).clone(), statistics[1].view(ids.shape).clone(), statistics[2:].clone()
+    return statistics[0].view(ids.shape).clone(), statistics[1].view(ids.shape).clone(), statistics[1:].clone()
 
 
-def _gradient(logits, ids, row_temperature, temperature, entropy, lse, g_logprob, g_entropy, out, backend):
-    backend = choose("token_logprob", IMPLS, logits.device, backend)
-    g_logprob, g_entropy, entropy = g_logprob.reshape(-1), g_entropy.reshape(-1), entropy.reshape(-1)
-    zero = torch.zeros_like(g_logprob)
-    coefficients = torch.stack([zero, -g_logprob - g_entropy * entropy, -g_entropy, zero, g_logprob])
-    rows = _rows(logits), ids.reshape(-1).contiguous(), lse, coefficients
-    softmax_rows.gradient(*rows, temperature, row_temperature, _rows(out), backend)
-
-
-def _backward(logits, ids, row_temperature, temperature, entropy, lse, g_logprob, g_entropy, backend):
+def _backward(logits, *arguments):
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _gradient(logits, ids, row_temperature, temperature, entropy, lse, g_logprob, g_entropy, out, backend)
+    _write_gradient(out, logits, *arguments)
     return out
 
 
-def _backward_(logits, ids, row_temperature, temperature, entropy, lse, g_logprob, g_entropy, backend):
-    _gradient(logits, ids, row_temperature, temperature, entropy, lse, g_logprob, g_entropy, logits, backend)
+def _backward_(logits, *arguments):
+    _write_gradient(logits, logits, *arguments)
+
+
+def _write_gradient(out, logits, ids, row_temperature, temperature, kept, g, backend):
+    backend = choose("token_logprob", IMPLS, logits.device, backend)
+    (g_logprob, g_entropy), zero = g.flatten(1), torch.zeros_like(kept[0])
+    coefficients = torch.stack([zero, -g_logprob - g_entropy * kept[0], -g_entropy, zero, g_logprob])
+    rows = _rows(logits), ids.reshape(-1).contiguous(), kept[1:], coefficients
+    softmax_rows.gradient(*rows, temperature, row_temperature, _rows(out), backend)
 
 
 def _rows(logits: Tensor) -> Tensor:
@@ -66,12 +65,12 @@ def _rows(logits: Tensor) -> Tensor:
 
 def _setup_context(ctx, inputs, output):
     logits, ids, row_temperature, ctx.temperature, ctx.inplace, ctx.backend = inputs
-    ctx.save_for_backward(logits, ids, row_temperature, output[1], output[2])
+    ctx.save_for_backward(logits, ids, row_temperature, output[2])
 
 
-def _autograd(ctx, g_logprob, g_entropy, _g_lse):
-    logits, ids, row_temperature, entropy, lse = ctx.saved_tensors
-    arguments = (logits, ids, row_temperature, ctx.temperature, entropy, lse, g_logprob, g_entropy, ctx.backend)
+def _autograd(ctx, g_logprob, g_entropy, _g_kept):
+    logits, ids, row_temperature, kept = ctx.saved_tensors
+    arguments = logits, ids, row_temperature, ctx.temperature, kept, torch.stack([g_logprob, g_entropy]), ctx.backend
     if not ctx.inplace:
         return torch.ops.fuserl.token_logprob_backward(*arguments), None, None, None, None, None
     torch.ops.fuserl.token_logprob_backward_(*arguments)
@@ -80,7 +79,7 @@ def _autograd(ctx, g_logprob, g_entropy, _g_lse):
 
 
 _ROW = "Tensor logits, Tensor ids, Tensor? row_temperature, float temperature"
-_GRADIENTS = "Tensor entropy, Tensor lse, Tensor g_logprob, Tensor g_entropy, str? backend"
+_GRADIENTS = "Tensor kept, Tensor g, str? backend"
 _library = torch.library.Library("fuserl", "FRAGMENT")
 _library.define(f"token_logprob({_ROW}, bool inplace_backward, str? backend) -> (Tensor, Tensor, Tensor)")
 _library.define(f"token_logprob_backward({_ROW}, {_GRADIENTS}) -> Tensor")
@@ -95,7 +94,7 @@ torch.library.register_autograd("fuserl::token_logprob", _autograd, setup_contex
 def _fake_forward(logits, ids, row_temperature, temperature, inplace, backend):
     dtype = softmax_rows.accumulator(logits.dtype)
     logprob, entropy = (logits.new_empty(ids.shape, dtype=dtype) for _ in range(2))
-    return logprob, entropy, logits.new_empty((2, ids.numel()), dtype=dtype)
+    return logprob, entropy, logits.new_empty((3, ids.numel()), dtype=dtype)
 
 
 @torch.library.register_fake("fuserl::token_logprob_backward", lib=_library)
@@ -155,7 +154,9 @@ def split_temperature(op: str, temperature: float | Tensor, ids: Tensor) -> tupl
             raise ValueError(f"{op}: temperature must be positive; got {temperature}. Use argmax for greedy choices.")
         return None, float(temperature)
     if temperature.requires_grad:
-        raise ValueError(f"{op}: temperature must not require a gradient; got one that does. Pass temperature.detach().")
+        raise ValueError(
+            f"{op}: temperature must not require a gradient; got one that does. Pass temperature.detach()."
+        )
     return temperature.to(ids.device).expand(ids.shape).reshape(-1).contiguous(), 1.0
 
 

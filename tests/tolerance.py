@@ -35,10 +35,10 @@ def check(name, got, truth, plain, *dtypes):
 
 
 def check_rows(name, got, truth, plain, *dtypes, ids=None):
-    """Assert row-wise closeness of gradients (N, V): each row's norm of the error within 2x plain's + 4 eps of its norm.
+    """Assert closeness of gradients (N, V) row by row: the error's norm within 2x plain's + 4 eps of the row's norm.
 
-    With `ids` these are gradients of logits: the chosen token's column is compared apart, so that its large entry cannot
-    hide the others, and elements are compared too. An element of a product is a sum that may cancel: rows only.
+    With `ids` these are gradients of logits: the chosen token's column is compared apart, so that its large entry
+    cannot hide the others, and elements are compared too. An element of a product is a sum that may cancel: rows only.
     """
     got, truth, plain = (t.double().reshape(-1, t.shape[-1]) for t in (got, truth, plain))
     if ids is not None:

@@ -32,10 +32,10 @@ struct Moments {
 
 struct Statistics {
   std::vector<Moments> groups;
-  Moments all;
+  Moments all;  // only when asked for: its sums are one long chain of dependent additions
 
   template <class T>
-  Statistics(const T* rewards, const std::int64_t* group, std::int64_t n, int ddof) {
+  Statistics(const T* rewards, const std::int64_t* group, std::int64_t n, bool of_all, int ddof) : of_all_(of_all) {
     groups.resize(n ? static_cast<std::size_t>(*std::max_element(group, group + n)) + 1 : 0);
     for (std::int64_t i = 0; i < n; ++i) both(group[i], [&](Moments& m) { m.add(static_cast<double>(rewards[i])); });
     each([](Moments& m) { m.set_mean(); });
@@ -48,19 +48,21 @@ struct Statistics {
   template <class F>
   void both(std::int64_t id, F&& f) {
     f(groups[static_cast<std::size_t>(id)]);
-    f(all);
+    if (of_all_) f(all);
   }
   template <class F>
   void each(F&& f) {
     for (Moments& m : groups) f(m);
     f(all);
   }
+
+  bool of_all_;
 };
 
 template <class T>
 void advantages(const T* rewards, const std::int64_t* group, T* out, std::int64_t n, Baseline baseline, Scale scale,
                 int ddof, double eps) {
-  const Statistics statistics(rewards, group, n, ddof);
+  const Statistics statistics(rewards, group, n, scale == Scale::batch_std, ddof);
   const Moments& all = statistics.all;
   const bool within_group = baseline != Baseline::none || scale == Scale::group_std;
   for (std::int64_t i = 0; i < n; ++i) {

@@ -27,6 +27,7 @@ struct Job {
 
 class Pool {
  public:
+  // While another caller holds the pool the work runs on the caller alone.
   void run(Job& job, int helpers) {
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     if (!turn) return job.work();
@@ -76,44 +77,50 @@ class Pool {
   int seated_ = 0;  // workers inside it
 };
 
-// Never freed: detached workers sleep in it until the process ends. A forked child has none of them and takes a new one.
-std::atomic<Pool*> pool{nullptr};
-std::atomic<TeamRunner> borrowed{nullptr};
 std::mutex creation;
+// Never freed: detached workers sleep in it until the process ends.
+std::atomic<Pool*> pool{nullptr};
+std::atomic<TeamRunner> team{nullptr};
 
-Pool& current() {
+// No thread but the caller's survives fork(): the child drops the team and makes a pool of its own.
+void forked() {
+  pool.store(nullptr, std::memory_order_relaxed);
+  team.store(nullptr, std::memory_order_relaxed);
+  creation.unlock();
+}
+
+void watch_fork() {
+  static const int registered = pthread_atfork([] { creation.lock(); }, [] { creation.unlock(); }, forked);
+  static_cast<void>(registered);
+}
+
+Pool& own_pool() {
   if (Pool* existing = pool.load(std::memory_order_acquire)) return *existing;
+  watch_fork();
   std::lock_guard<std::mutex> lock(creation);
-  if (!pool.load(std::memory_order_relaxed)) {
-    static const int registered = pthread_atfork([] { creation.lock(); }, [] { creation.unlock(); },
-                                                 [] {
-                                                   pool.store(nullptr, std::memory_order_relaxed);
-                                                   borrowed.store(nullptr, std::memory_order_relaxed);
-                                                   creation.unlock();
-                                                 });
-    static_cast<void>(registered);
-    pool.store(new Pool, std::memory_order_release);
-  }
+  if (!pool.load(std::memory_order_relaxed)) pool.store(new Pool, std::memory_order_release);
   return *pool.load(std::memory_order_relaxed);
 }
 
 }  // namespace
 
-void borrow_team(TeamRunner runner) { borrowed.store(runner, std::memory_order_relaxed); }
+void lend_team(TeamRunner run) {
+  watch_fork();
+  team.store(run, std::memory_order_relaxed);
+}
 
 void parallel_for(std::int64_t n, std::int64_t grain, int threads,
                   void (*body)(void* context, std::int64_t begin, std::int64_t end), void* context) {
   if (n <= 0) return;
   grain = std::max<std::int64_t>(grain, 1);
   const std::int64_t chunks = (n + grain - 1) / grain;
-  const int helpers = static_cast<int>(std::min<std::int64_t>({threads - 1, chunks - 1, 1023}));
-  if (helpers <= 0) return body(context, 0, n);
+  if (threads <= 1 || chunks == 1) return body(context, 0, n);
   Job job{n, grain, body, context};
-  Pool& own = current();
-  if (TeamRunner run = borrowed.load(std::memory_order_relaxed))
-    run([](void* j) { static_cast<Job*>(j)->work(); }, &job, static_cast<unsigned>(helpers) + 1, 0);
+  // The whole team even for few chunks: OpenMP ends the threads that a smaller one leaves out, and makes them anew.
+  if (const TeamRunner run = team.load(std::memory_order_relaxed))
+    run([](void* shared) { static_cast<Job*>(shared)->work(); }, &job, static_cast<unsigned>(threads), 0);
   else
-    own.run(job, helpers);
+    own_pool().run(job, static_cast<int>(std::min<std::int64_t>({threads - 1, chunks - 1, 1023})));
 }
 
 }  // namespace fuserl

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -128,8 +129,12 @@ Problem checked(const char* function, const TensorView& logits, const TensorView
           row_temperature, temperature};
 }
 
-// Rows a thread takes at once: about 64k logits, at least one row.
-std::int64_t grain(std::int64_t vocab) { return 1 + 65536 / (vocab + 1); }
+// Rows a thread takes at once: 32k logits at least, for the hand-over costs; up to 256k where rows are many, for what was
+// prefetched beyond the last row is lost.
+std::int64_t grain(const Problem& problem, int threads) {
+  const std::int64_t least = 1 + 32768 / (problem.vocab + 1), most = 1 + 262144 / (problem.vocab + 1);
+  return std::max(least, std::min(most, problem.rows / (8 * std::max(threads, 1))));
+}
 
 // ---- forward
 
@@ -137,18 +142,31 @@ struct Forward : Problem {
   TensorView statistics;
 };
 
+// Neumaier's sum: f64 is there to be exact, and a plain sum over a vocabulary loses two digits.
+struct ExactSum {
+  double sum = 0, lost = 0;
+
+  void add(double x) {
+    const double next = sum + x;
+    lost += std::abs(sum) >= std::abs(x) ? (sum - next) + x : (x - next) + sum;
+    sum = next;
+  }
+  double total() const { return std::isfinite(lost) ? sum + lost : sum; }
+};
+
 RowSums sums_f64(const double* x, std::int64_t vocab, double temperature) {
-  RowSums sums = {-std::numeric_limits<double>::infinity(), 0, 0, 0, 0};
-  for (std::int64_t v = 0; v < vocab; ++v) sums.max = x[v] > sums.max ? x[v] : sums.max;
-  const double reference = std::isinf(sums.max) && sums.max < 0 ? 0 : sums.max;
+  double max = -std::numeric_limits<double>::infinity();
+  for (std::int64_t v = 0; v < vocab; ++v) max = x[v] > max ? x[v] : max;
+  const double reference = std::isinf(max) && max < 0 ? 0 : max;
+  ExactSum exp, weighted, logit, squared;
   for (std::int64_t v = 0; v < vocab; ++v) {
     const double d = x[v] - reference, e = std::exp(d / temperature);
-    sums.exp += e;
-    sums.weighted_exp += e == 0 ? 0 : d * e;
-    sums.logit += x[v];
-    sums.squared_exp += e * e;
+    exp.add(e);
+    weighted.add(e == 0 ? 0 : d * e);
+    logit.add(x[v]);
+    squared.add(e * e);
   }
-  return sums;
+  return {max, exp.total(), weighted.total(), logit.total(), squared.total()};
 }
 
 void write_statistics(const Forward& problem, std::int64_t n, const RowSums& sums, double chosen, double temperature) {
@@ -263,7 +281,7 @@ void softmax_rows_forward(const TensorView& logits, const TensorView& ids, const
   if (kinds != 3 && kinds != 4 && kinds != 6 && kinds != 7)
     refuse(function, "statistics must have 3, 4, 6 or 7 rows", shape_text(statistics), "Allocate one of those.");
   check_dense(function, "statistics", statistics, dtype, Device::cpu, {kinds, problem.rows});
-  parallel_for(problem.rows, grain(problem.vocab), threads, forward_rows, &problem);
+  parallel_for(problem.rows, grain(problem, threads), threads, forward_rows, &problem);
 }
 
 void softmax_rows_gradient(const TensorView& logits, const TensorView& ids, const TensorView& lse,
@@ -283,7 +301,7 @@ void softmax_rows_gradient(const TensorView& logits, const TensorView& ids, cons
   else
     check_dense(function, "lse", lse, dtype, Device::cpu, {problem.rows});
   check_dense(function, "coefficients", coefficients, dtype, Device::cpu, {5, problem.rows});
-  parallel_for(problem.rows, grain(problem.vocab), threads, gradient_rows, &problem);
+  parallel_for(problem.rows, grain(problem, threads), threads, gradient_rows, &problem);
 }
 
 }  // namespace cpu

@@ -101,7 +101,10 @@ FUSERL_INLINE void add_group(BlockSums& sums, const T* p, float reference, float
   for (int k = 0; k < 4; ++k) {
     x[k] = load(p + k * width);
     d[k] = maximum(floor, x[k] - reference);
-    e[k] = exp2_scaled(d[k], exp2_scale) - floor_exp;
+  }
+  exp2_scaled(e, d, exp2_scale);
+  for (int k = 0; k < 4; ++k) {
+    e[k] -= floor_exp;
     if (All) sums.squared_exp += maximum(broadcast(0x1p-60f), e[k]) * e[k];
   }
   if (All) sums.logit += (x[0] + x[1]) + (x[2] + x[3]);
@@ -154,11 +157,13 @@ struct GradientConstants {
 
 template <class T>
 FUSERL_INLINE void gradient_group(const T* p, T* out, const GradientConstants& k) {
-  for (int i = 0; i < group; i += width) {
-    const Floats d = maximum(k.floor, load(p + i) - k.g.reference);
-    const Floats prob = (exp2_scaled(d, k.g.exp2_scale) - k.floor_exp) * k.g.p_factor;
-    const Floats logp = d * k.g.inverse_temperature - k.g.shift;
-    store(out + i, prob * (k.g.d * prob + (k.g.c * logp + k.g.b)) + k.g.a);
+  Floats d[4], prob[4];
+  for (int i = 0; i < 4; ++i) d[i] = maximum(k.floor, load(p + i * width) - k.g.reference);
+  exp2_scaled(prob, d, k.g.exp2_scale);
+  for (int i = 0; i < 4; ++i) {
+    prob[i] = (prob[i] - k.floor_exp) * k.g.p_factor;
+    const Floats logp = d[i] * k.g.inverse_temperature - k.g.shift;
+    store(out + i * width, prob[i] * (k.g.d * prob[i] + (k.g.c * logp + k.g.b)) + k.g.a);
   }
 }
 

@@ -45,13 +45,28 @@ FUSERL_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 FUSERL_INLINE Floats load(const float* p) { return *reinterpret_cast<const UnalignedFloats*>(p); }
 FUSERL_INLINE void store(float* p, Floats x) { *reinterpret_cast<UnalignedFloats*>(p) = x; }
 
+// Intrinsics where GCC 12 takes the vectors apart for __builtin_convertvector, and in their masked form, because the
+// plain one makes it warn about its own header.
+#if defined(__AVX512F__)
+constexpr __mmask16 every = 0xffff;
 FUSERL_INLINE Words load_words(const void* p) {
-  const Halves bits = *static_cast<const UnalignedHalves*>(p);
-  return __builtin_convertvector(bits, Words);
+  return (Words)_mm512_maskz_cvtepu16_epi32(every, _mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+FUSERL_INLINE void store_words(void* p, Words x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(every, (__m512i)x));
+}
+#else
+FUSERL_INLINE Words load_words(const void* p) {
+#if defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(*static_cast<const UnalignedHalves*>(p), Words);
+#endif
 }
 FUSERL_INLINE void store_words(void* p, Words x) {
   *static_cast<UnalignedHalves*>(p) = __builtin_convertvector(x, Halves);
 }
+#endif
 
 FUSERL_INLINE Floats load(const Bf16* p) { return as_floats(load_words(p) << 16); }
 FUSERL_INLINE void store(Bf16* p, Floats x) {
@@ -61,7 +76,6 @@ FUSERL_INLINE void store(Bf16* p, Floats x) {
 }
 
 #if defined(__AVX512F__)
-constexpr __mmask16 every = 0xffff;  // the unmasked forms make GCC 12 warn about its own header
 FUSERL_INLINE Floats load(const F16* p) {
   return (Floats)_mm512_maskz_cvtph_ps(every, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -99,18 +113,25 @@ FUSERL_INLINE void store(F16* p, Floats x) {
 }
 #endif
 
-// 2^(x scale) for -126 <= x scale <= 126, to 1 ulp where the product is exact (FMA); exactly 1 at x = 0.
-FUSERL_INLINE Floats exp2_scaled(Floats x, float scale) {
+// x[i] = 2^(x[i] scale) for -126 <= x scale <= 126, to 1 ulp where the product is exact (FMA); exactly 1 at x = 0.
+// Several vectors a step: one alone would wait for the latency of each operation of its polynomial.
+template <int count>
+FUSERL_INLINE void exp2_scaled(Floats (&result)[count], const Floats (&x)[count], float scale) {
   constexpr float round = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-  const Floats shifted = x * scale + round;
-  const Floats f = x * scale - (shifted - round);
-  Floats p = f * 0x1.41fbbcp-13f + 0x1.5f3e52p-10f;
-  p = p * f + 0x1.3b2d4cp-7f;
-  p = p * f + 0x1.c6aee8p-5f;
-  p = p * f + 0x1.ebfbdcp-3f;
-  p = p * f + 0x1.62e43p-1f;
-  p = p * f + 1.0f;
-  return as_floats(as_words(p) + (as_words(shifted) << 23));
+  constexpr float coefficients[] = {0x1.5f3e52p-10f, 0x1.3b2d4cp-7f, 0x1.c6aee8p-5f, 0x1.ebfbdcp-3f, 0x1.62e43p-1f, 1.0f};
+  Floats shifted[count], f[count], p[count];
+  for (int i = 0; i < count; ++i) shifted[i] = x[i] * scale + round;
+  for (int i = 0; i < count; ++i) f[i] = x[i] * scale - (shifted[i] - round);
+  for (int i = 0; i < count; ++i) p[i] = broadcast(0x1.41fbbcp-13f);
+  for (const float c : coefficients)
+    for (int i = 0; i < count; ++i) p[i] = p[i] * f[i] + c;
+  for (int i = 0; i < count; ++i) result[i] = as_floats(as_words(p[i]) + (as_words(shifted[i]) << 23));
+}
+
+FUSERL_INLINE Floats exp2_scaled(Floats x, float scale) {
+  Floats result[1];
+  exp2_scaled<1>(result, {x}, scale);
+  return result[0];
 }
 
 }  // namespace

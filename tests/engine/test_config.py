@@ -58,6 +58,7 @@ def test_defaults_of_the_algorithm_are_the_vetted_ones():
         ("steps", True, "steps must be an integer >= 1; got True"),
         ("steps", None, "steps must be an integer >= 1; got None"),
         ("lr", 0.0, "lr must be a number > 0.0; got 0.0"),
+        ("lr", True, "lr must be a number > 0.0; got True"),
         ("lr", float("nan"), "lr must be a number > 0.0; got nan"),
         ("high", float("inf"), "high must be a number >= 0.0; got inf"),
         ("top_p", 1.5, "top_p must be a number > 0.0 and <= 1.0; got 1.5"),

@@ -115,6 +115,7 @@ def test_live_display_shows_step_reward_speed_and_time(tmp_path, capsys, monkeyp
     live.start()
     live.show({"step": 0, "accuracy": 0.5, "correct": 100, "problems": 200})
     live.show(row(2))
+    assert live._progress.tasks[0].percentage == pytest.approx(100 / 3)
     live.stop()
     out = capsys.readouterr().out
     for shown in (

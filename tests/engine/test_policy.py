@@ -141,5 +141,5 @@ def test_update_lowers_the_loss_of_what_it_imitates():
 def test_head_that_is_more_than_a_product_is_refused():
     model = tiny_model()
     model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="one matrix product.*final_logit_softcapping"):
+    with pytest.raises(ValueError, match=r"one matrix product.*final_logit_softcapping"):
         policy(model)

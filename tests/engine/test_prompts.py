@@ -66,6 +66,11 @@ def test_prompts_are_a_function_of_seed_and_step(name, tmp_path):
     assert len(set(asked(first(3)))) == 8
 
 
+def test_steps_walk_through_the_rows_without_overlap(tmp_path):
+    sample = prompts.sampler(config(numbered(tmp_path, 94)))  # 40 rows are left to train on
+    assert len({text for step in range(1, 6) for text in asked(sample(step))}) == 40
+
+
 def test_neighbouring_steps_and_seeds_of_a_generator_do_not_repeat_each_other():
     task = prompts.task("reasoning_gym:chain_sum:max_terms=6,max_digits=4", held_out=1)
     draws = [text for seed in range(4) for start in range(8) for text in asked(task.drawn(seed, start, 20))]

@@ -65,7 +65,8 @@ def test_identities(sizes, seed, factor):
     group = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     rewards = torch.randn(len(group), generator=generator, dtype=torch.float64)
     advantage = group_advantage(rewards, group, eps=0.0)
-    assert torch.allclose(torch.zeros(len(sizes), dtype=torch.float64).index_add(0, group, advantage), torch.tensor(0.0).double(), atol=1e-12)
+    zeros = torch.zeros(len(sizes), dtype=torch.float64)
+    assert torch.allclose(zeros.index_add(0, group, advantage), zeros, atol=1e-12)
     order = torch.randperm(len(group), generator=generator)
     assert torch.allclose(group_advantage(rewards[order], group[order], eps=0.0), advantage[order], atol=1e-12)
     assert torch.allclose(group_advantage(rewards * factor + 3, group, eps=0.0), advantage, atol=1e-9)
@@ -80,7 +81,7 @@ def test_nan_stays_in_its_group():
 def test_empty_and_bad_input():
     assert group_advantage(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)
     rewards, group = torch.ones(3), torch.tensor([0, 1, 3])
-    with pytest.raises(ValueError, match="group.*3"):
+    with pytest.raises(ValueError, match=r"group.*3"):
         group_advantage(rewards, group)
     with pytest.raises(ValueError, match="rewards must be"):
         group_advantage(rewards.half(), group)

@@ -1,0 +1,123 @@
+"""What linear_policy_loss asks of its arguments and of the loss it is given, and how it refuses."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fuserl.kernels.softmax_rows import accumulator
+
+OUTPUTS = ("logprob", "entropy", "mean_logprob", "sum_sq_prob", "mean_logit", "is_top1")
+SCOPES = ("token", "rollout")
+
+
+def refuse_captured(losses: Tensor, known: Sequence[Tensor]) -> None:
+    """Raise if the loss reaches a trainable tensor whose gradient would be lost."""
+    known_ids = {id(leaf) for leaf in known}
+    pending, seen = [losses.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known_ids:
+            raise ValueError(
+                f"linear_policy_loss: token_loss must reach trainable tensors only through out and params=; got one of "
+                f"shape {tuple(leaf.shape)} that it captured, whose gradient would be lost. Pass it in params=, or "
+                "detach it."
+            )
+        pending += [following for following, _ in node.next_functions]
+
+
+def refuse_coupled(evaluate: Callable, losses: Tensor) -> None:
+    """Raise if a row's loss changes when it is evaluated without the others: the scope says that rows are independent.
+
+    Args:
+        evaluate: called with a function that cuts a tensor, or a dict of them, to some of the rows; the loss of those.
+        losses: (n,) of all rows.
+    """
+    half = (len(losses) + 1) // 2
+    for part in (slice(0, half), slice(half, len(losses))):
+
+        def cut(values, part=part):
+            return {name: v[part] for name, v in values.items()} if isinstance(values, dict) else values[part]
+
+        with torch.no_grad():
+            result = evaluate(cut)
+        alone = result[0] if isinstance(result, tuple) else result
+        if not torch.allclose(alone, losses[part], rtol=1e-4, atol=1e-7, equal_nan=True):
+            raise ValueError(
+                "linear_policy_loss: with scope='token' each row's loss must depend on that row only; got other values "
+                "for half of the rows. Use scope='rollout', or normalise by counts fixed before the call."
+            )
+
+
+def live_spans(offsets: Tensor | None, live: Tensor | None, count: int) -> list[tuple[int, int]]:
+    """Each live rollout's [begin, end) among the live rows."""
+    if offsets is None or offsets.device.type != "cpu":
+        raise ValueError(
+            f"linear_policy_loss: offsets must be a host tensor for scope 'rollout'; got "
+            f"{offsets if offsets is None else offsets.device}. Pass the (B + 1,) row offsets of the rollouts."
+        )
+    bounds = offsets.tolist()
+    if bounds[:1] != [0] or bounds[-1] != count or bounds != sorted(bounds):
+        raise ValueError(
+            f"linear_policy_loss: offsets must rise from 0 to {count}, the rows of hidden; got {bounds[0]} to "
+            f"{bounds[-1]}. Pass the (B + 1,) row offsets of the rollouts."
+        )
+    spans, position = [], 0
+    for begin, end in itertools.pairwise(bounds):
+        kept = end - begin if live is None else int(live[begin:end].sum())
+        if kept not in (0, end - begin):
+            raise ValueError(
+                f"linear_policy_loss: live must be constant within a rollout for scope 'rollout'; got {kept} of "
+                f"{end - begin} rows in the one at row {begin}. A rollout's loss needs all of its rows."
+            )
+        if kept:
+            spans.append((position, position + kept))
+            position += kept
+    return spans
+
+
+def check(hidden, weight, ids, *, outputs, scope, live, grad_weight) -> None:
+    """Raise ValueError with the first broken contract of the arguments."""
+
+    def require(condition: bool, contract: str, got: object, cure: str) -> None:
+        if not condition:
+            raise ValueError(f"linear_policy_loss: {contract}; got {got}. {cure}")
+
+    require(hidden.dim() == 2, "hidden must be (N, D)", tuple(hidden.shape), "Flatten (B, T, D) and drop padding.")
+    require(
+        weight.dim() == 2 and weight.shape[1] == hidden.shape[1],
+        f"weight must be (V, {hidden.shape[1]})", tuple(weight.shape), "Pass the head's weight, not its transpose.",
+    )  # fmt: skip
+    require(
+        weight.dtype == hidden.dtype and weight.device == hidden.device,
+        f"weight must be {hidden.dtype} on {hidden.device} like hidden", f"{weight.dtype} on {weight.device}",
+        "Convert one to the other.",
+    )  # fmt: skip
+    require(
+        ids.shape == hidden.shape[:1] and ids.dtype == torch.int64 and ids.device == hidden.device,
+        f"ids must be ({len(hidden)},) int64 on {hidden.device}", f"{tuple(ids.shape)} {ids.dtype} on {ids.device}",
+        "Pass one token per row of hidden.",
+    )  # fmt: skip
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    require(not unknown and bool(outputs), f"outputs must be among {', '.join(OUTPUTS)}", outputs, "Correct the name.")
+    require(scope in SCOPES, f"scope must be one of {SCOPES}", repr(scope), "Use 'rollout' for sequence-level losses.")
+    if live is not None:
+        require(
+            live.shape == ids.shape and live.dtype == torch.bool and live.device.type == "cpu",
+            f"live must be ({len(hidden)},) bool on the host", f"{tuple(live.shape)} {live.dtype} on {live.device}",
+            "Make it where the rewards are: reading it from a device would wait.",
+        )  # fmt: skip
+    if grad_weight is not None:
+        require(
+            grad_weight.shape == weight.shape and grad_weight.device == weight.device
+            and grad_weight.dtype == accumulator(weight.dtype),
+            f"grad_weight must be {tuple(weight.shape)} float32 on {weight.device}",
+            f"{tuple(grad_weight.shape)} {grad_weight.dtype} on {grad_weight.device}", "Allocate it with torch.zeros.",
+        )  # fmt: skip
