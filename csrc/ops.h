@@ -1,5 +1,5 @@
 // THE list of native operations: one declaration per op and device, shapes in the comment.
-// All tensors belong to the caller. A broken contract throws std::invalid_argument; nothing is written before the checks.
+// All tensors belong to the caller. A broken contract throws std::invalid_argument before anything is written.
 #pragma once
 #include "tensor_view.h"
 
@@ -17,7 +17,7 @@ namespace cpu {
 //   statistics       (K, N) f32 (f64 when logits are f64):
 //     logprob = z[id] - lse; entropy; lse; [lse_error when K is 4 or 7]; then, when K is 6 or 7,
 //     mean_logit = mean_v z; sum_sq_prob = sum_v p^2; is_top1 = 1 if z[id] is the maximum
-//   lse_error is what rounding lse to f32 lost: the gradient needs it where |lse| is large.
+//   lse_error is what rounding lse lost: the gradient needs it where |lse| is large.
 // A row never depends on its neighbours or on `threads`.
 void softmax_rows_forward(const TensorView& logits, const TensorView& ids, const TensorView* row_temperature,
                           double temperature, const TensorView& statistics, int threads);

@@ -65,18 +65,8 @@ def generate(
     device = next(model.parameters()).device
     rows = rows or (64 if device.type == "cpu" else 256)
     streams = range(len(prompts)) if streams is None else streams
-    for name, given, good, contract in (
-        ("group_size", group_size, group_size >= 1, "be at least 1"),
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "be at least 1"),
-        ("streams", len(streams), len(streams) == len(prompts), f"hold one integer per prompt ({len(prompts)})"),
-        ("stop", stop, not isinstance(stop, str) and all(stop), "be a sequence of texts that are not empty"),
-    ):
-        if not good:
-            raise ValueError(f"generate: {name} must {contract}; got {given!r}. Change the argument")
+    _check(group_size=group_size, max_new_tokens=max_new_tokens, streams=streams, prompts=prompts, stop=stop)
     prompt_tokens = [torch.tensor(tokenizer(p.text).input_ids, dtype=torch.int64) for p in prompts]
-    for index, ids in enumerate(prompt_tokens):
-        if len(ids) == 0:
-            raise ValueError(f"generate: prompts must not be empty; got {prompts[index].text!r} at {index}. Add text")
     stop_ids = _eos_ids(model) if stop_ids is None else frozenset(stop_ids)
     ending = Ending(tokenizer, tuple(stop), stop_ids, max_new_tokens)
     rollouts = [
@@ -87,6 +77,20 @@ def generate(
     with _evaluating(model):
         Decoder(model, prompt_tokens, max_new_tokens, min(rows, len(rollouts)), rows).run(rollouts, sampling, ending)
     return _collected(list(prompts), prompt_tokens, rollouts, ending)
+
+
+def _check(*, group_size: int, max_new_tokens: int, streams: Sequence[int], prompts: Sequence[Prompt], stop) -> None:
+    for name, given, good, contract in (
+        ("group_size", group_size, group_size >= 1, "be at least 1"),
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "be at least 1"),
+        ("streams", len(streams), len(streams) == len(prompts), f"hold one integer per prompt ({len(prompts)})"),
+        ("stop", stop, not isinstance(stop, str) and all(stop), "be a sequence of texts that are not empty"),
+    ):
+        if not good:
+            raise ValueError(f"generate: {name} must {contract}; got {given!r}. Change the argument")
+    for index, prompt in enumerate(prompts):
+        if not prompt.text:
+            raise ValueError(f"generate: prompts must not be empty; got {prompt.text!r} at {index}. Add text")
 
 
 @dataclass

@@ -26,7 +26,7 @@ extern const SoftmaxRowsKernels softmax_rows;
 
 namespace {
 
-constexpr double log2_e = 1.4426950408889634074;
+float exp2_scale(double temperature) { return static_cast<float>(1.4426950408889634 / temperature); }
 
 const SoftmaxRowsKernels& kernels() {
 #if defined(__x86_64__)
@@ -129,8 +129,8 @@ Problem checked(const char* function, const TensorView& logits, const TensorView
           row_temperature, temperature};
 }
 
-// Rows a thread takes at once: 32k logits at least, for the hand-over costs; up to 256k where rows are many, for what was
-// prefetched beyond the last row is lost.
+// Rows a thread takes at once: 32k logits at least, for handing over costs; up to 256k where rows are many, for what
+// was prefetched beyond the last one is lost.
 std::int64_t grain(const Problem& problem, int threads) {
   const std::int64_t least = 1 + 32768 / (problem.vocab + 1), most = 1 + 262144 / (problem.vocab + 1);
   return std::max(least, std::min(most, problem.rows / (8 * std::max(threads, 1))));
@@ -177,12 +177,12 @@ void write_statistics(const Forward& problem, std::int64_t n, const RowSums& sum
     out.set(i, std::isnan(sums.weighted_exp) ? sums.weighted_exp : x);
     i += rows;
   };
-  const double log_sum = std::log(sums.exp), lse = sums.max / temperature + log_sum;
+  const double top = sums.max / temperature, log_sum = std::log(sums.exp), lse = top + log_sum;
   put((chosen - sums.max) / temperature - log_sum);
   put(log_sum - sums.weighted_exp / sums.exp / temperature);
   put(lse);
   const std::int64_t kinds = problem.statistics.shape[0];
-  if (kinds == 4 || kinds == 7) put(std::isfinite(lse) ? lse - out.get(i - rows) : 0.0);
+  if (kinds == 4 || kinds == 7) put(std::isfinite(lse) ? (top - out.get(i - rows)) + log_sum : 0.0);
   if (kinds < 6) return;
   put(sums.logit / temperature / static_cast<double>(problem.vocab));
   put(sums.squared_exp / (sums.exp * sums.exp));
@@ -199,7 +199,7 @@ void forward_rows(void* context, std::int64_t begin, std::int64_t end) {
     if (problem.dtype == DType::f64)
       sums = sums_f64(reinterpret_cast<const double*>(row), problem.vocab, temperature);
     else
-      problem.kernels->forward[problem.kernel](row, problem.vocab, static_cast<float>(log2_e / temperature), all, &sums);
+      problem.kernels->forward[problem.kernel](row, problem.vocab, exp2_scale(temperature), all, &sums);
     write_statistics(problem, n, sums, problem.logit(row, problem.ids[n]), temperature);
   }
 }
@@ -220,16 +220,24 @@ struct Coefficients {
   }
 };
 
-void gradient_f64(const double* x, double* out, std::int64_t vocab, std::int64_t id, double lse, double temperature,
+// lse in two parts, for f64 too: log p is then as exact as its own rounding allows.
+struct Lse {
+  double rounded, error;
+
+  double logp(double x, double temperature) const { return (x / temperature - rounded) - error; }
+};
+
+void gradient_f64(const double* x, double* out, std::int64_t vocab, std::int64_t id, const Lse& lse, double temperature,
                   const Coefficients& k) {
-  for (std::int64_t v = 0; v < vocab; ++v) out[v] = k.at(x[v] / temperature - lse, temperature, v == id);
+  for (std::int64_t v = 0; v < vocab; ++v) out[v] = k.at(lse.logp(x[v], temperature), temperature, v == id);
 }
 
-RowGradient row_gradient(const Coefficients& k, double lse, double temperature) {
+RowGradient row_gradient(const Coefficients& k, const Lse& parts, double temperature) {
+  const double lse = parts.rounded + parts.error;
   RowGradient g;
   g.reference = static_cast<float>(lse * temperature);
   g.inverse_temperature = static_cast<float>(1 / temperature);
-  g.exp2_scale = static_cast<float>(log2_e / temperature);
+  g.exp2_scale = exp2_scale(temperature);
   const double shift = std::isfinite(lse) ? lse - static_cast<double>(g.reference) / temperature : 0;
   g.shift = static_cast<float>(shift);
   g.p_factor = static_cast<float>(std::exp(-shift));
@@ -255,14 +263,14 @@ void gradient_rows(void* context, std::int64_t begin, std::int64_t end) {
     const char* row = problem.logits[n];
     const std::int64_t id = problem.ids[n];
     const double temperature = problem.temperature_of(n);
-    const double lse = lse_of.get(n) + (problem.lse.ndim == 2 ? lse_of.get(rows + n) : 0);
+    const Lse lse = {lse_of.get(n), problem.lse.ndim == 2 ? lse_of.get(rows + n) : 0};
     if (problem.dtype == DType::f64) {
       gradient_f64(reinterpret_cast<const double*>(row), reinterpret_cast<double*>(out), problem.vocab, id, lse,
                    temperature, c);
       continue;
     }
     // In double: 1 - p of a likely token would lose all its digits in float. Read first, for `out` may be `row`.
-    const double chosen = c.at(problem.logit(row, id) / temperature - lse, temperature, true);
+    const double chosen = c.at(lse.logp(problem.logit(row, id), temperature), temperature, true);
     problem.kernels->gradient[problem.kernel](row, out, problem.vocab, row_gradient(c, lse, temperature));
     problem.kernels->store[problem.kernel](out + id * size, static_cast<float>(chosen));
   }
@@ -295,7 +303,7 @@ void softmax_rows_gradient(const TensorView& logits, const TensorView& ids, cons
   if (std::memcmp(out.shape, logits.shape, 3 * sizeof(out.shape[0])) != 0)
     refuse(function, "out must have the shape of logits", shape_text(out), "Allocate it with empty_like(logits).");
   if ((out.stride[0] == 0 && out.shape[0] > 1) || (out.stride[1] == 0 && out.shape[1] > 1))
-    refuse(function, "out must give each row its own memory", "an expanded view", "Allocate it with empty_like(logits).");
+    refuse(function, "out must give each row its own memory", "an expanded view", "Use empty_like(logits).");
   if (lse.ndim == 2)
     check_dense(function, "lse", lse, dtype, Device::cpu, {2, problem.rows});
   else

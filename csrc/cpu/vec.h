@@ -118,7 +118,8 @@ FUSERL_INLINE void store(F16* p, Floats x) {
 template <int count>
 FUSERL_INLINE void exp2_scaled(Floats (&result)[count], const Floats (&x)[count], float scale) {
   constexpr float round = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-  constexpr float coefficients[] = {0x1.5f3e52p-10f, 0x1.3b2d4cp-7f, 0x1.c6aee8p-5f, 0x1.ebfbdcp-3f, 0x1.62e43p-1f, 1.0f};
+  constexpr float coefficients[] = {0x1.5f3e52p-10f, 0x1.3b2d4cp-7f, 0x1.c6aee8p-5f,
+                                    0x1.ebfbdcp-3f,  0x1.62e43p-1f,  1.0f};
   Floats shifted[count], f[count], p[count];
   for (int i = 0; i < count; ++i) shifted[i] = x[i] * scale + round;
   for (int i = 0; i < count; ++i) f[i] = x[i] * scale - (shifted[i] - round);
