@@ -48,12 +48,12 @@ class Config:
     few_shot: int | None = _task(None, doc="solved examples in front of every question", least=0)
     chat: bool = _task(False, doc="put questions through the model's chat template")
     eval_problems: int = _task(200, doc="held-out problems, never trained on", least=0)
-    eval_every: int = _task(0, doc="steps between evaluations; 0 evaluates before and after only", least=0)
+    eval_every: int = _task(20, doc="steps between evaluations; 0 evaluates before and after only", least=0)
 
     steps: int = _rollout(40, doc="turns of the loop", least=1)
     groups: int | None = _rollout(None, doc="prompts a step", least=1)
     group_size: int | None = _rollout(None, doc="completions of each prompt", least=1)
-    max_new_tokens: int = _rollout(8, doc="tokens after which a completion is cut", least=1)
+    max_new_tokens: int = _rollout(6, doc="tokens after which a completion is cut", least=1)
     stop: tuple[str, ...] | None = _rollout(None, doc="texts that end a completion; write a line break as \\n")
     temperature: float = _rollout(1.0, doc="softmax temperature of sampling", above=0.0)
     top_k: int = _rollout(0, doc="sample among the k likeliest tokens; 0 is all", least=0)
@@ -164,8 +164,8 @@ def _by_device(device: str) -> dict[str, tuple[object, str]]:
         }
     return {
         "dtype": ("float32", "CPU cores multiply it fastest"),
-        "groups": (8, "a step of 64 rollouts takes seconds on a CPU"),
-        "group_size": (8, "a step of 64 rollouts takes seconds on a CPU"),
+        "groups": (16, "a step of 128 rollouts takes seconds on a CPU"),
+        "group_size": (8, "a step of 128 rollouts takes seconds on a CPU"),
         "micro_tokens": (4096, "activations of a few GB"),
     }
 

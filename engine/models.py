@@ -82,23 +82,15 @@ def _default_folder() -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Writes `gguf` as safetensors and tokenizer into `folder`, which appears complete or not at all."""
-    transformers = _transformers()
-    for package in ("gguf", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise RuntimeError(
-                f'load: {package} is needed to read {DEFAULT} the first time. Run: pip install "fuserl[tasks]"'
-            )
     print(f"fuserl: converting {DEFAULT} once into {folder} (up to a minute)", file=sys.stderr, flush=True)
     start = time.perf_counter()
+    model, tokenizer = _read(gguf)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        with _no_progress_bars(transformers):
-            read = transformers.AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-            )
-            _unmarked(read).save_pretrained(draft)
-        transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(draft)
+        with _no_progress_bars(_transformers()):
+            _unmarked(model).save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
         sums = {path.name: _sha256(path) for path in sorted(draft.iterdir())}
         (draft / _CHECKSUMS).write_text(json.dumps(sums, indent=1))
         for path in [*draft.iterdir(), draft]:
@@ -108,6 +100,21 @@ def _convert(gguf: Path, folder: Path) -> None:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     print(f"fuserl: converted in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def _read(gguf: Path):
+    """The model and tokenizer in a GGUF file, dequantized to float32."""
+    transformers = _transformers()
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise RuntimeError(
+                f'load: {package} is needed to read {DEFAULT} the first time. Run: pip install "fuserl[tasks]"'
+            )
+    with _no_progress_bars(transformers):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
+    return model, transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
 
 def _unmarked(read: nn.Module) -> nn.Module:

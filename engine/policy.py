@@ -79,12 +79,12 @@ class Policy:
 
     def encode(self, text: str) -> Tensor:
         """Token ids of a prompt, (T,) int64."""
-        return torch.tensor(self.tokenizer(text)["input_ids"])
+        return torch.tensor(self.tokenizer(text).input_ids)
 
     def encode_completion(self, answer: str) -> Tensor:
         """Token ids of an answer as the policy would complete a prompt with it, ended by the first stop text or eos."""
         text = f" {answer}{self.sampling.stop[0] if self.sampling.stop else ''}"
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
         return torch.tensor(ids if self.sampling.stop else [*ids, self.tokenizer.eos_token_id])
 
     def generate(self, prompts: list[Prompt], *, group_size: int = 1, greedy: bool = False) -> Rollouts:

@@ -28,7 +28,8 @@ def interval(correct: int, problems: int) -> tuple[float, float]:
     p, n, square = correct / problems, problems, _Z**2
     centre = (p + square / (2 * n)) / (1 + square / n)
     half = _Z * math.sqrt(p * (1 - p) / n + square / (4 * n * n)) / (1 + square / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At the ends the bound is the end itself, which rounding would miss.
+    return (0.0 if correct == 0 else centre - half), (1.0 if correct == problems else centre + half)
 
 
 def rise_interval(before: dict, after: dict) -> tuple[float, float]:
