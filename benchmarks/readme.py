@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import re
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +47,41 @@ def settings() -> str:
     return "\n".join(["| setting | default | what |", "|---|---|---|", *rows])
 
 
+def learning() -> str:
+    """The newest run of every seed of the default job, and their mean rise with its interval."""
+    newest = {}
+    for path in sorted((ROOT / "benchmarks" / "results" / "learning").glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            newest[row["recipe"], row["task"], row["processor"], row["seed"]] = row
+    if not newest:
+        return "No runs yet."
+    lines = [
+        "| recipe, task | seed | greedy accuracy before | after | rise | minutes | peak GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in newest.values():
+        name, rise = f"{row['recipe']}, `{row['task']}`", row["after"] - row["before"]
+        lines.append(
+            f"| {name} | {row['seed']} | {row['before']:.3f} | {row['after']:.3f} | {rise:+.3f} "
+            f"| {row['seconds'] / 60:.1f} | {row['peak_gb']:.1f} |"
+        )
+    rises, row = [r["after"] - r["before"] for r in newest.values()], next(iter(newest.values()))
+    mean = statistics.mean(rises)
+    # Student's t of 95 % for n - 1 degrees of freedom
+    half = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(rises), math.nan)
+    half *= statistics.stdev(rises) / len(rises) ** 0.5 if len(rises) > 1 else math.nan
+    lines += [
+        "",
+        f"Mean rise over {len(rises)} seeds {mean:+.3f} (95 % interval {mean - half:+.3f} to {mean + half:+.3f}), on",
+    ]
+    lines += [
+        f"on {row['problems']} held-out problems; {row['cores']} cores of {row['processor']}, torch {row['torch']},"
+    ]
+    lines += [f"commit {row['commit']}."]
+    return "\n".join(lines)
+
+
 def benchmarks() -> str:
     """The newest row of every provider of every case on every device."""
     newest = {}
@@ -65,7 +102,7 @@ def benchmarks() -> str:
 
 def rendered(text: str) -> str:
     """README's text with every table written anew."""
-    for table in (ops, recipes, settings, benchmarks):
+    for table in (ops, recipes, settings, learning, benchmarks):
         pattern = rf"(<!-- table:{table.__name__} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda m, table=table: f"{m[1]}{table()}\n{m[2]}", text, flags=re.DOTALL)
     return text

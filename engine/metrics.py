@@ -55,7 +55,8 @@ class Run:
 
         The line is on the disk when this returns. JSON has no NaN or infinity: they are written as null.
         """
-        row = {**row, "elapsed": round(time.perf_counter() - self._started, 3)}
+        elapsed, memory = time.perf_counter() - self._started, machine.peak_memory()
+        row = {**row, "elapsed": round(elapsed, 3), **{f"{place}_gb": round(gb, 3) for place, gb in memory.items()}}
         self.rows.append(row)
         self._lines.write(json.dumps({name: _plain(value) for name, value in row.items()}, allow_nan=False) + "\n")
         self._lines.flush()

@@ -111,9 +111,7 @@ def _read(gguf: Path):
                 f'load: {package} is needed to read {DEFAULT} the first time. Run: pip install "fuserl[tasks]"'
             )
     with _no_progress_bars(transformers):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     return model, transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
 

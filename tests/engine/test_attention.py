@@ -147,7 +147,9 @@ def test_without_segments_it_is_causal(family):
 @FAMILIES
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_transformers_own_generation_still_works(family, cache):
-    settings = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, cache_implementation=cache, disable_compile=True)
+    settings = dict(
+        max_new_tokens=12, do_sample=False, eos_token_id=None, cache_implementation=cache, disable_compile=True
+    )
     prompts = texts()[0]
     ids = torch.stack([prompts[0][-9:], prompts[1]])
     expected = reference(family).generate(ids, attention_mask=torch.ones_like(ids), **settings)

@@ -100,7 +100,9 @@ def test_each_prompt_token_is_read_once(monkeypatch):
 
 
 def test_seeds_and_members_differ_and_repeat():
-    draw = lambda seed: generate(tiny_models.model(), Letters(), RAGGED, group_size=4, max_new_tokens=12, seed=seed).texts
+    draw = lambda seed: (
+        generate(tiny_models.model(), Letters(), RAGGED, group_size=4, max_new_tokens=12, seed=seed).texts
+    )
     assert draw(0) == draw(0)
     assert draw(0) != draw(1)
     assert len(set(draw(0))) > 10
@@ -187,7 +189,10 @@ def test_the_default_model_gets_the_same_bits_alone_and_among_others():
 
     model, tokenizer = models.load()
     shots = "3 + 4 = 7\n8 - 2 = 6\n6 + 9 = 15\n4 - 7 = -3\n"
-    prompts = [Prompt(shots + own) for own in ("5 - 9 =", "12 + 6 =")] + [Prompt("The capital of France is"), Prompt("A")]
+    prompts = [Prompt(shots + own) for own in ("5 - 9 =", "12 + 6 =")] + [
+        Prompt("The capital of France is"),
+        Prompt("A"),
+    ]
     settings = dict(max_new_tokens=12, seed=5)
     greedy = generate(model, tokenizer, prompts, max_new_tokens=12, temperature=0)
     together = generate(model, tokenizer, prompts, group_size=3, **settings)

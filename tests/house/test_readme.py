@@ -21,7 +21,7 @@ def test_tables_equal_the_code():
     assert readme().rendered(TEXT) == TEXT, "run: python benchmarks/readme.py"
 
 
-@pytest.mark.parametrize("table", ["ops", "recipes", "settings", "benchmarks"])
+@pytest.mark.parametrize("table", ["ops", "recipes", "settings", "learning", "benchmarks"])
 def test_a_table_that_differs_is_seen(table):
     changed = re.sub(rf"(<!-- table:{table} -->\n)", r"\1| changed |\n", TEXT)
     assert changed != TEXT and readme().rendered(changed) == TEXT
