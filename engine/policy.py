@@ -128,6 +128,7 @@ class Policy:
     @torch.no_grad()
     def logprobs(self, batch: Batch, model=None) -> Tensor:
         """Log-probs of the batch's tokens under the policy (or another model of its family), (N,) on the host."""
+        (model or self.model).eval()
         scored = torch.empty(len(batch.tokens))
         zeros = Loss(lambda out, part: torch.zeros_like(out.logprob))
         for index in self._micro_batches(batch, torch.arange(len(batch.group))):
@@ -144,10 +145,10 @@ class Policy:
         if not len(index):
             return
         for micro in self._micro_batches(batch, index):
-            value, out, statistics = self._forward(batch.rollouts_at(micro), loss)
+            part = batch.rollouts_at(micro)
+            value, out, statistics = self._forward(part, loss)
             value.backward()
-            part = batch.rollouts_at(micro).to(self.device)
-            drift = (out.logprob - part.rollout_logprobs).abs()
+            drift = (out.logprob - part.rollout_logprobs.to(self.device)).abs()
             tally.add({"loss": value.detach()}, {**statistics, "drift": drift})
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.updating.max_grad_norm)
         tally.add({"grad_norm": norm}, {})
@@ -161,7 +162,7 @@ class Policy:
         temperature = self.sampling.temperature or 1.0
         with self._autocast():
             states = model.get_decoder()(**packed.to(self.device).inputs()).last_hidden_state
-        hidden = states[0, packed.predictor.to(self.device)]
+        hidden = states[0, packed.predictor.to(self.device)].to(self.compute)
         return linear_policy_loss(
             hidden,
             model.get_output_embeddings().weight.to(hidden.dtype),

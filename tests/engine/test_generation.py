@@ -31,9 +31,9 @@ def plain_logits(model, rollouts, b):
 @pytest.mark.parametrize("prompts", [RAGGED, ALIKE], ids=["ragged", "alike"])
 def test_greedy_equals_transformers(family, prompts):
     model = tiny_models.model(family)
-    rollouts = generate(model, Letters(), prompts, max_new_tokens=20, temperature=0)
+    rollouts = generate(model, Letters(), prompts, max_new_tokens=12, temperature=0)
     for b, ids in enumerate(rollouts.prompt_tokens):
-        expected = model.generate(ids[None], attention_mask=torch.ones(1, len(ids)), max_new_tokens=20, do_sample=False)
+        expected = model.generate(ids[None], attention_mask=torch.ones(1, len(ids)), max_new_tokens=12, do_sample=False)
         assert completion(rollouts, b)[0] == expected[0, len(ids) :].tolist()
 
 
