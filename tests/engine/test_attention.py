@@ -19,7 +19,10 @@ FAMILIES = pytest.mark.parametrize("family", list(tiny_models.FAMILIES))
 def texts(prefix=0):
     """Three ragged prompts that begin alike, and seven ragged rollouts of two of them, in no order."""
     draw = torch.Generator().manual_seed(1)
-    ids = lambda n: torch.randint(3, tiny_models.VOCABULARY, (n,), generator=draw)
+
+    def ids(n):
+        return torch.randint(3, tiny_models.VOCABULARY, (n,), generator=draw)
+
     common = ids(prefix)
     return [torch.cat([common, ids(n)]) for n in (17, 9, 23)], ids(sum(LENGTHS))
 
@@ -210,9 +213,12 @@ def test_a_window_that_never_arrives_is_refused():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"layer_types": ["linear_attention"]}, "layers of type linear_attention"), ({"num_kv_shared_layers": 2}, "shares keys"),
-     ({"use_bidirectional_attention": True}, "both directions")],
-)  # fmt: skip
+    [
+        ({"layer_types": ["linear_attention"]}, "layers of type linear_attention"),
+        ({"num_kv_shared_layers": 2}, "shares keys"),
+        ({"use_bidirectional_attention": True}, "both directions"),
+    ],
+)
 def test_attach_refuses_models_that_would_go_wrong(change, message):
     model = tiny_models.model()
     for name, value in change.items():

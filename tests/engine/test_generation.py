@@ -100,9 +100,9 @@ def test_each_prompt_token_is_read_once(monkeypatch):
 
 
 def test_seeds_and_members_differ_and_repeat():
-    draw = lambda seed: (
-        generate(tiny_models.model(), Letters(), RAGGED, group_size=4, max_new_tokens=12, seed=seed).texts
-    )
+    def draw(seed):
+        return generate(tiny_models.model(), Letters(), RAGGED, group_size=4, max_new_tokens=12, seed=seed).texts
+
     assert draw(0) == draw(0)
     assert draw(0) != draw(1)
     assert len(set(draw(0))) > 10

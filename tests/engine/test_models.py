@@ -128,7 +128,7 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path):
 
 
 def test_any_folder_of_transformers(reads, tmp_path):
-    model, tokenizer = models.load()
+    _model, tokenizer = models.load()
     tiny_models.model("gemma3").save_pretrained(tmp_path / "gemma")
     tokenizer.save_pretrained(tmp_path / "gemma")
     loaded, _ = models.load(str(tmp_path / "gemma"))
