@@ -318,6 +318,8 @@ def attention(
             raise ValueError(f"attention: {name} must be absent, as {NAME!r} would ignore it; got {given!r:.80}. "
                              f"Use attn_implementation='sdpa' or 'eager' for this model")  # fmt: skip
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, dropout)
+    # Under autocast values come 16-bit from their projection, queries and keys float32 from the rotary embedding.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if segments is not None:
         if attention_mask is not None and attention_mask.shape != (1, 1, 1, 1):
             raise ValueError(

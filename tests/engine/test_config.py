@@ -8,7 +8,7 @@ import torch
 
 from fuserl.engine.config import Config, kind, settings
 
-CPU = {"device": "cpu", "dtype": "float32", "groups": 8, "group_size": 8, "micro_tokens": 4096, "few_shot": 4}
+CPU = {"device": "cpu", "dtype": "float32", "groups": 16, "group_size": 8, "micro_tokens": 4096, "few_shot": 4}
 GPU = {"device": "cuda", "dtype": "bfloat16", "groups": 64, "group_size": 16, "micro_tokens": 32768, "few_shot": 4}
 
 

@@ -100,3 +100,12 @@ def constant(completion):
 def test_mixed_is_the_share_of_groups_that_differ():
     rewards, group = torch.tensor([0.0, 1, 1, 1, 0, 0]), torch.tensor([0, 0, 1, 1, 2, 2])
     assert loop._mixed(rewards, group) == pytest.approx(1 / 3)
+
+
+def test_sixteen_bit_products_train_float32_parameters(tmp_path, monkeypatch):
+    model = tiny_models.model()
+    monkeypatch.setattr(models, "load", lambda *_: (model, Characters()))
+    rows = run(tmp_path, "run", reward="test_loop:shortness", dtype="bfloat16")
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    drifts = [row["drift"] for row in rows if row.get("drift") is not None]
+    assert drifts and 1e-5 < max(drifts) < 0.3  # it did round, and only that
