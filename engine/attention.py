@@ -329,11 +329,9 @@ def attention(
         _check_window(module, sliding_window)
         return segments.attend(module.layer_idx, query, key, value, scores).transpose(1, 2).contiguous(), None
     if attention_mask is None and query.shape[2] == 1:
+        # A single query comes last: causal, it sees every key.
         attention_mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=query.device)
-    elif attention_mask is None:
-        # An empty preallocated cache is longer than the first input; the window, if any, reaches beyond that input.
-        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    elif attention_mask.dtype != torch.bool:
+    elif attention_mask is not None and attention_mask.dtype != torch.bool:
         raise ValueError(f"attention: attention_mask must be bool; got {attention_mask.dtype}. Give True where visible")
     return dense(query, key, value, attention_mask, scores).transpose(1, 2).contiguous(), None
 

@@ -59,9 +59,8 @@ class Sampling:
         logits = self.cut(logits)
         logprobs = logits.log_softmax(-1)
         mass = logprobs.exp().cumsum(-1, dtype=torch.float64)
-        # Rounding must not push the target onto the total, behind the last token that has any mass.
-        total = mass[:, -1]
-        target = torch.minimum(uniform.to(mass) * total, total.nextafter(torch.zeros_like(total)))
+        # u < 1 in float64 keeps the product below the total, and so on a token that has some mass.
+        target = uniform.to(mass) * mass[:, -1]
         ids = torch.searchsorted(mass, target[:, None], right=True)
         return ids[:, 0], logprobs.gather(-1, ids)[:, 0]
 

@@ -10,7 +10,7 @@ _SIZES = dict(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
-_GEMMA = dict(sliding_window=7, query_pre_attn_scalar=8)
+_GEMMA = dict(sliding_window=7, query_pre_attn_scalar=5)
 FAMILIES = {
     "llama": ("Llama", {}),
     "qwen3": ("Qwen3", {}),

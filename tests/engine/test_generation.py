@@ -23,6 +23,7 @@ def plain_logits(model, rollouts, b):
     """Logits (n, V) before each token of completion b, from one ordinary forward."""
     prompt = rollouts.prompt_tokens[rollouts.group[b]]
     tokens = torch.tensor(completion(rollouts, b)[0])
+    model.set_attn_implementation("eager")  # "sdpa" of some transformers versions forgets the soft cap
     with torch.no_grad():
         return model(torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1], tokens
 
