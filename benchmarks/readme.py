@@ -73,7 +73,7 @@ def learning() -> str:
     half *= statistics.stdev(rises) / len(rises) ** 0.5 if len(rises) > 1 else math.nan
     lines += [
         "",
-        f"Mean rise over {len(rises)} seeds {mean:+.3f} (95 % interval {mean - half:+.3f} to {mean + half:+.3f}), on",
+        f"Mean rise over {len(rises)} seeds {mean:+.3f} (95 % interval {mean - half:+.3f} to {mean + half:+.3f}),",
     ]
     lines += [
         f"on {row['problems']} held-out problems; {row['cores']} cores of {row['processor']}, torch {row['torch']},"
