@@ -216,6 +216,7 @@ def _named(statistics: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:
     order = ("logprob", "entropy", "lse", "lse_error", "mean_logit", "sum_sq_prob", "is_top1")
     named = dict(zip(order, statistics, strict=False))
     if len(statistics) == len(order):
+        # good to eps times the largest logit: where all logits are near 1e4, to 1e-3
         named["mean_logprob"] = named["mean_logit"] - named["lse"] - named["lse_error"]
     return {name: named[name] for name in outputs}
 
