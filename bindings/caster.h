@@ -20,7 +20,7 @@ struct TorchNames {
 
   TorchNames() {
     const auto torch = pybind11::module_::import("torch");
-    const char* const names[] = {"float32", "float64", "bfloat16", "float16", "int64", "int32"};
+    const char* const names[] = {"float32", "float64", "bfloat16", "float16", "int64", "int32", "bool"};
     for (int i = 0; i < static_cast<int>(DType::other); ++i)
       dtypes[i] = pybind11::object(torch.attr(names[i])).release().ptr();
   }
@@ -86,6 +86,7 @@ inline TensorView view_of_buffer(const pybind11::buffer_info& buffer) {
   if (buffer.format == "f") view.dtype = DType::f32;
   if (buffer.format == "d") view.dtype = DType::f64;
   if (buffer.format == "e") view.dtype = DType::f16;
+  if (buffer.format == "?") view.dtype = DType::boolean;
   if (integer) view.dtype = buffer.itemsize == 8 ? DType::i64 : DType::i32;
   return view;
 }

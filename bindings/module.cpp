@@ -52,6 +52,19 @@ void group_advantage(const TensorView& rewards, const TensorView& group, const T
                                static_cast<fuserl::Scale>(scale), ddof, eps);
 }
 
+void policy_loss(const TensorView& logprobs, const TensorView& advantages, const std::optional<TensorView>& old_logprobs,
+                 const std::optional<TensorView>& ref_logprobs, const std::optional<TensorView>& weights,
+                 const std::optional<TensorView>& mask, double low, double high, double dual, double beta, int kl,
+                 const TensorView& losses, const std::optional<TensorView>& derivative, const TensorView& statistics,
+                 int threads) {
+  share_torch_threads();
+  fuserl::check_kl_code("policy_loss", kl);
+  const fuserl::PolicyRule rule{low, high, dual, beta, static_cast<fuserl::KlEstimator>(kl)};
+  fuserl::cpu::policy_loss({logprobs, advantages, pointer(old_logprobs), pointer(ref_logprobs), pointer(weights),
+                            pointer(mask), losses, pointer(derivative), statistics},
+                           rule, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -63,6 +76,9 @@ PYBIND11_MODULE(_C, m) {
         "row_temperature"_a, "temperature"_a, "out"_a, "threads"_a, no_gil());
   m.def("group_advantage", group_advantage, "rewards"_a, "group"_a, "out"_a, "baseline"_a, "scale"_a, "ddof"_a, "eps"_a,
         no_gil());
+  m.def("policy_loss", policy_loss, "logprobs"_a, "advantages"_a, "old_logprobs"_a, "ref_logprobs"_a, "weights"_a,
+        "mask"_a, "low"_a, "high"_a, "dual"_a, "beta"_a, "kl"_a, "losses"_a, "derivative"_a, "statistics"_a,
+        "threads"_a, no_gil());
   m.def("isa", [] { return fuserl::name(fuserl::isa()); }, "The instruction set in use: avx512, avx2 or baseline.");
   m.def("set_isa", fuserl::set_isa, "name"_a, "For tests: run the copy for this instruction set from now on.");
   m.attr("compiler") = FUSERL_COMPILER;

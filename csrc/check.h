@@ -61,4 +61,10 @@ inline void check_codes(const char* function, int baseline, int scale) {
            "Pass one of them.");
 }
 
+// So does the estimator of a divergence.
+inline void check_kl_code(const char* function, int kl) {
+  if (kl < 0 || kl > 3)
+    refuse(function, "kl must be 0 (none), 1 (k1), 2 (k2) or 3 (k3)", std::to_string(kl), "Pass one of them.");
+}
+
 }  // namespace fuserl

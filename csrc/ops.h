@@ -8,6 +8,21 @@ namespace fuserl {
 enum class Baseline : int { none, mean, leave_one_out };
 enum class Scale : int { none, group_std, batch_std };
 
+// What bounds the ratio of the policy to the one that sampled: [1 - low, 1 + high], and `dual` where the advantage is
+// negative; infinity is no bound. `beta` weighs the estimator of KL(policy || reference) in the loss.
+enum class KlEstimator : int { none, k1, k2, k3 };
+struct PolicyRule {
+  double low, high, dual, beta;
+  KlEstimator kl;
+};
+// Places in policy_loss's statistics: sums over tokens, then the extremes.
+struct PolicyStatistic {
+  enum : int {
+    tokens, clipped_low, clipped_high, clipped_dual, approx_kl, kl, ratio, ratio_sq, sums,
+    ratio_max = sums, ratio_min, all
+  };
+};
+
 namespace cpu {
 
 // Row statistics of softmax(z), z = logits / temperature. Row n = (n / R, n % R), N = A R.
@@ -38,6 +53,22 @@ void softmax_rows_gradient(const TensorView& logits, const TensorView& ids, cons
 // A group without spread gives exact 0 unless (none, none): out = r; (none, batch_std) asks for spread of the batch.
 void group_advantage(const TensorView& rewards, const TensorView& group, const TensorView& out, Baseline baseline,
                      Scale scale, int ddof, double eps);
+
+// losses = weights (policy + beta kl), and the derivative of each loss to its log-prob; equations: kernels/policy_loss.
+//   logprobs, advantages            (N,) f32 | f64; losses, derivative the same
+//   old_logprobs, ref_logprobs, weights  (N,) of that dtype, or null: the policy itself, no KL term, 1
+//   mask        (N,) bool, or null for all true; where false, the outputs are 0 and nothing else is looked at
+//   derivative  null where it is not wanted
+//   statistics  (PolicyStatistic::all,) of that dtype
+// Sums are taken over blocks at fixed places, merged in order: nothing depends on `threads`.
+struct PolicyTensors {
+  const TensorView &logprobs, &advantages;
+  const TensorView *old_logprobs, *ref_logprobs, *weights, *mask;
+  const TensorView& losses;
+  const TensorView* derivative;
+  const TensorView& statistics;
+};
+void policy_loss(const PolicyTensors& tensors, const PolicyRule& rule, int threads);
 
 }  // namespace cpu
 

@@ -4,7 +4,7 @@
 
 namespace fuserl {
 
-enum class DType : int { f32, f64, bf16, f16, i64, i32, other };
+enum class DType : int { f32, f64, bf16, f16, i64, i32, boolean, other };
 enum class Device : int { cpu, cuda, other };
 
 struct TensorView {
@@ -40,7 +40,8 @@ struct TensorView {
 };
 
 inline const char* name(DType dtype) {
-  constexpr const char* names[] = {"float32", "float64", "bfloat16", "float16", "int64", "int32", "another dtype"};
+  constexpr const char* names[] = {"float32", "float64", "bfloat16", "float16",
+                                   "int64",   "int32",   "bool",     "another dtype"};
   return names[static_cast<int>(dtype)];
 }
 

@@ -92,15 +92,22 @@ class Call:
         result = self.token_loss(out, rows)
         losses, stats = result if isinstance(result, tuple) else (result, {})
         for name, value in {"the loss": losses, **stats}.items():
-            if not isinstance(value, Tensor) or value.shape != rows.shape:
+            per_row = isinstance(value, Tensor) and value.shape == rows.shape
+            packed = name in stats and isinstance(value, Tensor) and value.dim() == 2 and len(value) == 1
+            if not (per_row or packed):
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(
-                    f"linear_policy_loss: token_loss must return one value per row, ({len(rows)},); got {got} for "
-                    f"{name}. Weight rows inside token_loss instead of reducing them."
+                    f"linear_policy_loss: token_loss must return one value per row, ({len(rows)},), and statistics of "
+                    f"that shape or (1, K); got {got} for {name}. Weight rows inside token_loss, do not reduce them."
                 )
-        for kept, values in ((self.out, vars(out)), (self.stats, stats)):
-            for name, value in values.items():
-                kept.setdefault(name, self._unknown())[rows] = value.detach().to(self.dtype)
+        for name, value in vars(out).items():
+            self.out.setdefault(name, self._unknown())[rows] = value.detach().to(self.dtype)
+        for name, value in stats.items():
+            value = value.detach().to(self.dtype)
+            if value.dim() == 2:
+                self.stats[name] = torch.cat([self.stats[name], value]) if name in self.stats else value
+            else:
+                self.stats.setdefault(name, self._unknown())[rows] = value
         return losses
 
     def statistics(self, logits: Tensor, rows: Tensor) -> Tensor:
@@ -133,8 +140,7 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, hidden: Tensor, weight: Tensor, *params: Tensor):
         needs = [call.backward and need for need in ctx.needs_input_grad[1:]]
-        with torch.autocast(hidden.device.type, enabled=False):
-            loss, gradients = _run(call, hidden.detach(), weight.detach(), params, needs)
+        loss, gradients = _run(call, hidden.detach(), weight.detach(), params, needs)
         ctx.accumulated, ctx.gradients = call.grad_weight is not None, gradients
         return loss
 
@@ -258,6 +264,14 @@ def _compact(logits: Tensor, alive: Tensor) -> None:
             logits[k] = logits[row]
 
 
+def _as_autocast(operand: Tensor) -> Tensor:
+    """A float32 operand of a product in the dtype that autocast, where it is on, gives to products."""
+    device = operand.device.type
+    if not torch.is_autocast_enabled(device) or operand.dtype == torch.float64:
+        return operand
+    return operand.to(torch.get_autocast_dtype(device))
+
+
 def _cut(begin: int, end: int, chunk: int) -> list[slice]:
     return [slice(at, min(at + chunk, end)) for at in range(begin, end, chunk)]
 
@@ -287,33 +301,33 @@ def linear_policy_loss(
 
     Args:
         hidden: (N, D) float32, bfloat16, float16 or float64, the state that predicts each token of ids, (N,) int64.
-        weight: (V, D), the head, of hidden's dtype; its gradient is skipped when it requires none.
+        weight: (V, D), the head, of hidden's dtype (autocast casts both); its gradient is skipped if it requires none.
         token_loss: called as token_loss(out, rows) with out.<output> (n,) float32 for each requested output and rows
             (n,) int64, their indices in hidden. Returns one loss per row, already normalised, or that and a dict of
-            statistics (n,). Evaluated once per chunk under autograd.
+            statistics, each (n,), or (1, K) for numbers of the chunk. Evaluated once per chunk under autograd.
         outputs: what out holds: logprob, entropy, mean_logprob and mean_logit (over the vocabulary, of the scaled
             logits), sum_sq_prob, is_top1 (1.0 where the token has the largest logit). All but is_top1 carry gradient.
         scope: "token" when a row's loss depends on that row only (checked under FUSERL_DEBUG=1); "rollout" when on its
-            rollout's rows: token_loss then sees whole rollouts, and one longer than a chunk is computed twice.
+            rollout's rows, which token_loss then sees together; a rollout longer than a chunk is computed twice.
         offsets: (B + 1,) int64 on the host, rollout b is rows offsets[b] to offsets[b + 1]; for scope "rollout".
         live: (N,) bool on the host; False marks a row whose loss and gradient are known to be zero: it costs nothing
             and token_loss never sees it. With scope "rollout", constant within a rollout.
         params: trainable tensors that token_loss uses besides out; their gradients are returned to them.
         grad_weight: (V, D) float32, to which d_weight is added during this call, instead of being returned.
-        temperature: positive number, or (N,) one per row; not differentiable.
+        temperature: positive number, or (N,); not differentiable.
         chunk: rows at a time; 512 on CPU; on GPU as many as make 512 MiB of logits.
         backend: "triton", "cpu" or "reference" (holds all logits); the fastest that runs here by default.
 
     Returns:
-        (loss, out, stats): a scalar whose backward only scales gradients that already exist; the outputs and the
-        statistics, each (N,), detached, NaN in rows that were not live.
+        (loss, out, stats): a scalar whose backward only scales gradients that exist already; outputs and statistics,
+        each (N,), detached, NaN in rows that were not live, or (chunks, K).
 
     Raises:
         ValueError: on a wrong shape, dtype, device or name, and when token_loss captures a trainable tensor.
 
     Memory: one chunk of float32 logits (on GPU its gradient too), the returned gradients. Sibling: `token_logprob`.
     """
-    outputs = tuple(outputs)
+    hidden, weight, outputs = _as_autocast(hidden), _as_autocast(weight), tuple(outputs)
     loss_contract.check(hidden, weight, ids, outputs=outputs, scope=scope, live=live, grad_weight=grad_weight)
     spans = loss_contract.live_spans(offsets, live, len(hidden)) if scope == "rollout" else None
     row_temperature, temperature = split_temperature("linear_policy_loss", temperature, ids)
@@ -323,5 +337,5 @@ def linear_policy_loss(
         row_temperature, grad_weight if torch.is_grad_enabled() else None, torch.is_grad_enabled(),
         softmax_rows.accumulator(hidden.dtype), choose("linear_policy_loss", IMPLS, hidden.device, backend),
     )  # fmt: skip
-    loss = IMPLS[call.backend](call, hidden, weight, *params)
-    return loss, Outputs(**call.out), call.stats
+    with torch.autocast(hidden.device.type, enabled=False):
+        return IMPLS[call.backend](call, hidden, weight, *params), Outputs(**call.out), call.stats

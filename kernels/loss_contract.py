@@ -17,7 +17,8 @@ SCOPES = ("token", "rollout")
 def refuse_captured(losses: Tensor, known: Sequence[Tensor]) -> None:
     """Raise if the loss reaches a trainable tensor whose gradient would be lost."""
     known_ids = {id(leaf) for leaf in known}
-    pending, seen = [losses.grad_fn], set()
+    # What lies behind a known tensor that is no leaf gets its gradient from there.
+    pending, seen = [losses.grad_fn], {tensor.grad_fn for tensor in known}
     while pending:
         node = pending.pop()
         if node is None or node in seen:

@@ -25,5 +25,22 @@ def softmax_rows_gradient(
 def group_advantage(
     rewards: Tensor, group: Tensor, out: Tensor, baseline: int, scale: int, ddof: int, eps: float
 ) -> None: ...
+def policy_loss(
+    logprobs: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    low: float,
+    high: float,
+    dual: float,
+    beta: float,
+    kl: int,
+    losses: Tensor,
+    derivative: Tensor | None,
+    statistics: Tensor,
+    threads: int,
+) -> None: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...

@@ -113,7 +113,7 @@ FUSERL_INLINE void store(F16* p, Floats x) {
 }
 #endif
 
-// x[i] = 2^(x[i] scale) for -126 <= x scale <= 126, to 1 ulp where the product is exact (FMA); exactly 1 at x = 0.
+// x[i] = 2^(x[i] scale) for -126 <= x scale < 128, to 1 ulp where the product is exact (FMA); exactly 1 at x = 0.
 // Several vectors a step: one alone would wait for the latency of each operation of its polynomial.
 template <int count>
 FUSERL_INLINE void exp2_scaled(Floats (&result)[count], const Floats (&x)[count], float scale) {

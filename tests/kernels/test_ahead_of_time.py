@@ -10,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from ahead_of_time import TARGETS, compile_ahead, resources
 
-from fuserl.kernels import softmax_rows
+from fuserl.kernels import policy_loss, softmax_rows
 
 SIZES = {"temperature": "fp32", "N": "i32", "R": "i32", "V": "i32", "stride_a": "i64", "stride_r": "i32"}
 ALIGNED = ("x_ptr", "out_ptr", "V", "stride_a", "stride_r", "out_stride_a", "out_stride_r")
@@ -58,3 +58,44 @@ def test_row_temperature_and_the_other_dtypes_compile(dtype):
     for _, kernel, types, settings in kernels(dtype):
         types = {**types, "row_temperature_ptr": "*fp64" if dtype == "fp64" else "*fp32"}
         assert compile_ahead(kernel, "sm_90", types, settings).asm["cubin"]
+
+
+TOKENS = ("logprob_ptr", "advantage_ptr", "old_ptr", "ref_ptr", "weight_ptr", "loss_ptr", "derivative_ptr")
+
+
+def policy_kernels(number):
+    """As `kernels`, of policy_loss for log-probs of type `number`: everything, and the least that there can be."""
+    partial = {"partial_ptr": f"*{number}"}
+    numbers = {p.name: p.annotation_type for p in policy_loss._token_kernel.params if p.annotation_type}
+    every = {**dict.fromkeys(TOKENS, f"*{number}"), "mask_ptr": "*i1", **partial, "N": "i32", **numbers}
+    terms = {"TERMS": 17 if number == "fp64" else 9, **policy_loss.TOKEN_LAUNCH}
+    for kind in (1, 2, 3):
+        yield "policy tokens", policy_loss._token_kernel, every, {"KL_KIND": kind, **terms}
+    least = dict.fromkeys(("old_ptr", "ref_ptr", "weight_ptr", "mask_ptr", "derivative_ptr"))
+    types = {name: type_ for name, type_ in every.items() if name not in least}
+    yield "policy tokens", policy_loss._token_kernel, types, {"KL_KIND": 0, **least, **terms}
+    types = {**partial, "statistics_ptr": f"*{number}", "programs": "i32"}
+    yield "policy merge", policy_loss._merge_kernel, types, policy_loss.MERGE_LAUNCH
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
+def test_policy_loss_spills_nothing(target, aligned):
+    for name, kernel, types, settings in policy_kernels("fp32"):
+        divisible = [argument for argument in types if aligned and argument.endswith("_ptr")]
+        used = resources(compile_ahead(kernel, target, types, settings, divisible))
+        assert used["spills"] == 0, f"{name} {settings}: {used}"
+        print(f"{target:7} {'aligned' if aligned else '':8} {name} {settings}: {used}")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_policy_loss_in_double_compiles(target):
+    for _, kernel, types, settings in policy_kernels("fp64"):
+        assert compile_ahead(kernel, target, types, settings).asm
+
+
+def test_policy_loss_reads_widely():
+    """Aligned float32 tokens travel sixteen bytes at a time."""
+    name, kernel, types, settings = next(policy_kernels("fp32"))
+    compiled = compile_ahead(kernel, "sm_90", types, settings, [t for t in types if t.endswith("_ptr")])
+    assert "ld.global.v4.b32" in compiled.asm["ptx"], name

@@ -6,6 +6,7 @@ from tolerance import check, check_rows
 
 from fuserl.kernels import linear_policy_loss as module
 from fuserl.kernels.linear_policy_loss import OUTPUTS, linear_policy_loss
+from fuserl.kernels.policy_loss import merged, policy_loss
 
 DEVICES = [pytest.param("cpu", "cpu"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
 
@@ -203,6 +204,44 @@ def test_reduced_loss_raises():
         Case().run(lambda out, rows: out.logprob.mean())
 
 
+def fused(case, seen=None):
+    """The clipped loss by the op that returns ten numbers for all rows it is given."""
+
+    def loss(out, rows):
+        old, advantages = (x[rows].to(out.logprob.dtype) for x in (case.old, case.advantages))
+        losses, statistics = policy_loss(out.logprob, advantages, old_logprobs=old)
+        if seen is not None:
+            seen.append(len(rows))
+        return losses / case.rows, {"clip": statistics[None], "ratio": (out.logprob - old).exp()}
+
+    return loss
+
+
+@pytest.mark.parametrize("backend,chunk,chunks", [("cpu", 10, 5), ("cpu", None, 1), ("reference", 10, 1)])
+def test_statistics_of_a_chunk_stand_one_below_the_other(backend, chunk, chunks):
+    case = Case()
+    loss, d_hidden, d_weight, out, stats = case.run(fused(case), chunk=chunk, backend=backend)
+    assert stats["clip"].shape == (chunks, 10) and stats["clip"].dtype == torch.float32
+    assert not stats["clip"].requires_grad and stats["ratio"].shape == (45,)
+    whole = policy_loss(out.logprob, case.advantages, old_logprobs=case.old.float())[1]
+    assert torch.allclose(merged(stats["clip"]), whole, rtol=1e-5) and whole[0] == 45 and whole[1:3].all()
+    same(case.run(backend="reference"), (loss, d_hidden, d_weight))
+
+
+def test_statistics_of_whole_rollouts():
+    case, offsets, seen = Case(), torch.tensor([0, 3, 3, 14, 33, 45]), []
+    *_, stats = case.run(fused(case, seen), scope="rollout", offsets=offsets, chunk=12)
+    assert seen == [3, 11, 19, 12] and stats["clip"][:, 0].tolist() == seen
+
+
+def test_statistics_of_another_shape_raise():
+    for value in (torch.ones(2, 10), torch.ones(10), torch.tensor(1.0), 1.0):
+        with pytest.raises(ValueError, match=r"statistics of that shape or \(1, K\); got .* for clip"):
+            Case().run(lambda out, rows, value=value: (-out.logprob, {"clip": value}))
+    with pytest.raises(ValueError, match=r"got \(1, 45\) for the loss"):
+        Case().run(lambda out, rows: -out.logprob[None])
+
+
 def test_output_not_asked_for_raises():
     with pytest.raises(AttributeError, match=r"no 'entropy'.*outputs="):
         Case().run(lambda out, rows: out.entropy)
@@ -325,3 +364,18 @@ def test_bad_input_gets_one_sentence(change, message):
     arguments = {"hidden": case.hidden, "weight": case.weight, "ids": case.ids, **change}
     with pytest.raises(ValueError, match=message):
         linear_policy_loss(token_loss=case.clipped, **arguments)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autocast_casts_operands_and_nothing_else(backend):
+    hidden, weight = torch.randn(9, 16), torch.randn(40, 16)
+    ids = torch.randint(40, (9,))
+    found = []
+    for cast in (False, True):
+        operands = [x.clone().to(torch.float32 if cast else torch.bfloat16).requires_grad_() for x in (hidden, weight)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            loss, out, _ = linear_policy_loss(*operands, ids, lambda out, rows: -out.logprob, backend=backend)
+        loss.backward()
+        found.append([loss.detach(), out.logprob, *(x.grad.float() for x in operands)])
+        assert out.logprob.dtype == torch.float32
+    assert all(map(torch.equal, *found))

@@ -1,0 +1,400 @@
+"""policy_loss against extended precision: losses, gradients and statistics, every backend, edges and identities.
+
+Triton runs here on the CPU, under its interpreter, which must be chosen before triton is imported: one test starts this
+file again in a process of its own with TRITON_INTERPRET=1, where the same tests take the Triton backend.
+"""
+
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from clipped_policy import CASES, EVERYTHING, IMPORTANCE, by_hand, chosen, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import check, eps
+
+import fuserl
+from fuserl.kernels import policy_loss as module
+from fuserl.kernels.policy_loss import KL, STATISTICS, merged, named, policy_loss, reference
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETING:
+    FAST = [("cpu", "triton")]
+    BACKENDS = FAST
+else:
+    FAST = [("cpu", "cpu"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
+    BACKENDS = [*FAST, ("cpu", "reference")]
+each_backend = pytest.mark.parametrize("device,backend", BACKENDS)
+each_fast_backend = pytest.mark.parametrize("device,backend", FAST)
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+cpu_only = pytest.mark.skipif(INTERPRETING, reason="says nothing of Triton")
+
+BLOCK = module.TOKEN_LAUNCH["BLOCK"]
+SHAPES = [(), (1,), (17,), (3, 5, 7), (BLOCK - 1,), (BLOCK + 1,), (4, 1025)]
+
+
+def run(inputs, g, backend, **numbers):
+    """(losses, gradient, statistics) of the op, with g the gradient that comes from above."""
+    logprobs = inputs["logprobs"].detach().requires_grad_()
+    losses, statistics = policy_loss(**{**inputs, "logprobs": logprobs}, backend=backend, **numbers)
+    return losses.detach(), torch.autograd.grad(losses, logprobs, g)[0], statistics
+
+
+def equal(some, others):
+    assert all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+def by_definition(inputs, g, dtype, **numbers):
+    """The same by autograd through the reference, in `dtype`."""
+    inputs = {name: x if x.dtype == torch.bool else x.to(dtype) for name, x in inputs.items()}
+    logprobs = inputs["logprobs"].detach().requires_grad_()
+    names = ("advantages", "old_logprobs", "ref_logprobs", "weights", "mask")
+    losses, _, statistics = reference(logprobs, *(inputs.get(name) for name in names), rule(inputs, **numbers))
+    return losses.detach(), torch.autograd.grad(losses, logprobs, g.to(dtype))[0], statistics
+
+
+def rule(inputs, low=0.2, high=0.2, dual=None, beta=0.0, kl="k3"):
+    return module.Rule(low, high, dual or math.inf, beta, KL[kl] if "ref_logprobs" in inputs else 0)
+
+
+def compare(inputs, backend, names=EVERYTHING, **numbers):
+    inputs, dtype = chosen(inputs, names), inputs["logprobs"].dtype
+    g = torch.randn(inputs["logprobs"].shape).to(inputs["logprobs"])
+    truth, plain = by_hand(inputs, g, **numbers), by_definition(inputs, g, dtype, **numbers)
+    got = run(inputs, g, backend, **numbers)
+    assert all(x.dtype == dtype for x in got) and not got[2].requires_grad
+    got, plain = ([x.cpu().flatten() for x in results] for results in (got, plain))
+    check("losses", got[0], truth[0].flatten(), plain[0], dtype)
+    check("gradient", got[1], truth[1].flatten(), plain[1], dtype)
+    for i, name in enumerate(STATISTICS):
+        check(name, got[2][i : i + 1], truth[2][i : i + 1], plain[2][i : i + 1], dtype)
+    assert torch.equal(got[2][:4].double(), truth[2][:4]), "counts are exact"
+
+
+@each_backend
+@both_dtypes
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_definition(shape, dtype, device, backend):
+    for names, numbers in CASES.values():
+        compare(tokens(*shape, dtype=dtype, device=device), backend, names, **numbers)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_reference_differentiates_itself(case):
+    names, numbers = CASES[case]
+    inputs = chosen(tokens(500, dtype=torch.float64), names)
+    ones = torch.ones(500, dtype=torch.float64)
+    gradient = by_definition(inputs, ones, torch.float64, **numbers)[1]
+    arguments = [inputs.get(n) for n in ("logprobs", "advantages", "old_logprobs", "ref_logprobs", "weights", "mask")]
+    derivative = reference(*arguments, rule(inputs, **numbers))[1]
+    assert torch.allclose(derivative, gradient, rtol=1e-12, atol=1e-15)
+    assert torch.allclose(derivative, by_hand(inputs, ones, **numbers)[1], rtol=1e-12, atol=1e-15)
+
+
+def test_cases_meet_every_bound():
+    names, numbers = CASES["dual"]
+    counts = by_hand(chosen(tokens(4, 1025), names), torch.ones(4, 1025), **numbers)[2][:4]
+    assert (counts > 50).all()
+
+
+@each_backend
+def test_strides(device, backend):
+    whole = tokens(6, 40, device=device)
+    compare({name: x[:, ::3] for name, x in whole.items()}, backend, dual=1.5, beta=0.1)
+    compare({name: x.t() for name, x in whole.items()}, backend)
+    compare({name: x[1:2, :1].expand(5, 7) for name, x in whole.items()}, backend, beta=0.1)
+
+
+@each_fast_backend
+def test_more_partial_sums_than_one_step_adds(device, backend, monkeypatch):
+    monkeypatch.setitem(module.TOKEN_LAUNCH, "BLOCK", 128)
+    monkeypatch.setitem(module.MERGE_LAUNCH, "BLOCK", 16)
+    compare(tokens(50 * 128, device=device), backend, dual=1.5, beta=0.1)
+
+
+@each_fast_backend
+@both_dtypes
+def test_small_differences_keep_their_digits(dtype, device, backend):
+    """Divergences of 1e-8 have as many digits as those of 1: e^d - 1 - d computed as it reads has none in float32."""
+    d = torch.logspace(-6, 0.1, 300, dtype=torch.float64).to(dtype)
+    d = torch.cat([d, -d, torch.tensor([0.5, -0.5, 1.0, -1.0, math.nextafter(1, 0)], dtype=dtype)])
+    inputs = {"logprobs": torch.zeros_like(d), "advantages": torch.zeros_like(d), "ref_logprobs": d}
+    inputs = {name: x.to(device) for name, x in inputs.items()}
+    truth = by_hand(inputs, torch.ones_like(d), beta=1.0)
+    x = d.double().numpy().astype(np.longdouble)
+    series = sum(x**k / math.factorial(k) for k in range(2, 9))  # where long double cancels, too
+    value = torch.from_numpy(np.where(np.abs(x) < 1e-2, series, np.expm1(x) - x).astype(np.float64))
+    losses, gradient, _ = (x.cpu() for x in run(inputs, torch.ones_like(inputs["logprobs"]), backend, beta=1.0))
+    check("k3", losses, value, value, dtype)
+    check("its gradient", gradient, truth[1], truth[1], dtype)
+    same = torch.full((4,), 1e-4, dtype=dtype, device=device)
+    approx_kl = policy_loss(same, same, old_logprobs=0 * same, backend=backend)[1][4:5].cpu()
+    x = same[:1].double().cpu()
+    check("approx_kl", approx_kl, *[4 * sum(x**k / math.factorial(k) for k in range(2, 7))] * 2, dtype)
+
+
+@each_fast_backend
+@both_dtypes
+def test_ratios_of_every_size(dtype, device, backend):
+    end = 89 if dtype == torch.float32 else 710
+    log_ratio = torch.linspace(-end, end, 4001, dtype=dtype, device=device)
+    ones = torch.ones_like(log_ratio)
+    unbounded = {"low": math.inf, "high": math.inf, "backend": backend}
+    losses, _ = policy_loss(log_ratio, -ones, old_logprobs=0 * ones, **unbounded)
+    truth = np.exp(log_ratio.cpu().double().numpy().astype(np.longdouble))
+    with np.errstate(over="ignore"):
+        truth = torch.from_numpy(truth.astype(np.float32 if dtype == torch.float32 else np.float64)).double()
+    losses, tiny = losses.cpu().double(), torch.finfo(dtype).tiny
+    assert torch.equal(losses.isinf(), truth.isinf()) and (losses[truth <= tiny] <= tiny).all()
+    # Rounding x log2(e) costs |x| eps / 2 of the ratio, rounding log2(e) as much at most.
+    roundings = 4 + log_ratio.cpu().double().abs() / (2 if backend == "cpu" else 1)
+    assert ((losses - truth).abs() <= roundings * eps(dtype) * truth)[(truth > tiny) & truth.isfinite()].all()
+
+
+@each_backend
+@both_dtypes
+def test_at_a_bound_the_gradient_flows(dtype, device, backend):
+    for bound, a, past in ((0.75, -2.0, -math.inf), (1.28, 2.0, math.inf), (3.0, -2.0, math.inf)):
+        at = torch.tensor(math.log1p(bound - 1) if bound < 2 else math.log(bound), dtype=dtype)
+        log_ratio = torch.stack([at, torch.nextafter(at, torch.tensor(past, dtype=dtype))]).to(device)
+        inputs = {"logprobs": log_ratio, "advantages": torch.full_like(log_ratio, a), "old_logprobs": 0 * log_ratio}
+        losses, gradient, statistics = run(inputs, 0 * log_ratio + 1, backend, low=0.25, high=0.28, dual=3.0)
+        assert gradient[1] == 0 and torch.allclose(gradient[0], losses[0], rtol=0) and losses[0] * a < 0
+        assert torch.allclose(losses, torch.full_like(losses, -bound * a), rtol=4 * eps(dtype))
+        assert statistics[1:4].sum() == 1
+
+
+@each_backend
+def test_overflow(device, backend):
+    def one(log_ratio, a, **numbers):
+        x = {"logprobs": [log_ratio], "advantages": [a], "old_logprobs": [0.0], "weights": [0.5]}
+        results = run(
+            {k: torch.tensor(v, device=device) for k, v in x.items()}, torch.ones(1, device=device), backend, **numbers
+        )
+        return results[0].item(), results[1].item()
+
+    for a, log_ratio in ((0.0, 1e4), (-0.0, 1e4), (0.0, math.inf), (0.0, -math.inf)):
+        assert (
+            one(log_ratio, a) == one(log_ratio, a, dual=3.0) == one(log_ratio, a, low=math.inf, high=math.inf) == (0, 0)
+        )
+    assert one(1e4, 2.0) == pytest.approx((-1.2, 0)) and one(1e4, -2.0) == (math.inf, math.inf)
+    assert one(1e4, -2.0, dual=3.0) == (3.0, 0) and one(1e4, 2.0, high=math.inf) == (-math.inf, -math.inf)
+    assert one(-1e4, 2.0) == one(-math.inf, 2.0) == (0, 0) and one(-math.inf, -2.0) == pytest.approx((0.8, 0))
+    x = torch.tensor([100.0, 1e4, 0.0], device=device)
+    statistics = policy_loss(x, 0 * x, old_logprobs=0 * x, backend=backend)[1]
+    assert statistics[8] == torch.inf and statistics[9] == 1
+
+
+@each_backend
+def test_masked_tokens_may_hold_anything(device, backend):
+    inputs = tokens(BLOCK + 300, device=device)
+    clean = run(inputs, torch.ones_like(inputs["logprobs"]), backend, beta=0.1)
+    for garbage in (torch.nan, torch.inf, -torch.inf, 1e30):
+        dirty = {k: x if k == "mask" else torch.where(inputs["mask"], x, garbage) for k, x in inputs.items()}
+        got = run(dirty, torch.ones_like(inputs["logprobs"]), backend, beta=0.1)
+        equal(got, clean)
+    assert (clean[0][~inputs["mask"]] == 0).all() and (clean[1][~inputs["mask"]] == 0).all()
+    for kl in KL:
+        nobody = {**inputs, "mask": torch.zeros_like(inputs["mask"])}
+        losses, gradient, statistics = run(nobody, torch.ones_like(inputs["logprobs"]), backend, beta=0.1, kl=kl)
+        assert not losses.any() and not gradient.any() and statistics.tolist() == [0.0] * 8 + [-math.inf, math.inf]
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["logprobs", "advantages", "old_logprobs", "ref_logprobs", "weights"])
+def test_nan_is_not_hidden(name, device, backend):
+    inputs = tokens(BLOCK * 2 + 5, device=device)
+    inputs["mask"][:] = True
+    inputs["advantages"][7] = 0.0
+    inputs[name][7] = torch.nan
+    losses, _, statistics = run(inputs, torch.ones_like(inputs["logprobs"]), backend, beta=0.1)
+    assert losses[7].isnan() and losses.isnan().sum() == 1
+    if name in ("logprobs", "old_logprobs"):
+        assert statistics[[4, 6, 7, 8, 9]].isnan().all()
+        assert torch.equal(merged(statistics[None]).isnan(), statistics.isnan())
+    assert statistics[:4].isfinite().all() and statistics[5].isnan() == (name in ("logprobs", "ref_logprobs"))
+
+
+@each_backend
+def test_empty(device, backend):
+    inputs = tokens(0, 3, device=device)
+    losses, gradient, statistics = run(inputs, torch.ones_like(inputs["logprobs"]), backend, beta=0.1)
+    assert losses.shape == gradient.shape == (0, 3)
+    assert statistics.tolist() == [0.0] * 8 + [-math.inf, math.inf]
+    assert all(value == 0 for value in named(statistics).values())
+
+
+@settings(max_examples=8 if INTERPRETING else 40, deadline=None)
+@given(count=st.integers(1, 600), cut=st.floats(0, 1), seed=st.integers(0, 999), dual=st.sampled_from([None, 1.2, 4.0]))
+def test_identities(count, cut, seed, dual):
+    torch.manual_seed(seed)
+    x, backend = tokens(count), FAST[0][1]
+    a, w, old, ones = x["advantages"], x["weights"], x["old_logprobs"], torch.ones(count)
+    losses, gradient, statistics = run(chosen(x, ("weights",)), ones, backend, dual=dual)
+    assert torch.equal(losses, -a * w) and torch.equal(gradient, -a * w)
+    assert statistics.tolist() == [count, 0, 0, 0, 0, 0, count, count, 1, 1]
+    losses, gradient, _ = run(chosen(x, IMPORTANCE), ones, backend, low=math.inf, high=math.inf)
+    assert torch.equal(losses, gradient) and torch.allclose(losses, -(x["logprobs"] - old).exp() * a, rtol=1e-5)
+    k3 = policy_loss(x["logprobs"], 0 * a, ref_logprobs=x["ref_logprobs"], beta=1.0, backend=backend)[0]
+    assert (k3 >= 0).all()
+    positive = chosen({**x, "advantages": a.abs()}, IMPORTANCE)
+    equal(run(positive, ones, backend, dual=1.01), run(positive, ones, backend))
+    at = int(count * cut)
+    parts = [{name: t[part] for name, t in x.items()} for part in (slice(0, at), slice(at, None))]
+    results = [run(part, torch.ones_like(part["logprobs"]), backend, dual=dual, beta=0.1) for part in parts]
+    whole = run(x, ones, backend, dual=dual, beta=0.1)
+    equal([torch.cat(both) for both in zip(*results, strict=True)][:2], whole[:2])
+    both = merged(torch.stack([r[2] for r in results]))
+    assert torch.equal(both[[0, 1, 2, 3, 8, 9]], whole[2][[0, 1, 2, 3, 8, 9]])
+    assert torch.allclose(both[4:8], whole[2][4:8], rtol=1e-5, atol=1e-6)
+
+
+@each_fast_backend
+def test_runs_and_threads_and_neighbours_change_nothing(device, backend):
+    x = tokens(50_000 if backend == "cpu" else 3 * BLOCK + 5, device=device)
+    ones, threads = torch.ones_like(x["logprobs"]), torch.get_num_threads()
+    whole = run(x, ones, backend, dual=2.0, beta=0.1)
+    try:
+        for count in (*[threads] * 9, 1, 2, 3):
+            torch.set_num_threads(count)
+            equal(run(x, ones, backend, dual=2.0, beta=0.1), whole)
+    finally:
+        torch.set_num_threads(threads)
+    for count in (1, 15, 16, 17, 255, 257, BLOCK + 1):
+        part = run({name: t[-count:] for name, t in x.items()}, ones[-count:], backend, dual=2.0, beta=0.1)
+        equal(part[:2], [result[-count:] for result in whole[:2]])
+
+
+@cpu_only
+def test_every_instruction_set():
+    from fuserl import _C
+
+    best = _C.isa()
+    try:
+        for isa in ("baseline", "avx2", "avx512"):
+            _C.set_isa(isa)
+            for dtype in (torch.float32, torch.float64):
+                compare(tokens(4099, dtype=dtype), "cpu", dual=1.5, beta=0.1)
+            test_small_differences_keep_their_digits(torch.float32, "cpu", "cpu")
+            test_ratios_of_every_size(torch.float32, "cpu", "cpu")
+            if isa == best:
+                break
+    finally:
+        _C.set_isa(best)
+
+
+@cpu_only
+def test_gradcheck():
+    x = tokens(40, dtype=torch.float64)
+    for kl in KL:
+
+        def losses(logprobs, kl=kl):
+            return policy_loss(**{**x, "logprobs": logprobs}, dual=1.5, beta=0.3, kl=kl, backend="cpu")[0]
+
+        assert torch.autograd.gradcheck(losses, x["logprobs"].clone().requires_grad_())
+
+
+@each_backend
+def test_only_the_derivative_is_saved_and_only_when_wanted(device, backend, monkeypatch):
+    x, saved, wanted, run_backend = tokens(100, device=device), [], [], module.IMPLS[backend]
+    monkeypatch.setitem(module.IMPLS, backend, lambda *each: wanted.append(each[-1]) or run_backend(*each))
+    trained = {**x, "logprobs": x["logprobs"].clone().requires_grad_()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        losses, statistics = policy_loss(**trained, backend=backend)
+    assert losses.requires_grad and not statistics.requires_grad and saved == [(100,)]
+    with torch.no_grad():
+        equal(policy_loss(**trained, backend=backend), (losses, statistics))
+    equal(policy_loss(**x, backend=backend), (losses, statistics))
+    assert wanted == [True, False, False]
+
+
+@cpu_only
+def test_a_second_derivative_is_refused():
+    logprobs = torch.zeros(3, requires_grad=True)
+    losses, _ = policy_loss(logprobs, torch.ones(3), backend="cpu")
+    (gradient,) = torch.autograd.grad(losses.square().sum(), logprobs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@cpu_only
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(dynamic):
+    def loss(inputs, low):
+        losses, statistics = policy_loss(**{**inputs, "logprobs": inputs["logprobs"] * 2}, low=low, beta=0.1, dual=2.0)
+        return losses.sum(), named(statistics)["ess"]
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for count, low in ((40, 0.2), (41, 0.3), (42, math.inf)):
+        inputs = tokens(count)
+        inputs["logprobs"].requires_grad_()
+        (value, ess), (expected, expected_ess) = compiled(inputs, low), loss(inputs, low)
+        gradients = [torch.autograd.grad(v, inputs["logprobs"])[0] for v in (value, expected)]
+        assert torch.equal(value, expected) and torch.equal(*gradients) and torch.equal(ess, expected_ess)
+
+
+@cpu_only
+def test_opcheck():
+    x = tokens(20)
+    arguments = [x[name] for name in ("logprobs", "advantages", "old_logprobs", "ref_logprobs", "weights", "mask")]
+    for wanted in (True, False):
+        arguments[0] = x["logprobs"].clone().requires_grad_(wanted)
+        numbers = (0.2, 0.2, 3.0, 0.1, 3, wanted, "cpu")
+        torch.library.opcheck(torch.ops.fuserl.policy_loss, (*arguments, *numbers))
+        torch.library.opcheck(
+            torch.ops.fuserl.policy_loss, (*arguments[:2], *[None] * 4, 0.2, 0.2, 3.0, 0.0, 0, wanted, "cpu")
+        )
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"logprobs": torch.zeros(3).bfloat16()}, "logprobs must be float32 or float64; got torch.bfloat16"),
+        ({"advantages": torch.zeros(1)}, r"advantages must be \(3,\) torch.float32"),
+        ({"advantages": torch.zeros(3).double()}, "advantages must be"),
+        ({"old_logprobs": torch.zeros(3, 1)}, "old_logprobs must be"),
+        ({"mask": torch.ones(3)}, "mask must be .* torch.bool"),
+        ({"weights": torch.zeros(3, device="meta")}, "weights must be .* on cpu"),
+        ({"ref_logprobs": torch.zeros(3, requires_grad=True)}, "ref_logprobs must not require a gradient"),
+        ({"advantages": torch.zeros(3, requires_grad=True)}, "advantages must not require a gradient"),
+        ({"low": -0.1}, "low and high must be at least 0"),
+        ({"high": math.nan}, "low and high must be at least 0"),
+        ({"dual": 1.0}, "dual must be above 1"),
+        ({"kl": "k4"}, "kl must be one of k1, k2, k3; got 'k4'"),
+        ({"beta": math.inf}, "beta must be finite"),
+        ({"beta": 0.1}, "ref_logprobs must be given"),
+        ({"backend": "cudnn"}, "backend must be one of"),
+    ],
+)
+def test_bad_input_gets_one_sentence(change, message):
+    arguments = {"logprobs": torch.zeros(3), "advantages": torch.zeros(3), **change}
+    with pytest.raises(ValueError, match=f"^policy_loss: .*{message}"):
+        fuserl.policy_loss(**arguments)
+
+
+@pytest.mark.gpu
+def test_waits_for_nothing():
+    x = tokens(5000, device="cuda")
+    x["logprobs"].requires_grad_()
+    policy_loss(**x, beta=0.1)[0].sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses, statistics = policy_loss(**x, dual=3.0, beta=0.1)
+        losses.sum().backward()
+        named(merged(torch.stack([statistics, policy_loss(x["mask"][:0].float(), x["mask"][:0].float())[1]])))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@cpu_only
+def test_triton_in_the_interpreter():
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-2000:]
+    assert " passed" in process.stdout
