@@ -1,73 +1,166 @@
-"""How good a completion is: verifiers, a user's own function, and the scoring of rollouts with either.
+"""How good a completion is: the task's verifier or a user's own function, and the scoring of rollouts with either.
 
-A reward is a plain function that declares by name what it wants to see, and returns one finite number:
+A reward is a plain function that declares by name what it wants to see, and returns one finite number; or, where it
+declares the plural `completions`, looks at all completions of a prompt at once and returns a list of numbers:
 
     def exact(completion, answer): return completion.strip() == answer
+    def shortest(completions): return [len(text) == min(map(len, completions)) for text in completions]
+
+Either may be `async def`: calls then wait for each other's network instead of in line.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import inspect
-import numbers
-import re
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fuserl.engine import lookup, prompts
+from fuserl.engine import lookup, problems, prompts, reward_worker
 from fuserl.engine.batch import Rollouts
+from fuserl.engine.reward_pool import Pool
+from fuserl.engine.reward_worker import Failure, Outcome
+from fuserl.engine.verifiers import Verifier, exact, math_equal
 
 # What a reward function may ask for, in the words of its own parameters.
-ARGUMENTS = ("prompt", "completion", "answer", "metadata", "finish")
-
-
-def answer_in(completion: str, answer: str | None = None) -> str:
-    """The answer that a completion gives: inside its last <answer> tags, else its first line.
-
-    Where the reference `answer` has several lines (a grid, a board), or is not known, all of the completion counts.
-    """
-    tagged = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
-    if tagged:
-        return tagged[-1].strip()
-    text = completion.strip()
-    return text if answer is None or "\n" in answer.strip() else text.partition("\n")[0].strip()
-
-
-def verifier(task: prompts.Task, *, partial_credit: bool = False) -> Callable:
-    """The task's own verifier as a reward: 1.0 for a right answer, else 0.0.
-
-    With `partial_credit` it is the verifier's own score between 0 and 1. Those scores give near misses something, and
-    often nonsense too (0.01 for any text, one half for `77` where `7` is right): not what accuracy means.
-
-    Raises:
-        ValueError: the task has problems without an answer, and no other way to judge them.
-    """
-    if task.source.unverifiable:
-        raise ValueError(
-            f"reward: every problem must have an answer to compare with; {task.source.unverifiable}. "
-            "Add it, or name a reward with --reward module:function."
-        )
-
-    def verified(completion: str, answer: str | None, metadata: dict) -> float:
-        score = task.source.score(answer_in(completion, answer), metadata)
-        return score if partial_credit else float(score == 1.0)
-
-    return verified
-
-
-def exact(completion: str, answer: str) -> float:
-    """1.0 when the completion's answer is the reference, letter for letter between the ends."""
-    return float(answer_in(completion, answer) == answer.strip())
-
-
-def math_equal(completion: str, answer: str) -> float:
-    """1.0 when the completion's answer equals the reference as mathematics (`1/2` and `0.5`), judged by math-verify."""
-    math_verify = lookup.package("math_verify", "tasks")
-    return float(math_verify.verify(math_verify.parse(answer), math_verify.parse(answer_in(completion, answer))))
-
+SINGLE = ("prompt", "completion", "answer", "metadata", "finish")
+GROUP = ("prompt", "completions", "answer", "metadata", "finishes")
 
 BUILT_IN = {"exact": exact, "math_equal": math_equal}
+
+
+class RewardError(RuntimeError):
+    """A reward that failed, with the `rollouts` and what is known of their `rewards`, (B,) float32, NaN elsewhere."""
+
+    def __init__(self, message: str, rollouts: Rollouts, rewards: Tensor):
+        super().__init__(message)
+        self.rollouts, self.rewards = rollouts, rewards
+
+
+class WorkerTraceback(RuntimeError):
+    """The traceback of an error in a worker process, as text: the cause of a RewardError."""
+
+
+class Scorer:
+    """Scores rollouts with a reward function, in this process or in a pool of workers: `scorer(rollouts)`.
+
+    The workers start at the first call, stay for the next, and end with `close()`, a `with` block, or this process.
+
+    Args:
+        function: called with those of SINGLE or GROUP that it declares, once a rollout or once a group.
+        workers: processes to call it in; 0 calls it here, in order and without a time limit.
+        timeout: seconds that a call in a worker may take before it is stopped and its reward is 0.
+
+    Raises:
+        ValueError: the function requires other arguments, or cannot be sent to a worker; a bad number.
+    """
+
+    def __init__(self, function: Callable, *, workers: int = 0, timeout: float = 10.0):
+        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+            raise ValueError(f"reward: workers must be an integer >= 0; got {workers!r}. 0 scores in this process.")
+        if not 0 < timeout < math.inf:
+            raise ValueError(
+                f"reward: timeout must be a number of seconds > 0; got {timeout!r}. Without limit is workers=0."
+            )
+        self.function, self.names = function, wanted(function)
+        self.asynchronous = any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
+        self._pool = self._runner = None
+        if workers:
+            self._pool = Pool(function, workers=workers, timeout=timeout, asynchronous=self.asynchronous)
+        elif self.asynchronous:
+            self._runner = asyncio.Runner()  # one loop for all calls: a session that the function keeps belongs to it
+        reward_worker.prepare(function)
+
+    def __call__(self, rollouts: Rollouts) -> tuple[Tensor, dict[str, int]]:
+        """Reward every rollout.
+
+        Args:
+            rollouts: B completions and their prompts.
+
+        Returns:
+            (B,) float32, in the order of the rollouts whatever ended first, and {"timeouts": rollouts stopped}.
+
+        Raises:
+            RewardError: the function raised, returned something else than finite numbers, or took its worker down; the
+                message names the rollout, and the cause is the function's own error.
+        """
+        calls = list(_calls(rollouts, self.names))
+        rewards, timeouts = [math.nan] * len(rollouts), 0
+        with contextlib.closing(self._outcomes([call.arguments for call in calls])) as outcomes:
+            for number, outcome in outcomes:
+                call = None if number is None else calls[number]
+                if isinstance(outcome, Failure):
+                    raise _error(outcome, call, rollouts, rewards)
+                if outcome is None:
+                    timeouts += len(call.members)
+                    outcome = [0.0] * len(call.members)
+                for member, reward in zip(call.members, outcome, strict=True):
+                    rewards[member] = reward
+        return torch.tensor(rewards, dtype=torch.float32), {"timeouts": timeouts}
+
+    def start(self) -> None:
+        """Start the workers now, to be ready at the first call; without waiting."""
+        if self._pool:
+            self._pool.start()
+
+    def close(self) -> None:
+        """End the workers; the scorer cannot be called again."""
+        for each in (self._pool, self._runner):
+            if each:
+                each.close()
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _outcomes(self, calls: list[dict]) -> Iterator[tuple[int | None, Outcome]]:
+        if self._pool:
+            yield from self._pool.outcomes(calls)
+        elif self.asynchronous:
+            outcomes = enumerate(self._run(calls))
+            yield from sorted(outcomes, key=lambda each: isinstance(each[1], Failure))  # what is known comes first
+        else:
+            for number, arguments in enumerate(calls):
+                yield number, reward_worker.attempted(self.function, arguments)
+
+    def _run(self, calls: list[dict]) -> list[Outcome]:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return self._runner.run(_together(self.function, calls))
+        raise RuntimeError(
+            "reward: an async function must have a worker inside an event loop (a notebook). Use workers=1."
+        )
+
+
+def scorer(config, *, required: bool = True) -> Scorer | None:
+    """The scorer of a resolved configuration: the reward that it names, else its task's verifier.
+
+    None where the task has no verifier and a reward is not `required`: completions that are given need none.
+    """
+    if not (required or config.reward) and prompts.configured(config).source.unverifiable:
+        return None
+    return Scorer(configured(config), workers=config.reward_workers, timeout=config.reward_timeout)
+
+
+def score(function: Callable, rollouts: Rollouts) -> Tensor:
+    """Reward every rollout in this process, (B,) float32."""
+    with Scorer(function) as scored:
+        return scored(rollouts)[0]
+
+
+def configured(config) -> Callable:
+    """The reward function of a resolved configuration."""
+    if config.reward:
+        return load(config.reward)
+    return verifier(prompts.configured(config), partial_credit=config.partial_credit)
 
 
 def load(name: str) -> Callable:
@@ -86,94 +179,102 @@ def load(name: str) -> Callable:
     return function
 
 
-def configured(config) -> Callable:
-    """The reward of a resolved configuration: the function it names, else its task's verifier."""
-    if config.reward:
-        return load(config.reward)
-    return verifier(prompts.configured(config), partial_credit=config.partial_credit)
+def verifier(task: prompts.Task, *, partial_credit: bool = False) -> Callable:
+    """The task's own verifier as a reward: 1.0 for a right answer, else 0.0; `exact` for a user's rows.
+
+    With `partial_credit` it is the verifier's own score between 0 and 1. Those scores give near misses something, and
+    often nonsense too (0.01 for any text, one half for `77` where `7` is right): not what accuracy means.
+
+    Raises:
+        ValueError: the task has problems without an answer, and no other way to judge them.
+    """
+    if task.source.unverifiable:
+        raise ValueError(
+            f"reward: every problem must have an answer to compare with; {task.source.unverifiable}. "
+            "Add it, or name a reward with --reward module:function."
+        )
+    if isinstance(task.source, problems.Generated):
+        return Verifier(task.name.partition(":")[2], partial_credit, task.source)
+    return exact
 
 
 def wanted(function: Callable) -> tuple[str, ...]:
-    """The names among ARGUMENTS that `function` declares; parameters with a default may have any name.
+    """The names among SINGLE or GROUP that `function` declares; parameters with a default may have any name.
 
     Raises:
         ValueError: it requires something else.
     """
-    taken = []
-    for parameter in inspect.signature(function).parameters.values():
+    name = getattr(function, "__name__", type(function).__name__)
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"reward: {name} must be a function that declares its arguments; {error}.") from error
+    offered, taken = GROUP if "completions" in parameters else SINGLE, []
+    for parameter in parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
-            return ARGUMENTS
+            return offered
         named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        if named and parameter.name in ARGUMENTS:
+        if named and parameter.name in offered:
             taken.append(parameter.name)
         elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL:
             raise ValueError(
-                f"reward: {getattr(function, '__name__', function)} must ask for {', '.join(ARGUMENTS)} only; "
-                f"got {parameter.name!r}. Rename that parameter, or give it a default."
+                f"reward: {name} must ask for {', '.join(offered)} only; got {parameter.name!r}. "
+                "Rename that parameter, or give it a default."
             )
     return tuple(taken)
 
 
-def score(function: Callable, rollouts: Rollouts) -> Tensor:
-    """Reward every rollout.
+@dataclass(frozen=True)
+class _Call:
+    members: list[int]  # the rollouts that it rewards
+    arguments: dict
 
-    Args:
-        function: called with those of ARGUMENTS that it declares, once per rollout, in order.
-        rollouts: B completions and their prompts.
 
-    Returns:
-        (B,) float32.
-
-    Raises:
-        RuntimeError: the function raised; the message shows the rollout and the cause is the function's own error.
-        ValueError: it returned something else than one finite number.
-    """
-    names, rewards = wanted(function), []
-    for number in range(len(rollouts)):
-        prompt = rollouts.prompt_of(number)
+def _calls(rollouts: Rollouts, names: tuple[str, ...]) -> Iterator[_Call]:
+    """One call of the function per rollout, or per group where it asks for `completions`."""
+    if "completions" in names:
+        groups: dict[int, list[int]] = {}
+        for number, group in enumerate(rollouts.group.tolist()):
+            groups.setdefault(group, []).append(number)
+    else:
+        groups = {number: [number] for number in range(len(rollouts))}
+    for members in groups.values():
+        prompt = rollouts.prompt_of(members[0])
         offered = {
             "prompt": prompt.text,
-            "completion": rollouts.texts[number],
             "answer": prompt.answer,
             "metadata": prompt.metadata,
-            "finish": rollouts.finish[number],
+            "completion": rollouts.texts[members[0]],
+            "finish": rollouts.finish[members[0]],
+            "completions": [rollouts.texts[member] for member in members],
+            "finishes": [rollouts.finish[member] for member in members],
         }
-        with _naming(rollouts, number):
-            reward = function(**{name: offered[name] for name in names})
-        if not _finite(reward):
-            where = _shown(rollouts, number)
-            raise ValueError(f"reward: it must return one finite number; got {reward!r} for {where}.")
-        rewards.append(float(reward))
-    return torch.tensor(rewards, dtype=torch.float32)
+        yield _Call(members, {name: offered[name] for name in names})
 
 
-def _finite(reward: object) -> bool:
-    # A tensor is no number here: one that is part of a graph or on a device would hide its cost from the loop.
-    return isinstance(reward, numbers.Real) and abs(reward) <= torch.finfo(torch.float32).max
+async def _together(function: Callable, calls: list[dict]) -> list[Outcome]:
+    room = asyncio.Semaphore(reward_worker.CONCURRENT)
+
+    async def one(arguments: dict) -> Outcome:
+        async with room:
+            return await reward_worker.awaited(function, arguments, None)
+
+    return await asyncio.gather(*map(one, calls))
 
 
-class _naming:
-    """Turns whatever a reward raises into a RuntimeError that names the rollout."""
-
-    def __init__(self, rollouts: Rollouts, number: int):
-        self.rollouts, self.number = rollouts, number
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, Exception):
-            raise RuntimeError(
-                f"reward: it raised {type(error).__name__}: {error} for {_shown(self.rollouts, self.number)}."
-            ) from error
+def _error(failure: Failure, call: _Call | None, rollouts: Rollouts, rewards: list[float]) -> RewardError:
+    where = "" if call is None else f" for {_shown(rollouts, call, failure.member)}"
+    error = RewardError(f"reward: {failure.says}{where}.", rollouts, torch.tensor(rewards, dtype=torch.float32))
+    error.__cause__ = failure.cause or (WorkerTraceback(failure.trace) if failure.trace else None)
+    return error
 
 
-def _shown(rollouts: Rollouts, number: int) -> str:
+def _shown(rollouts: Rollouts, call: _Call, member: int | None) -> str:
+    number = call.members[member or 0]
+    whole = f" and {len(call.members) - 1} more of its group" if member is None and len(call.members) > 1 else ""
     prompt = rollouts.prompt_of(number)
-    return (
-        f"rollout {number} (prompt {_short(prompt.text, end=True)}, completion {_short(rollouts.texts[number])}, "
-        f"answer {_short(prompt.answer)})"
-    )
+    completion, answer = _short(rollouts.texts[number]), _short(prompt.answer)
+    return f"rollout {number}{whole} (prompt {_short(prompt.text, end=True)}, completion {completion}, answer {answer})"
 
 
 def _short(text: str | None, *, end: bool = False, width: int = 80) -> str:

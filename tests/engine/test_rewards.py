@@ -1,14 +1,23 @@
-"""Rewards: reasoning-gym's own verdicts, a user's function, and errors that name the rollout."""
+"""Rewards: reasoning-gym's own verdicts, a user's function, whole groups, and errors that name the rollout."""
 
+import asyncio
+import fractions
+import math
 import sys
 import types
 
+import numpy
 import pytest
+import reward_functions
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fuserl.engine import prompts, rewards
+from fuserl.engine import prompts, reward_worker, rewards
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.prompts import Prompt
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 def rollouts(texts, answers, metadata=None):
@@ -57,21 +66,6 @@ def test_verifiers_judge_whatever_a_policy_writes(name):
         assert judge(completion=f" {prompt.answer}\n", answer=prompt.answer, metadata=prompt.metadata) == 1.0
 
 
-@pytest.mark.parametrize(
-    ("completion", "answer", "found"),
-    [
-        (" 7\n8 + 1 = 9", "7", "7"),
-        ("\n7", "7", "7"),
-        ("let me see <answer> 3 </answer> or <answer>\n4\n</answer>", "4", "4"),
-        ("1 2\n3 4", "1 2\n3 4", "1 2\n3 4"),
-        ("1 2\n3 4\n", None, "1 2\n3 4"),
-        ("", "7", ""),
-    ],
-)
-def test_answer_in(completion, answer, found):
-    assert rewards.answer_in(completion, answer) == found
-
-
 def test_a_function_is_given_what_it_declares():
     seen = []
 
@@ -92,16 +86,194 @@ def test_an_unknown_argument_is_refused_before_anything_runs():
         rewards.wanted(lambda completion, solution: 0.0)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39, None, "1", [1.0], torch.tensor(1.0)])
+@pytest.mark.parametrize(
+    "value",
+    [math.nan, math.inf, 1e39, 10**400, None, "1", [1.0], torch.tensor(1.0), 1j, numpy.ones(1), numpy.float64("nan")],
+)
 def test_what_is_not_one_finite_number_names_the_rollout(value):
-    with pytest.raises(ValueError, match=r"one finite number; got .* for rollout 1 \(prompt 'question 1 ='.*'b'"):
+    says = r"one finite number; got .* for rollout 1 \(prompt 'question 1 =', completion 'b', answer '2'\)\.$"
+    with pytest.raises(rewards.RewardError, match=says):
         rewards.score(lambda completion: value if completion == "b" else True, rollouts(["a", "b"], ["1", "2"]))
 
 
+NUMBERS = st.one_of(
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.fractions(),
+    st.sampled_from([numpy.float32, numpy.float16, numpy.float64]).flatmap(lambda kind: st.floats(width=16).map(kind)),
+    st.booleans().map(numpy.bool_),
+    st.integers(-128, 127).map(numpy.int8),
+)
+ANYTHING = st.one_of(
+    NUMBERS,
+    st.none() | st.text() | st.binary() | st.complex_numbers() | st.dates() | st.decimals(),
+    st.lists(NUMBERS) | st.dictionaries(st.text(), NUMBERS),
+    st.builds(object),
+)
+
+
+def in_float32(value):
+    return math.isfinite(value) and abs(fractions.Fraction(value)) <= LARGEST
+
+
+@given(ANYTHING)
+def test_whatever_comes_back_is_a_float_or_a_sentence(value):
+    found = reward_worker.checked(value)
+    is_number = isinstance(value, bool | int | float | fractions.Fraction | numpy.number | numpy.bool_)
+    plain = value.item() if isinstance(value, numpy.generic) else value
+    if is_number and in_float32(plain):
+        assert found == [float(plain)] and type(found[0]) is float
+    else:
+        assert "must return one finite number; got" in found.says and "\n" not in found.says and len(found.says) < 300
+
+
+@given(st.one_of(ANYTHING, st.lists(ANYTHING), st.lists(NUMBERS, max_size=3).map(tuple)), st.integers(1, 3))
+def test_a_group_gets_a_number_for_each_or_a_sentence(value, size):
+    found = reward_worker.checked(value, ["text"] * size)
+    several = isinstance(value, list | tuple)
+    if not several or len(value) != size:
+        assert f"must return a list of {size} numbers, one per completion; got" in found.says and found.member is None
+        return
+    each = [reward_worker.checked(member) for member in value]
+    wrong = [member for member, one in enumerate(each) if isinstance(one, reward_worker.Failure)]
+    if wrong:
+        assert "must return finite numbers; got" in found.says and found.member == wrong[0]
+    else:
+        assert found == [one[0] for one in each]
+
+
+def in_groups(texts, group):
+    """Completions of two prompts, in any order."""
+    several = rollouts(texts, ["1", "2"] + ["-"] * (len(texts) - 2), [{"name": n} for n in range(len(texts))])
+    return Rollouts(**{**vars(several), "prompts": several.prompts[:2], "group": torch.tensor(group)})
+
+
+def test_a_whole_group_is_seen_at_once():
+    seen = []
+
+    def ranked(completions, prompt, answer, metadata, finishes):
+        seen.append((prompt, completions, answer, metadata, finishes))
+        return numpy.argsort(completions).argsort()
+
+    found = rewards.score(ranked, in_groups(["b", "z", "c", "a", "y"], [0, 1, 0, 0, 1]))
+    assert found.tolist() == [1, 1, 2, 0, 0]
+    assert seen[0] == ("question 0 =", ["b", "c", "a"], "1", {"name": 0}, ["stop"] * 3)
+    assert seen[1] == ("question 1 =", ["z", "y"], "2", {"name": 1}, ["stop"] * 2)
+
+
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [
+        (
+            [1.0],
+            r"a list of 2 numbers, one per completion; got 1 of them for rollout 1 and 1 more of its group \(prompt",
+        ),
+        (1.0, r"a list of 2 numbers, one per completion; got 1\.0 for rollout 1 and 1 more"),
+        ("12", r"got '12' for rollout 1"),
+        ({0: 1.0, 1: 2.0}, r"got \{0: 1\.0, 1: 2\.0\} for rollout 1"),
+        (torch.ones(2), r"got tensor\(\[1\., 1\.\]\) for rollout 1"),
+        (numpy.ones((2, 1)), r"finite numbers; got \[1\.0\] for rollout 1 \(prompt"),
+        ([1.0, None], r"finite numbers; got None for rollout 4 \(prompt 'question 1 =', completion 'y'"),
+        ([1.0, math.nan], r"finite numbers; got nan for rollout 4 \(prompt"),
+    ],
+)
+def test_a_group_that_is_scored_wrongly_is_named(returned, says):
+    group = in_groups(["b", "z", "c", "a", "y"], [0, 1, 0, 0, 1])
+    with pytest.raises(rewards.RewardError, match=says) as caught:
+        rewards.score(lambda completions: [2, 3, 4] if len(completions) == 3 else returned, group)
+    known = caught.value.rewards
+    assert known[[0, 2, 3]].tolist() == [2, 3, 4] and known[[1, 4]].isnan().all() and caught.value.rollouts is group
+
+
+@pytest.mark.parametrize(
+    ("function", "refused"),
+    [
+        (lambda completions, completion: 0.0, "completion'"),
+        (lambda completions, finish: 0.0, "finish'"),
+        (lambda finishes: 0.0, "finishes'"),
+        (lambda completion, /: 0.0, "completion'"),
+    ],
+)
+def test_single_and_group_arguments_are_not_mixed(function, refused):
+    with pytest.raises(ValueError, match=f"only; got '{refused}. Rename that parameter"):
+        rewards.wanted(function)
+
+
+def test_everything_is_offered_by_the_kind_of_function():
+    assert rewards.wanted(lambda **everything: 0.0) == rewards.SINGLE
+    assert rewards.wanted(lambda completions, **everything: 0.0) == rewards.GROUP
+    with pytest.raises(ValueError, match="type must be a function that declares its arguments; no signature"):
+        rewards.wanted(type)
+
+
 def test_an_exception_names_the_rollout_and_keeps_its_cause():
-    with pytest.raises(RuntimeError, match=r"raised KeyError: 'level' for rollout 0 \(prompt 'question 0 ='") as caught:
-        rewards.score(lambda metadata: metadata["level"], rollouts(["a" * 500], ["1"]))
+    with pytest.raises(RuntimeError, match=r"raised KeyError: 'level' for rollout 1 \(prompt 'question 1 ='") as caught:
+        rewards.score(lambda metadata: metadata["level"], rollouts(["a", "b" * 500], ["1", "2"], [{"level": 3}, {}]))
     assert isinstance(caught.value.__cause__, KeyError) and len(str(caught.value)) < 400
+    assert isinstance(caught.value, rewards.RewardError)
+    assert caught.value.rewards[0] == 3.0 and caught.value.rewards[1].isnan() and len(caught.value.rollouts) == 2
+
+
+@pytest.mark.parametrize(
+    ("deed", "says"),
+    [
+        ("raise x", r"raised KeyError: 'first line x\\nsecond line' for rollout 1"),
+        ("odd", r"raised Odd: of a class that no other process knows for rollout 1"),
+        ("exit 3", r"raised SystemExit: 3 for rollout 1"),
+        ("return x", r"raised ValueError: could not convert string to float: 'x' for rollout 1"),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_is_one_line(deed, says, workers):
+    group = rollouts(["return 1", deed, "return 2"], ["1"] * 3)
+    scorer = rewards.Scorer(reward_functions.told, workers=workers)
+    with scorer, pytest.raises(rewards.RewardError, match=says) as caught:
+        scorer(group)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(").")
+
+
+def test_long_words_of_an_error_are_cut():
+    def verbose(completion):
+        raise ValueError("many\nwords " * 100)
+
+    with pytest.raises(
+        rewards.RewardError, match=r"raised ValueError: many words many .*\.\.\. for rollout 0"
+    ) as caught:
+        rewards.score(verbose, rollouts(["a"], ["1"]))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_async_errors_keep_what_the_others_found():
+    group = rollouts(["return 1", "raise x", "return 2"], ["1"] * 3)
+    with rewards.Scorer(reward_functions.told_later) as scorer:
+        with pytest.raises(rewards.RewardError, match=r"raised KeyError: .* for rollout 1") as caught:
+            scorer(group)
+        assert caught.value.rewards[[0, 2]].tolist() == [1.0, 2.0] and isinstance(caught.value.__cause__, KeyError)
+        assert scorer(rollouts(["return 3"], ["1"]))[0].item() == 3.0
+
+
+def test_async_calls_keep_their_event_loop():
+    loops = set()
+
+    async def where(completion):
+        loops.add(asyncio.get_running_loop())
+        return 1.0
+
+    with rewards.Scorer(where) as scorer:
+        for _ in range(3):
+            scorer(rollouts(["a", "b"], ["1", "2"]))
+    assert len(loops) == 1
+
+
+def test_async_calls_inside_an_event_loop_need_a_worker():
+    async def notebook(workers):
+        with rewards.Scorer(reward_functions.length_later, workers=workers) as scorer:
+            return scorer(rollouts(["abc"], ["1"]))[0].item()
+
+    assert asyncio.run(notebook(1)) == 3.0
+    with pytest.raises(RuntimeError, match="inside an event loop"):
+        asyncio.run(notebook(0))
 
 
 def test_an_interrupt_goes_through_unchanged():
@@ -142,20 +314,19 @@ def test_bad_reward_names(name, says):
         rewards.load(name)
 
 
-def test_built_in_rewards():
-    assert [rewards.exact(text, "42") for text in (" 42\n", "42.0")] == [1.0, 0.0]
-    assert [rewards.math_equal(text, "1/2") for text in ("0.5", "<answer>$\\frac{1}{2}$</answer>", "2")] == [1, 1, 0]
-
-
 def test_configured_reads_the_configuration(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "1 + 1 =", "answer": "2"}\n{"prompt": "1 + 2 =", "answer": 3}\n')
-    config = types.SimpleNamespace(
-        task="", data=str(path), few_shot=0, eval_problems=1, chat=False, model=None, reward=None, partial_credit=False
-    )
+    asked = {"task": "", "data": str(path), "eval_data": None, "columns": (), "few_shot": 0, "eval_problems": 1}
+    read = {"chat": False, "system": None, "model": None}
+    judged = {"reward": None, "partial_credit": False, "reward_workers": 2, "reward_timeout": 20.0}
+    config = types.SimpleNamespace(**asked, **read, **judged)
     rows = prompts.configured(config).held_out()
     group = rollouts([f" {rows[0].answer}\n", "x"], [rows[0].answer] * 2, [rows[0].metadata] * 2)
-    assert rewards.score(rewards.configured(config), group).tolist() == [1.0, 0.0]
+    with rewards.scorer(config) as scorer:
+        found, statistics = scorer(group)
+        assert found.tolist() == [1.0, 0.0] and statistics == {"timeouts": 0}
+        assert len(scorer._pool._workers) == 2 and scorer._pool._limit == 20.0
     config.reward = "exact"
     assert rewards.configured(config) is rewards.exact
 
@@ -165,9 +336,3 @@ def test_rows_without_an_answer_need_a_reward(tmp_path):
     path.write_text('{"prompt": "a", "answer": "2"}\n{"prompt": "b"}\n')
     with pytest.raises(ValueError, match=r"rows\.jsonl:2 has no answer\. Add it, or name a reward"):
         rewards.verifier(prompts.task(str(path), shots=0, held_out=1))
-
-
-def test_a_missing_package_names_its_pip_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(RuntimeError, match=r'math_verify is not installed. Run: pip install "fuserl\[tasks\]"'):
-        rewards.math_equal("1", "1")
