@@ -4,9 +4,16 @@ import json
 import types
 
 import pytest
+from tiny_models import Letters
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
-from fuserl.engine import prompts
-from fuserl.engine.problems import Rows, questions
+from fuserl.engine import models, prompts
+from fuserl.engine.files import read
+from fuserl.engine.problems import Generated, questions
 
 ONE_DIGIT = "reasoning_gym:chain_sum:max_terms=2,max_digits=1"  # 200 problems in all
 
@@ -17,8 +24,8 @@ def jsonl(folder, rows, name="rows.jsonl"):
     return str(path)
 
 
-def numbered(folder, count):
-    return jsonl(folder, [{"prompt": f"{n} + 1 =", "answer": n + 1, "level": n % 3} for n in range(count)])
+def numbered(folder, count, name="rows.jsonl"):
+    return jsonl(folder, [{"prompt": f"{n} + 1 =", "answer": n + 1, "level": n % 3} for n in range(count)], name)
 
 
 def asked(some):
@@ -27,7 +34,8 @@ def asked(some):
 
 def config(task, **changes):
     values = {"task": task, "data": None, "few_shot": 4, "eval_problems": 50, "chat": False, "model": None}
-    return types.SimpleNamespace(**{**values, "groups": 8, "seed": 0, **changes})
+    values |= {"eval_data": None, "columns": (), "system": None, "groups": 8, "seed": 0}
+    return types.SimpleNamespace(**{**values, **changes})
 
 
 def test_one_digit_sums_are_drawn_apart_from_what_is_held_out():
@@ -84,7 +92,7 @@ def test_fewer_problems_than_groups_are_repeated():
 
 
 def test_rows_are_visited_once_an_epoch_in_changing_orders(tmp_path):
-    source = Rows(numbered(tmp_path, 10))
+    source = read(numbered(tmp_path, 10))
     walk = [problem.question for start in range(0, 40, 4) for problem in source.take(0, start, 4, frozenset())]
     epochs = [walk[start : start + 10] for start in range(0, 40, 10)]
     assert all(len(set(epoch)) == 10 for epoch in epochs) and epochs[0] != epochs[1]
@@ -114,7 +122,7 @@ def test_a_row_is_used_as_it_is_and_keeps_its_fields(tmp_path):
         ("reasoning_gym:chain_sum:max_terms=1", "max_terms must be >= min_terms"),
         ("reasoning_gym:chain_sum:max_terms=many", "must accept its options; got max_terms=many"),
         ("chain_sum", "Did you mean 'reasoning_gym:chain_sum'?"),
-        ("missing.jsonl", "readable JSONL file; got 'missing.jsonl'"),
+        ("missing.jsonl", "readable file; got 'missing.jsonl'"),
         (ONE_DIGIT, "it has 200"),
         ("reasoning_gym:boxnet", "examples must have answers"),
     ],
@@ -129,12 +137,17 @@ def test_bad_names_are_one_sentence(name, says):
     ("line", "says"),
     [
         (b"{oops", "must be one JSON object"),
+        (b'{"prompt": "a", "level": NaN}', "JSON has no NaN"),
+        (b"[" * 100_000, "nested too deep"),
+        (b'{"prompt": "a", "answer": 1e999}', "must be finite"),
+        (b'{"prompt": "half \\ud83d"}', "without half characters"),
+        (b'{"prompt": " \\n"}', "must have text"),
         (b"\xff\xfe", "UTF-8"),
         (b"[1]", "must be a JSON object; got [1]"),
-        (b'{"question": "2"}', 'text under "prompt"; got None. Its fields: question'),
+        (b'{"question": "2"}', 'under "prompt"; got None. Its columns are question'),
         (b'{"prompt": ""}', "must have text"),
-        (b'{"prompt": "a", "answer": [1]}', "must be text or a number; got [1]"),
-        (b'{"prompt": "a", "answer": true}', "must be text or a number; got True"),
+        (b'{"prompt": "a", "answer": [1]}', 'must be text or a number under "answer"; got [1]'),
+        (b'{"prompt": "a", "answer": true}', 'must be text or a number under "answer"; got True'),
     ],
 )
 def test_bad_rows_name_file_and_line(line, says, tmp_path):
@@ -152,25 +165,216 @@ def test_an_empty_file_and_a_file_all_held_out_are_refused(tmp_path):
         prompts.task(numbered(tmp_path, 5), shots=0, held_out=5)
 
 
-class Template:
-    """A tokenizer's part in a chat: a template, and a mark that opens every text."""
+@pytest.mark.parametrize("dataset", ["chain_sum:max_terms=2,max_digits=1", "spell_backward", "graph_color"])
+def test_a_generated_pair_is_the_answer_and_that_of_a_neighbour(dataset):
+    few, many = (Generated(dataset).distinct(7, count) for count in (5, 40))
+    assert few == many[:5]
+    for problem in many:
+        assert problem.chosen == problem.answer
+        if problem.answer is None:
+            assert problem.rejected is None
+        else:
+            assert problem.rejected.strip() != problem.answer.strip()
+            assert Generated(dataset).score(problem.rejected, problem.metadata) < 1.0
+    if dataset != "graph_color":
+        prompt = prompts.task(f"reasoning_gym:{dataset}", held_out=1).drawn(0, 0, 1)[0]
+        assert prompt.chosen == prompt.answer != prompt.rejected
 
-    chat_template, bos_token, bos_token_id = "{{ messages }}", "<s>", 1
 
-    def apply_chat_template(self, turns, tokenize, add_generation_prompt):
-        return "<s>" + "".join(f"[{turn['role']}]{turn['content']}" for turn in turns) + "[assistant]"
+def test_what_a_recipe_needs_is_looked_for_in_every_row(tmp_path):
+    rows = [{"prompt": f"q{n}", "answer": "1", "chosen": "1", "rejected": "2"} for n in range(6)]
+    prompts.task(jsonl(tmp_path, rows), shots=0, held_out=2).require("answer", "chosen", "rejected")
+    for lacking in ("answer", "rejected"):
+        task = prompts.task(jsonl(tmp_path, [*rows[:4], {**rows[4], lacking: None}, rows[5]]), shots=0, held_out=2)
+        task.require(*{"answer", "chosen", "rejected"} - {lacking})
+        with pytest.raises(ValueError, match=rf'rows.jsonl:5: every problem must have "{lacking}".*{lacking}=COLUMN'):
+            task.require("chosen", lacking)
+    judged = jsonl(tmp_path, [{"prompt": "q9", "answer": "1"}], "judged.jsonl")
+    with pytest.raises(ValueError, match=r'judged.jsonl:1: every problem must have "chosen"'):
+        prompts.task(jsonl(tmp_path, rows), shots=0, held_out=None, held_from=judged).require("chosen")
+    task = prompts.task(jsonl(tmp_path, [{**rows[0], "rejected": " 1"}, *rows[1:]]), shots=0, held_out=2)
+    with pytest.raises(ValueError, match=r'rows.jsonl:1: "rejected" must be a wrong completion; got \' 1\''):
+        task.require("chosen", "rejected")
 
-    def __call__(self, text):
-        return {"input_ids": [1]}
+
+def test_what_a_generator_cannot_give_is_said_before_training():
+    prompts.task(ONE_DIGIT, held_out=1).require("answer", "chosen", "rejected")
+    with pytest.raises(ValueError, match=r'reasoning_gym:graph_color: every problem must have "chosen".*another task'):
+        prompts.task("reasoning_gym:graph_color", shots=0, held_out=1).require("chosen", "rejected")
+    with pytest.raises(ValueError, match='reasoning_gym:puzzle24: "rejected" must be a wrong completion'):
+        prompts.task("reasoning_gym:puzzle24", shots=0, held_out=1).require("chosen", "rejected")
+
+
+def test_a_held_out_file_is_all_of_it_and_never_trained_on(tmp_path):
+    data = numbered(tmp_path, 30)
+    judged = jsonl(tmp_path, [{"prompt": f"{n} + 1 =", "answer": n + 1} for n in range(25, 40)], "judged.jsonl")
+    task = prompts.configured(config(data, eval_data=judged, eval_problems=None, few_shot=2))
+    held = set(asked(task.held_out()))
+    assert held == {f"{n} + 1 =" for n in range(25, 40)}
+    left = {f"{n} + 1 =" for n in range(25)} - questions(task.examples)
+    assert set(asked(task.drawn(0, 0, 23))) == left and len(left) == 23
+    few = prompts.configured(config(data, eval_data=judged, eval_problems=4, few_shot=0))
+    assert len(few.held_out()) == 4 and set(asked(few.held_out())) < held
+    assert set(asked(few.drawn(0, 0, 75))) == {f"{n} + 1 =" for n in range(25)}
+    with pytest.raises(ValueError, match=r"beside the questions of .*judged.jsonl; it has 15"):
+        prompts.task(judged, held_from=judged, shots=0)
+    with pytest.raises(ValueError, match=r"judged.jsonl must have the column that prompt is to be"):
+        other = jsonl(tmp_path, [{"text": "a"}], "other.jsonl")
+        prompts.task(other, held_from=judged, shots=0, columns=["prompt=text"])
+
+
+def test_a_generator_may_be_judged_on_a_file(tmp_path):
+    judged = jsonl(tmp_path, [{"prompt": "2 + 2 =", "answer": "4"}, {"prompt": "2 + 3 ="}], "judged.jsonl")
+    task = prompts.task(ONE_DIGIT, held_from=judged, held_out=None)
+    held = {prompt.metadata["question"]: prompt for prompt in task.held_out()}
+    assert task.source.score("4", held["2 + 2 ="].metadata) == 1.0 > task.source.score("5", held["2 + 2 ="].metadata)
+    assert task.source.unverifiable.endswith("judged.jsonl:2 has no answer")
+    assert prompts.task(ONE_DIGIT, held_out=1).source.unverifiable is None
+
+
+def test_unless_told_a_fifth_of_a_small_file_is_held_out(tmp_path):
+    held = [
+        len(prompts.task(numbered(tmp_path, count), shots=0, held_out=None).held_out()) for count in (10, 100, 2000)
+    ]
+    assert held == [2, 20, 200]
+    assert len(prompts.task("reasoning_gym:chain_sum", held_out=None).held_out()) == 200
+
+
+def test_a_file_that_was_written_again_is_read_again(tmp_path):
+    first = prompts.configured(config(numbered(tmp_path, 60)))
+    again = prompts.configured(config(numbered(tmp_path, 70)))
+    assert again is prompts.configured(config(again.name, groups=3, seed=9))
+    assert (first.source.size, again.source.size) == (60, 70)
+
+
+def test_columns_need_a_file():
+    with pytest.raises(ValueError, match=r"columns: they must go with a file \(--data\); got prompt=question"):
+        prompts.configured(config(ONE_DIGIT, columns=("prompt=question",)))
+
+
+def test_lengths_are_measured_before_training(tmp_path):
+    rows = [{"prompt": "1" * (n + 1), "answer": "2" * n, "chosen": "3", "rejected": "4" * (15 - n)} for n in range(12)]
+    task = prompts.task(jsonl(tmp_path, rows), shots=0, held_out=0)
+    prompts.check_lengths(task, Letters(), positions=16, new_tokens=4)
+    with pytest.raises(ValueError) as caught:
+        prompts.check_lengths(task, Letters(), positions=15, new_tokens=4)
+    says = str(caught.value)
+    assert "rows.jsonl:12: prompt and completion must fit the 15 tokens" in says and "\n" not in says
+    assert "a prompt of 12 tokens and a completion of up to 4." in says
+    prompts.check_lengths(task, Letters(), positions=24, new_tokens=4, completed=("answer", "chosen"))
+    with pytest.raises(ValueError, match=r"rows.jsonl:12: .* prompt of 12 tokens and a completion of up to 12\."):
+        prompts.check_lengths(task, Letters(), positions=23, new_tokens=4, completed=("answer", "chosen"))
+    with pytest.raises(ValueError, match=r"a prompt of \d+ tokens and a completion of up to \d+\."):
+        prompts.check_lengths(task, Letters(), positions=16, new_tokens=4, completed=("chosen", "rejected"))
+    judged = jsonl(tmp_path, [{"prompt": "5" * 13}], "judged.jsonl")
+    with pytest.raises(ValueError, match=r"judged.jsonl:1: .* a prompt of 13 tokens"):
+        held = prompts.task(jsonl(tmp_path, rows), shots=0, held_from=judged)
+        prompts.check_lengths(held, Letters(), positions=16, new_tokens=4)
+    sums = prompts.task(ONE_DIGIT, shots=0, held_out=3)  # "1 + 1 =" is seven letters
+    prompts.check_lengths(sums, lambda text: Letters()("0" * len(text)), positions=11, new_tokens=4)
+    with pytest.raises(ValueError, match=r"reasoning_gym:chain_sum: .* a prompt of 7 tokens"):
+        prompts.check_lengths(sums, lambda text: Letters()("0" * len(text)), positions=10, new_tokens=4)
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for turn in messages %}"
+    "{% if turn.role == 'system' and not loop.first %}{{ raise_exception('System\nlate.') }}{% endif %}"
+    "[{{ turn.role }}]{{ turn.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def tokenizer(template=TEMPLATE, *, opens=True):
+    """A transformers tokenizer of words with a chat template; `opens`: it puts its mark in front of every text."""
+    words = Tokenizer(WordLevel({"<s>": 0, "?": 1}, unk_token="?"))
+    words.pre_tokenizer = WhitespaceSplit()
+    if opens:
+        words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="?")
+    made.chat_template = template
+    return made
 
 
 def test_chat_puts_examples_in_turns_and_opens_once():
-    task = prompts.task(ONE_DIGIT, shots=1, held_out=1, render=prompts.chat(Template(), "Answer with a number."))
-    example, asking = task.examples[0], task.held_out()[0]
-    assert asking.text == (
-        f"[system]Answer with a number.[user]{example.question}[assistant]{example.answer}"
-        f"[user]{asking.metadata['question']}[assistant]"
+    for opens in (True, False):
+        render = prompts.chat(tokenizer(opens=opens), "Answer with a number.")
+        task = prompts.task(ONE_DIGIT, shots=1, held_out=1, render=render)
+        example, asking = task.examples[0], task.held_out()[0]
+        assert asking.text == ("" if opens else "<s>") + (
+            f"[system]Answer with a number.[user]{example.question}[assistant]{example.answer}"
+            f"[user]{asking.metadata['question']}[assistant]"
+        )
+
+
+SYSTEM, USER, REPLY = ({"role": role, "content": f"{role} says"} for role in ("system", "user", "assistant"))
+
+
+def only(path, render):
+    return prompts.task(path, shots=0, held_out=0, render=render).drawn(0, 0, 1)[0].text
+
+
+def test_messages_go_through_the_template_and_texts_as_they_are(tmp_path):
+    talk, text = jsonl(tmp_path, [{"prompt": [SYSTEM, USER, REPLY, USER]}]), numbered(tmp_path, 1, "texts.jsonl")
+    said = "[system]system says[user]user says[assistant]assistant says[user]user says[assistant]"
+    for render in (prompts.chat(tokenizer(), "Mine.", texts=texts) for texts in (True, False)):
+        assert only(talk, render) == said
+    assert only(text, prompts.chat(tokenizer(), texts=False)) == "0 + 1 ="
+    assert only(text, prompts.chat(tokenizer(), "Mine.")) == "[system]Mine.[user]0 + 1 =[assistant]"
+    assert only(jsonl(tmp_path, [{"prompt": [USER]}]), prompts.chat(tokenizer(), "Mine.")).startswith("[system]Mine.[")
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: messages must go through a chat template"):
+        only(talk, prompts.completion)
+
+
+def test_examples_of_conversations_leave_their_system_turns(tmp_path):
+    rows = [{"prompt": [SYSTEM, {**USER, "content": str(n)}], "answer": n} for n in range(3)]
+    task = prompts.task(jsonl(tmp_path, rows), shots=1, held_out=1, render=prompts.chat(tokenizer()))
+    shown, held = (some[0].turns[-1]["content"] for some in (task.examples, task.held))
+    assert task.held_out()[0].text == f"[system]system says[user]{shown}[assistant]{shown}[user]{held}[assistant]"
+
+
+def test_what_a_template_refuses_is_named(tmp_path):
+    path = jsonl(tmp_path, [{"prompt": [USER]}, {"prompt": [USER, SYSTEM, USER]}])
+    task = prompts.task(path, shots=0, held_out=1, render=prompts.chat(tokenizer()))
+    with pytest.raises(ValueError) as caught:
+        prompts.check_lengths(task, tokenizer(), 100, 1)
+    assert str(caught.value) == (
+        f"{path}:2: the messages must be such that the model's chat template takes them; got the roles user, system, "
+        "user, and it says: System late. Change the row, or take another model."
     )
+
+
+def test_the_configured_task_takes_the_models_own_template(tmp_path):
+    tokenizer().save_pretrained(tmp_path / "model")
+    tokenizer(None).save_pretrained(tmp_path / "plain")
+    model, plain = str(tmp_path / "model"), str(tmp_path / "plain")
+    talk, text = jsonl(tmp_path, [{"prompt": [USER]}]), numbered(tmp_path, 1, "texts.jsonl")
+    few = {"few_shot": 0, "eval_problems": 0}
+
+    def first(name, **changes):
+        return prompts.sampler(config(name, **few, groups=1, **changes))(1)[0].text
+
+    assert first(talk, model=model) == "[user]user says[assistant]"
+    assert first(text, model=model) == first(text, model=plain) == "0 + 1 ="
+    assert first(text, model=model, chat=True, system="Add.") == "[system]Add.[user]0 + 1 =[assistant]"
+    assert first(text, model=model, eval_data=talk) == "0 + 1 ="
+    held = prompts.held_out(config(text, model=model, eval_data=talk, few_shot=0, eval_problems=None))
+    assert held[0].text == "[user]user says[assistant]"
+    with pytest.raises(ValueError, match="must have a chat template; it has none"):
+        first(talk, model=plain)
+    with pytest.raises(ValueError, match=r"system: it must go with chat prompts; got 'Add\.'"):
+        first(text, model=model, system="Add.")
+
+
+def test_a_tokenizer_is_read_without_its_model(tmp_path):
+    tokenizer().save_pretrained(tmp_path / "model")
+    assert models.tokenizer(str(tmp_path / "model"))("a b").input_ids == [0, 1, 1]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tokenizer.json").write_text("{}")
+    for name in ("empty", "broken", "nowhere"):
+        with pytest.raises(ValueError) as caught:
+            models.tokenizer(str(tmp_path / name))
+        assert "name must be a model folder or a hub name with a tokenizer" in str(caught.value)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_chat_needs_a_template():
