@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
 
 from fuserl.engine import lookup
 from fuserl.engine.config import Config
+from fuserl.engine.panels import is_evaluation
+
+_GOALS = {"reward": "reward", "pair_accuracy": "pair accuracy", "nll": "nll", "loss": "loss"}  # the first one there is
+_TROUBLE = ("skipped", "timeouts")
 
 
-def of(config: Config, folder: Path) -> Lines | Live:
-    """The display that standard output can show."""
-    return Live(config, folder) if sys.stdout.isatty() else Lines(config, folder)
+def of(config: Config, folder: Path, *, step: int = 0) -> Lines | Live:
+    """The display that standard output can show, of a run that starts after `step` steps (0, or where it resumes)."""
+    return (Live if sys.stdout.isatty() else Lines)(config, folder, step=step)
 
 
 class Lines:
     """One plain line a step, for logs and pipes."""
 
-    def __init__(self, config: Config, folder: Path):
+    def __init__(self, config: Config, folder: Path, *, step: int = 0):
         self.steps, self.accuracy, self._spent, self._done = config.steps, None, 0.0, 0
+        self._trouble = dict.fromkeys(_TROUBLE, 0)
         self._started = time.perf_counter()
-        self._opening = _opening(config, folder)
+        self._opening = _opening(config, folder, step)
 
     def start(self) -> None:
         """Say what runs where, and why each automatic setting is what it is."""
@@ -31,28 +37,40 @@ class Lines:
         """Nothing is left open."""
 
     def show(self, row: dict) -> None:
-        """Print the row as a line."""
-        if "accuracy" in row:
-            self.accuracy = row["accuracy"]
-            print(f"step {row['step']}/{self.steps}  {_accuracy(row)}", flush=True)
-            return
-        self._done, self._spent = self._done + 1, self._spent + row.get("seconds", 0.0)
-        print(f"step {row['step']}/{self.steps}  {'  '.join(self._facts(row))}", flush=True)
+        """Show a row of metrics: an evaluation or a step; nothing else, as what a checkpoint took."""
+        if is_evaluation(row):
+            self.accuracy = row.get("accuracy", self.accuracy)
+            self._evaluation(f"step {row['step']}/{self.steps}  {_evaluated(row)}")
+        elif "seconds" in row or any(name in row for name in _GOALS):
+            self._done, self._spent = self._done + 1, self._spent + row.get("seconds", 0.0)
+            for name in _TROUBLE:
+                self._trouble[name] += round(row[name]) if _is_number(row.get(name)) else 0
+            self._step(row["step"], self._facts(row))
+
+    def _evaluation(self, line: str) -> None:
+        print(line, flush=True)
+
+    def _step(self, step: int, facts: list[str]) -> None:
+        print(f"step {step}/{self.steps}  {'  '.join(facts)}", flush=True)
 
     def _facts(self, row: dict) -> list[str]:
+        # Steps before a resume took another process's time: the average is of this one's.
         left = (self.steps - row["step"]) * self._spent / max(self._done, 1)
-        facts = [f"reward {row['reward']:.3f}"] if "reward" in row else []
-        facts += [f"held-out {self.accuracy:.3f}"] if self.accuracy is not None else []
+        goal = next((name for name in _GOALS if _is_number(row.get(name))), None)
+        facts = [f"{_GOALS[goal]} {row[goal]:.3f}"] if goal else []
+        facts += [f"held-out {self.accuracy:.3f}"] if _is_number(self.accuracy) else []
         facts += [f"{tokens_per_second(row):,.0f} tokens/s"] if row.get("seconds") else []
+        facts += [f"{name} {count}" for name, count in self._trouble.items() if count]
         return [*facts, f"elapsed {clock(time.perf_counter() - self._started)}", f"left {clock(left)}"]
 
 
 class Live(Lines):
     """A progress bar with the latest figures, redrawn in place; evaluations stay above it as lines."""
 
-    def __init__(self, config: Config, folder: Path):
-        super().__init__(config, folder)
+    def __init__(self, config: Config, folder: Path, *, step: int = 0):
+        super().__init__(config, folder, step=step)
         progress = lookup.package("rich.progress", "engine")
+        self._recipe = config.recipe
         self._progress = progress.Progress(
             progress.SpinnerColumn(),
             progress.TextColumn("[bold]{task.description}"),
@@ -60,7 +78,9 @@ class Live(Lines):
             progress.TextColumn("{task.fields[facts]}"),
             expand=True,
         )
-        self._bar = self._progress.add_task(f"{config.recipe} 0/{self.steps}", total=self.steps, facts="starting")
+        self._bar = self._progress.add_task(
+            f"{config.recipe} {step}/{self.steps}", total=self.steps, completed=step, facts="starting"
+        )
 
     def start(self) -> None:
         """Say what runs, and draw the bar."""
@@ -71,20 +91,12 @@ class Live(Lines):
         """Leave the bar as it is."""
         self._progress.stop()
 
-    def show(self, row: dict) -> None:
-        """Move the bar, or print an evaluation above it."""
-        recipe = self._progress.tasks[0].description.partition(" ")[0]
-        if "accuracy" in row:
-            self.accuracy = row["accuracy"]
-            self._progress.console.print(f"step {row['step']}/{self.steps}  {_accuracy(row)}", highlight=False)
-            return
-        self._done, self._spent = self._done + 1, self._spent + row.get("seconds", 0.0)
-        self._progress.update(
-            self._bar,
-            completed=row["step"],
-            description=f"{recipe} {row['step']}/{self.steps}",
-            facts=" · ".join(self._facts(row)),
-        )
+    def _evaluation(self, line: str) -> None:
+        self._progress.console.print(line, highlight=False, markup=False)
+
+    def _step(self, step: int, facts: list[str]) -> None:
+        description = f"{self._recipe} {step}/{self.steps}"
+        self._progress.update(self._bar, completed=step, description=description, facts=" · ".join(facts))
 
 
 def tokens_per_second(row: dict) -> float:
@@ -99,11 +111,19 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _accuracy(row: dict) -> str:
-    return f"held-out accuracy {row['accuracy']:.3f} ({row['correct']} of {row['problems']})"
+def _evaluated(row: dict) -> str:
+    counts = f" ({row['correct']} of {row['problems']})" if "correct" in row and "problems" in row else ""
+    held = [f"held-out accuracy {row['accuracy']:.3f}{counts}"] if _is_number(row.get("accuracy")) else []
+    tries = [name for name in row if name.startswith("pass@") and _is_number(row[name])]
+    held += [f"{tries[-1]} {row[tries[-1]]:.3f}"] if tries else []
+    return "  ".join(held) or "evaluated"
 
 
-def _opening(config: Config, folder: Path) -> list[str]:
+def _opening(config: Config, folder: Path, step: int) -> list[str]:
     head = f"{config.recipe} on {config.data or config.task}, {config.steps} steps, in {folder}"
     chosen = [f"  {name} = {getattr(config, name)!r}: {reason}" for name, reason in config.reasons.items()]
-    return [head, *chosen]
+    return [f"{head}, resumed at step {step}" if step else head, *chosen]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

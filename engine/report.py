@@ -1,23 +1,30 @@
-"""What a run came to: intervals, a short table, and the plot of its reward."""
+"""What a run came to: intervals, the facts in a few lines, and the plot that stays in its folder."""
 
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
+from typing import NamedTuple
 
-from fuserl.engine import display, lookup, machine
+from fuserl.engine import atomic, display, figures, lookup
+from fuserl.engine.panels import is_evaluation
+from fuserl.engine.panels import smoothed as smoothed
 
 _Z = 1.959964  # of a two-sided interval of 95 %
 _EDGE = 8  # steps averaged at each end of a run
-_BLUE, _ORANGE, _GREY = "#2f6fdb", "#d9610a", "#8b949e"
-_STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "text.color": "#24292f",
-    "axes.labelcolor": "#57606a",
-    "xtick.color": "#57606a",
-    "ytick.color": "#57606a",
-}
+_PHASES = {
+    "generate_s": "generating", "reward_s": "rewarding", "update_s": "updating", "save_s": "saving",
+    "eval_s": "evaluating",
+}  # fmt: skip
+
+
+class Fact(NamedTuple):
+    """One thing that a run came to: what it is, its value, and what qualifies the value (or nothing)."""
+
+    name: str
+    value: str
+    detail: str = ""
 
 
 def interval(correct: int, problems: int) -> tuple[float, float]:
@@ -43,25 +50,23 @@ def rise_interval(before: dict, after: dict) -> tuple[float, float]:
     return low, q - p + math.hypot(q_high - q, p - p_low)
 
 
+def facts(rows: list[dict]) -> list[Fact]:
+    """What a run's rows come to, most important first; a fact whose metrics are missing is left out."""
+    tests = [row for row in rows if _has(row, "accuracy")]
+    steps = [row for row in rows if not is_evaluation(row)]
+    found = _accuracy(tests) + _tries(tests)
+    for name in ("reward", "pair_accuracy", "nll", "loss"):
+        ends = _ends(steps, name)
+        if ends:
+            edge, first, last = ends
+            found.append(Fact(f"{name}, first and last {_steps(edge)}", f"{first:.3f} to {last:.3f}"))
+            break
+    return [*found, *_speed(rows, steps), *_memory(rows), *_trouble(steps)]
+
+
 def summary(rows: list[dict]) -> list[tuple[str, str]]:
     """The final table, name and value, of a run's rows."""
-    steps, tests = [row for row in rows if "reward" in row], [row for row in rows if "accuracy" in row]
-    table = []
-    if len(tests) > 1:
-        before, after = tests[0], tests[-1]
-        low, high = rise_interval(before, after)
-        table += [
-            ("held-out accuracy before", _with_interval(before)),
-            ("held-out accuracy after", _with_interval(after)),
-            ("rise", f"{after['accuracy'] - before['accuracy']:+.3f}  (95 %: {low:+.3f} to {high:+.3f})"),
-        ]
-    if steps:
-        edge = min(_EDGE, max(1, len(steps) // 2))
-        first, last = (_mean(row["reward"] for row in part) for part in (steps[:edge], steps[-edge:]))
-        table.append((f"reward, first and last {edge} step{'s' if edge > 1 else ''}", f"{first:.3f} to {last:.3f}"))
-        table += _speed(rows, steps)
-    peak = ", ".join(f"{name} {value:.2f} GB" for name, value in machine.peak_memory().items())
-    return [*table, ("peak memory", peak)]
+    return [(fact.name, f"{fact.value}  ({fact.detail})" if fact.detail else fact.value) for fact in facts(rows)]
 
 
 def show(table: list[tuple[str, str]], folder: Path, plot: str) -> None:
@@ -70,9 +75,9 @@ def show(table: list[tuple[str, str]], folder: Path, plot: str) -> None:
     drawn = rich_table.Table(show_header=False, box=lookup.package("rich.box", "engine").SIMPLE_HEAD, pad_edge=False)
     drawn.add_column(style="bold", no_wrap=True)
     drawn.add_column(overflow="fold")
-    for name, value in [*table, ("folder", str(folder)), ("plot", plot)]:
+    for name, value in [*table, ("folder", str(folder)), ("plot", plot), ("all plots", f"fuserl report {folder}")]:
         drawn.add_row(name, value)
-    console.Console(highlight=False).print(drawn)
+    console.Console(highlight=False, markup=False).print(drawn)
 
 
 def title(config) -> str:
@@ -84,86 +89,94 @@ def title(config) -> str:
 def plot(rows: list[dict], path: Path, title: str) -> str:
     """Draw reward per step and held-out accuracy with its intervals; return the path, or why there is no plot."""
     try:
-        matplotlib = lookup.package("matplotlib", "tasks")
+        image = figures.png(figures.reward(rows, title))
     except RuntimeError as error:
         return f"none: {error}"
-    steps, tests = [row for row in rows if "reward" in row], [row for row in rows if "accuracy" in row]
-    figure = lookup.package("matplotlib.figure", "tasks").Figure(figsize=(9, 4.8), layout="constrained")
-    with matplotlib.rc_context(_STYLE):
-        axes = figure.add_subplot()
-        x, y = [row["step"] for row in steps], [row["reward"] for row in steps]
-        axes.plot(x, y, ".-", color=_BLUE, alpha=0.3, linewidth=1, markersize=6, markeredgewidth=0, label="reward")
-        axes.plot(x, smoothed(y), color=_BLUE, linewidth=2.4, solid_capstyle="round", label="reward, smoothed")
-        # Accuracy is a share; it gets an axis of its own where the rewards are something else.
-        apart = bool(tests) and not 0.0 <= min(y) <= max(y) <= 1.0
-        right = axes.twinx() if apart else axes
-        if tests:
-            _draw_accuracy(right, tests)
-        for each in {axes, right}:
-            each.spines[["top"] if apart else ["top", "right"]].set_visible(False)
-            each.spines[:].set_color(_GREY)
-        axes.set_xmargin(0.08)
-        axes.set(xlabel="step", ylabel="reward" if apart or not tests else "reward, accuracy")
-        axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if tests or 0.0 <= min(y) <= max(y) <= 1.0:
-            right.set_ylim(-0.02, 1.02)
-        axes.set_title(title, loc="left", fontsize=11, pad=26, color="#24292f")
-        handles = [handle for each in dict.fromkeys([axes, right]) for handle in each.get_legend_handles_labels()[0]]
-        axes.legend(
-            handles=handles, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3,
-            frameon=False, borderaxespad=0.2, handlelength=1.6, columnspacing=1.6,
-        )  # fmt: skip
-        figure.savefig(path, dpi=150)
+    atomic.write_bytes(path, image)
     return str(path)
 
 
-def smoothed(values: list[float]) -> list[float]:
-    """A centred mean over about a fifth of the run, narrower towards the ends."""
-    half = max(1, len(values) // 10)
-    reach = [min(half, at, len(values) - 1 - at) for at in range(len(values))]
-    return [_mean(values[at - wide : at + wide + 1]) for at, wide in enumerate(reach)]
+def _accuracy(tests: list[dict]) -> list[Fact]:
+    if not tests:
+        return []
+    if len(tests) == 1:
+        return [_with_interval(f"held-out accuracy after {_steps(tests[0]['step'])}", tests[0])]
+    before, after = tests[0], tests[-1]
+    found = [_with_interval("held-out accuracy before", before), _with_interval("held-out accuracy after", after)]
+    detail = ""
+    if all(row.get("problems") and "correct" in row for row in (before, after)):
+        detail = "95 %: {:+.3f} to {:+.3f}".format(*rise_interval(before, after))
+    return [*found, Fact("rise", f"{after['accuracy'] - before['accuracy']:+.3f}", detail)]
 
 
-def _draw_accuracy(axes, tests: list[dict]) -> None:
-    x, y = [row["step"] for row in tests], [row["accuracy"] for row in tests]
-    below = [row["accuracy"] - row["accuracy_low"] for row in tests]
-    above = [row["accuracy_high"] - row["accuracy"] for row in tests]
-    axes.errorbar(
-        x, y, yerr=[below, above], fmt="o", color=_ORANGE, markersize=7, markeredgecolor="white", elinewidth=1.4,
-        capsize=3, label=f"held-out accuracy, greedy, {tests[-1]['problems']} problems (95 %)", zorder=5,
-    )  # fmt: skip
-    for row in (tests[0], tests[-1])[: len(tests)]:
-        outside = {"ha": "right", "xytext": (-9, 0)} if row is tests[0] else {"ha": "left", "xytext": (9, 0)}
-        axes.annotate(
-            f"{row['accuracy']:.2f}", (row["step"], row["accuracy"]), textcoords="offset points", va="center",
-            color=_ORANGE, fontweight="bold", zorder=6, **outside,
-        )  # fmt: skip
-    axes.set_ylabel("accuracy")
+def _with_interval(name: str, row: dict) -> Fact:
+    if not (row.get("problems") and "correct" in row):
+        return Fact(name, f"{row['accuracy']:.3f}")
+    low, high = interval(row["correct"], row["problems"])
+    detail = f"{row['correct']} of {row['problems']}; 95 %: {low:.3f} to {high:.3f}"
+    return Fact(name, f"{row['accuracy']:.3f}", detail)
 
 
-def _speed(rows: list[dict], steps: list[dict]) -> list[tuple[str, str]]:
-    seconds = sum(row.get("seconds", 0.0) for row in steps)
+def _tries(tests: list[dict]) -> list[Fact]:
+    """pass@k for the largest k, before and after."""
+    names = {int(name[5:]): name for row in tests for name in row if re.fullmatch(r"pass@\d{1,9}", name)}
+    held = [row for row in tests if names and _has(row, names[max(names)])]
+    if not held:
+        return []
+    values = [f"{row[names[max(names)]]:.3f}" for row in (held[0], held[-1])[: len(held)]]
+    detail = f"of {held[-1]['samples']:g} samples" if _has(held[-1], "samples") else ""
+    return [Fact(f"held-out {names[max(names)]}", " to ".join(values), detail)]
+
+
+def _speed(rows: list[dict], steps: list[dict]) -> list[Fact]:
+    seconds = _sum(steps, "seconds")
     if not seconds:
         return []
-    total = max(rows[-1].get("elapsed", 0.0), seconds)
-    parts = {
-        "generating": sum(row.get("generate_s", 0.0) for row in steps),
-        "updating": sum(row.get("update_s", 0.0) for row in steps),
-    }
-    parts["evaluating and the rest"] = total - sum(parts.values())
-    split = ", ".join(f"{name} {value / total:.0%}" for name, value in parts.items())
+    total = max(max((row["elapsed"] for row in rows if _has(row, "elapsed")), default=0.0), seconds)
+    parts = {word: _sum(rows, name) for name, word in _PHASES.items() if any(_has(row, name) for row in rows)}
+    rest = "the rest" if "evaluating" in parts else "evaluating and the rest"
+    parts[rest] = max(0.0, total - sum(parts.values()))
+    split = ", ".join(f"{word} {value / total:.0%}" for word, value in parts.items())
     return [
-        ("tokens/s", f"{sum(row.get('tokens', 0) for row in steps) / seconds:,.0f}"),
-        ("time", f"{display.clock(total)}  ({split})"),
+        Fact("tokens/s", f"{_sum(steps, 'tokens') / seconds:,.0f}"),
+        Fact("time", display.clock(total), split),
     ]
 
 
-def _with_interval(row: dict) -> str:
-    low, high = interval(row["correct"], row["problems"])
-    return f"{row['accuracy']:.3f}  ({row['correct']} of {row['problems']}; 95 %: {low:.3f} to {high:.3f})"
+def _memory(rows: list[dict]) -> list[Fact]:
+    found = []
+    for place in ("gpu", "host"):
+        values = [row[f"{place}_gb"] for row in rows if _has(row, f"{place}_gb")]
+        found += [(place, f"{max(values):.2f} GB")] if values else []
+    if not found:
+        return []
+    (place, peak), *others = found
+    return [Fact("peak memory", peak, ", ".join([place, *(" ".join(other) for other in others)]))]
 
 
-def _mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
+def _trouble(steps: list[dict]) -> list[Fact]:
+    """What went wrong and did not stop the run: nothing to say of a run without it."""
+    named = (("skipped", "skipped updates", "gradients were not finite"), ("timeouts", "reward time-outs", ""))
+    return [Fact(says, f"{_sum(steps, name):g}", why) for name, says, why in named if _sum(steps, name)]
+
+
+def _ends(steps: list[dict], name: str) -> tuple[int, float, float] | None:
+    """How many steps are averaged at each end, and the averages."""
+    values = [row[name] for row in steps if _has(row, name)]
+    if not values:
+        return None
+    edge = min(_EDGE, max(1, len(values) // 2))
+    return edge, sum(values[:edge]) / edge, sum(values[-edge:]) / edge
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' if count != 1 else ''}"
+
+
+def _sum(rows: list[dict], name: str) -> float:
+    return sum(row[name] for row in rows if _has(row, name))
+
+
+def _has(row: dict, name: str) -> bool:
+    value = row.get(name)
+    return isinstance(value, int | float) and math.isfinite(value)
