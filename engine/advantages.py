@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fuserl.engine.batch import Batch
+from fuserl.engine.contracts import WEIGHT, require
 from fuserl.kernels.group_advantage import group_advantage
 
 
@@ -14,6 +18,104 @@ def standardized(batch: Batch) -> Tensor:
     return group_advantage(batch.rewards, batch.group)
 
 
+def centred(batch: Batch) -> Tensor:
+    """Reward minus the group's mean (Dr. GRPO, arXiv:2503.20783), (B,)."""
+    return group_advantage(batch.rewards, batch.group, scale=None)
+
+
+def leave_one_out(batch: Batch) -> Tensor:
+    """Reward minus the mean of the group's other members (RLOO, arXiv:2402.14740), (B,)."""
+    return group_advantage(batch.rewards, batch.group, baseline="leave_one_out", scale=None)
+
+
+def over_mean(batch: Batch) -> Tensor:
+    """Reward minus the group's mean, over that mean; 0 where the mean is 0 (MaxRL, arXiv:2602.02710, alg. 1), (B,).
+
+    It is defined for rewards that are not negative. A group of one has nothing to compare with: its advantage is r.
+    """
+    if bool((batch.rewards < 0).any()):
+        raise ValueError(
+            f"over_mean: rewards must not be negative; got {float(batch.rewards.min())}. Use rewards of 0 and 1."
+        )
+    mean = batch.group_mean(batch.rewards)
+    alone = batch.group_sum(torch.ones_like(mean)) == 1
+    over = torch.where(mean > 0, centred(batch) / torch.where(mean > 0, mean, 1.0), 0.0)
+    return torch.where(alone, batch.rewards, over)
+
+
 def uniform(batch: Batch) -> Tensor:
     """Advantage one for every rollout: imitation, (B,)."""
     return torch.ones_like(batch.rewards)
+
+
+def token_rewards(batch: Batch, beta: float) -> Tensor:
+    """The rollout's reward at its last token, minus beta (old_logprobs - ref_logprobs) at every token, (N,)."""
+    at_end = torch.where(batch.last, batch.to_tokens(batch.rewards), 0.0)
+    return at_end - beta * (batch.old_logprobs - batch.ref_logprobs) if beta else at_end
+
+
+def penalised(beta: float) -> Callable:
+    """The batch with beta times each rollout's summed log-ratio to the reference taken off its reward."""
+    require("penalised", "beta", beta, 0 <= beta < math.inf, WEIGHT)
+
+    def shaped(batch: Batch) -> Batch:
+        if not beta:
+            return batch
+        return batch.replace(rewards=batch.rewards - beta * batch.rollout_sum(batch.old_logprobs - batch.ref_logprobs))
+
+    return shaped
+
+
+def discounted(x: Tensor, batch: Batch, factor: float) -> Tensor:
+    """The sum of factor^(s - t) x[s] over the later tokens s >= t of each rollout, (N,) float32, in float64."""
+    sums, lengths, starts = x.double().clone(), batch.offsets.diff(), batch.offsets[:-1]
+    for back in range(1, int(lengths.max()) if len(lengths) else 0):
+        longer = lengths > back
+        at = (starts + lengths - 1 - back)[longer]
+        sums[at] += factor * sums[at + 1]
+    return sums.float()
+
+
+def generalised(*, gamma: float, lam: float, beta: float, whiten: bool = True) -> Callable:
+    """Generalised advantage estimation (arXiv:1506.02438, eq. 16) of token rewards under the batch's values.
+
+        delta[t] = r[t] + gamma V[t + 1] - V[t],   A[t] = delta[t] + gamma lam A[t + 1],   returns = A + V
+
+    V beyond a rollout's last token is 0. With `whiten` A is brought to mean 0 and standard deviation 1 over the batch.
+    """
+    for name, value in (("gamma", gamma), ("lam", lam)):
+        require("generalised", name, value, 0 <= value <= 1, "in [0, 1]; 1 is no discount")
+    require("generalised", "beta", beta, 0 <= beta < math.inf, WEIGHT)
+
+    def advantage(batch: Batch) -> Batch:
+        values = batch.values.double()
+        following = torch.where(batch.last, 0.0, values.roll(-1))
+        delta = token_rewards(batch, beta) + gamma * following - values
+        advantages = discounted(delta, batch, gamma * lam)
+        returns = advantages + batch.values
+        return batch.replace(advantages=whitened(advantages) if whiten else advantages, returns=returns)
+
+    return advantage
+
+
+def normalised(*, beta: float, over_group: bool = False) -> Callable:
+    """REINFORCE++ (arXiv:2501.03262, eq. 7-9): token rewards summed to the end, mean 0 and std 1 over tokens.
+
+    With `over_group` the group's mean reward is taken off first (its "baseline" variant).
+    """
+    require("normalised", "beta", beta, 0 <= beta < math.inf, WEIGHT)
+
+    def advantage(batch: Batch) -> Tensor:
+        if over_group:
+            batch = batch.replace(rewards=centred(batch))
+        return whitened(discounted(token_rewards(batch, beta), batch, 1.0))
+
+    return advantage
+
+
+def whitened(x: Tensor) -> Tensor:
+    """x minus its mean, over its standard deviation (population); zeros where all values are equal."""
+    if not len(x) or bool(x.min() == x.max()):
+        return torch.zeros_like(x)
+    wide = x.double()
+    return ((wide - wide.mean()) / wide.std(correction=0)).float()

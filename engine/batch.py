@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ class Rollouts:
     rollout_logprobs: Tensor  # (N,) float32, under the distribution each token was drawn from
     texts: list[str]  # B completions, without the stop text
     finish: list[str]  # B, "stop" or "length"
+    scores: tuple[Tensor, dict] | None = None  # rewards (B,) and their statistics, where making them took the reward
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -99,16 +101,42 @@ class Batch:
             rewards=self.rewards[index],
         )
 
-    def minibatches(self, count: int) -> list[Batch]:
-        """This batch cut into `count` of consecutive rollouts, each with its own counts: one per optimizer step."""
+    def minibatches(self, count: int, *, whole_groups: bool = False) -> list[Batch]:
+        """This batch cut into `count` of whole groups, or of rollouts where groups are too few: one per optimizer step.
+
+        Each has its own counts. There are fewer where rollouts are too few, or groups with `whole_groups`.
+        """
         if count == 1:
             return [self]
-        parts = [self.rollouts_at(index) for index in torch.arange(len(self.group)).tensor_split(count)]
+        index = self.group.argsort(stable=True)
+        kinds = self.group[index].unique_consecutive(return_counts=True)[1]
+        pieces = kinds if whole_groups or len(kinds) >= count else torch.ones_like(index)
+        sizes = [int(part.sum()) for part in pieces.tensor_split(count)]
+        parts = [self.rollouts_at(rows) for rows in index.split(sizes) if len(rows)]
         return [
-            part.replace(counts=Counts(len(part.tokens), len(part.group), len(part.group.unique())))
-            for part in parts
-            if len(part.group)
+            part.replace(counts=Counts(len(part.tokens), len(part.group), len(part.group.unique()))) for part in parts
         ]
+
+    def micro_batches(self, index: Tensor, limit: int, *, whole_groups: bool = False) -> Iterator[Tensor]:
+        """Cut the rollouts `index` (b,), sorted by group, into parts of at most `limit` packed tokens where possible.
+
+        A group's prompt counts once in each part. With `whole_groups` no group is cut.
+        """
+        index = index[self.group[index].argsort(stable=True)]
+        lengths, groups = self.offsets.diff()[index].tolist(), self.group[index].tolist()
+        begin = start = total = 0  # of the part, of the group
+        for at, group in enumerate(groups):
+            if at and group != groups[at - 1]:
+                start = at
+            prompt = len(self.prompt_tokens[group])
+            total += lengths[at] + (prompt if at == start else 0)
+            cut = start if whole_groups else at
+            if total > limit and cut > begin:
+                yield index[begin:cut]
+                begin = cut
+                total = prompt + sum(lengths[cut : at + 1])
+        if begin < len(index):
+            yield index[begin:]
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy whose per-token and per-rollout fields live on `device`; offsets stay on the host."""
@@ -122,6 +150,17 @@ class Batch:
         """A copy with `fields` replaced."""
         return dataclasses.replace(self, **fields)
 
+    def with_advantages(self, advantages: Tensor) -> Batch:
+        """A copy with advantages given per rollout (B,), or per token (N,); per rollout where both are as many."""
+        if advantages.shape == self.rewards.shape:
+            advantages = self.to_tokens(advantages)
+        elif advantages.shape != self.tokens.shape:
+            raise ValueError(
+                f"with_advantages: advantages must be ({len(self.rewards)},), one per rollout, or "
+                f"({len(self.tokens)},), one per token; got {tuple(advantages.shape)}. Correct the recipe's advantage."
+            )
+        return self.replace(advantages=advantages.float())
+
     def to_tokens(self, per_rollout: Tensor) -> Tensor:
         """Spread one value per rollout (B,) over its tokens (n,)."""
         return per_rollout[self.rollout]
@@ -134,11 +173,36 @@ class Batch:
         """Average per-token values (n,) within each rollout, (B,); rollouts without tokens give 0."""
         return self.rollout_sum(per_token) / self.lengths.clamp(min=1)
 
+    def group_sum(self, per_rollout: Tensor) -> Tensor:
+        """Sum values (B,) within each group and give it back to its rollouts, (B,)."""
+        groups = max(len(self.prompt_tokens), len(self.group))
+        return per_rollout.new_zeros(groups).index_add(0, self.group, per_rollout)[self.group]
+
     def group_mean(self, per_rollout: Tensor) -> Tensor:
         """Average values (B,) within each group and give it back to its rollouts, (B,)."""
-        zeros = per_rollout.new_zeros(len(self.group))
-        size = zeros.index_add(0, self.group, torch.ones_like(per_rollout))
-        return (zeros.index_add(0, self.group, per_rollout) / size)[self.group]
+        return self.group_sum(per_rollout) / self.group_sum(torch.ones_like(per_rollout))
+
+    @property
+    def group_offsets(self) -> Tensor:
+        """(groups + 1,) int64 on the host: where the tokens of each group begin, for rollouts sorted by group."""
+        sizes = self.group.cpu().unique_consecutive(return_counts=True)[1]
+        return self.offsets[torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])]
+
+    @property
+    def last(self) -> Tensor:
+        """Which tokens end their rollout, (n,) bool, where the batch holds whole rollouts."""
+        ends = torch.ones_like(self.rollout, dtype=torch.bool)
+        ends[:-1] = self.rollout[1:] != self.rollout[:-1]
+        return ends
+
+    def at_last(self, per_rollout: Tensor) -> Tensor:
+        """One value per rollout (B,) at its last token, NaN at the others, (n,): a statistic that counts once."""
+        return torch.where(self.last, self.to_tokens(per_rollout), torch.nan)
+
+    def pair_difference(self, per_rollout: Tensor) -> Tensor:
+        """In groups of two: the value (B,) of the rollout with the larger reward minus the other's, for both, (B,)."""
+        chosen = self.rewards > self.group_mean(self.rewards)
+        return self.group_sum(torch.where(chosen, per_rollout, -per_rollout))
 
     def _token_fields(self):
         names = (

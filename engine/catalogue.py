@@ -1,21 +1,122 @@
-"""The recipes by name: where each lives, and one phrase."""
+"""The recipes by name: where each lives, one phrase, and the options that its signature declares.
+
+Options are read from the source, as literals, so that a command line is parsed before anything heavy is imported.
+"""
 
 from __future__ import annotations
 
-import difflib
+import ast
+import functools
+import re
+from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
+
+from fuserl.engine import lookup
 
 RECIPES = {
     "grpo": "group-relative advantages, clipped ratio (arXiv:2402.03300)",
+    "dr_grpo": "GRPO without its two normalisers, which bias it (arXiv:2503.20783)",
+    "dapo": "GRPO with a wider upper clip, token mean, dynamic sampling, overlong shaping (arXiv:2503.14476)",
+    "gspo": "GRPO with one ratio per rollout (arXiv:2507.18071)",
+    "cispo": "truncated importance weights instead of clipped tokens (arXiv:2506.13585)",
+    "max_rl": "reward over the group's mean reward: maximum likelihood of success (arXiv:2602.02710)",
+    "rloo": "REINFORCE with the mean of the group's other members as baseline (arXiv:2402.14740)",
+    "reinforce_pp": "REINFORCE++: KL in the reward, advantages normalised over the batch (arXiv:2501.03262)",
+    "ppo": "clipped ratio, value model, generalised advantage estimation (arXiv:1707.06347)",
+    "dpo": "preference pairs without a reward model (arXiv:2305.18290)",
+    "reward_model": "Bradley-Terry reward model of preference pairs (arXiv:2203.02155)",
     "sft": "maximum likelihood of the task's answers",
 }
 
 
+TYPES = {"int": int, "float": float, "bool": bool, "str": str}
+
+
+@dataclass(frozen=True)
+class Option:
+    """A keyword of a recipe's signature: what the command line and the configuration file may set."""
+
+    name: str
+    type: type  # int, float, bool or str
+    optional: bool  # None is allowed
+    default: object
+    doc: str
+
+
 def recipe(config):
-    """Build the configured recipe; an unknown name raises ValueError with the nearest known one."""
-    name = config.recipe
+    """Build the recipe of a resolved configuration, with its options."""
+    return _module(config.recipe).recipe(config, **config.options)
+
+
+def defaults(name: str) -> dict[str, object]:
+    """The settings for which a recipe has values of its own: its module's DEFAULTS, and FIXED."""
+    return {**_constant(name, "DEFAULTS"), **fixed(name)}
+
+
+def fixed(name: str) -> dict[str, object]:
+    """The settings that a recipe leaves no choice about: its module's FIXED."""
+    return _constant(name, "FIXED")
+
+
+def show(name: str) -> list:
+    """The figures of a recipe's check, got and expected."""
+    return _module(name).show()
+
+
+@functools.cache
+def options(name: str) -> dict[str, Option]:
+    """The options of a recipe, from the signature and the docstring of its `recipe` function."""
+    function = next(node for node in _source(name) if isinstance(node, ast.FunctionDef) and node.name == "recipe")
+    described, found = _described(ast.get_docstring(function)), {}
+    for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
+        kind, *none = ast.unparse(argument.annotation).split(" | ")
+        doc = described[argument.arg]
+        found[argument.arg] = Option(argument.arg, TYPES[kind], none == ["None"], ast.literal_eval(default), doc)
+    return found
+
+
+def owners(option: str) -> str:
+    """A sentence that names the recipes with an option of this name; empty where none has it."""
+    found = [name for name in RECIPES if option in options(name)]
+    return f"{option} is an option of {', '.join(found)}." if found else ""
+
+
+def known(name: str) -> str:
+    """The name of a recipe as it is; an unknown one raises ValueError with the nearest known one."""
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(RECIPES)}."
-        raise ValueError(f"recipe: name must be a known recipe; got {name!r}. {hint}")
-    return import_module(f"fuserl.engine.recipes.{name}").recipe(config)
+        raise ValueError(f"recipe: name must be a known recipe; got {name!r}. {lookup.nearest(name, RECIPES)}")
+    return name
+
+
+def _module(name: str):
+    return import_module(f"fuserl.engine.recipes.{known(name)}")
+
+
+def _constant(name: str, constant: str) -> dict[str, object]:
+    for node in _source(name):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == constant:
+            return ast.literal_eval(node.value)
+    return {}
+
+
+@functools.cache
+def _source(name: str) -> list[ast.stmt]:
+    path = Path(__file__).parent / "recipes" / f"{known(name)}.py"
+    return ast.parse(path.read_text(encoding="utf-8")).body
+
+
+def _described(docstring: str) -> dict[str, str]:
+    """Each argument's text in a docstring's `name: text` lines, continuation lines joined."""
+    lines = docstring.splitlines()
+    found, name = {}, None
+    for line in lines[lines.index("Args:") + 1 :] if "Args:" in lines else []:
+        start = re.match(r" {4}(\w+): (.*)", line)
+        if start:
+            name = start[1]
+            found[name] = start[2]
+        elif line.startswith(" " * 8) and name:
+            found[name] += f" {line.strip()}"
+        elif line.strip():
+            break
+    return {name: text.rstrip(".") for name, text in found.items()}

@@ -1,86 +1,113 @@
-"""The command line: train, list, bench, doctor. Nothing heavy is imported before a command needs it."""
+"""The command line. Nothing heavy is imported before a command needs it."""
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from argparse import SUPPRESS
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from fuserl.engine import catalogue, lookup
-from fuserl.engine.config import Config, contract, kind, settings
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors name the nearest flag or command, on one line."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str):
-        """Print one line and leave with status 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
-
-    def refuse(self, leftover: Sequence[str]) -> None:
-        """Leave with status 2 and the nearest known flag when arguments are left over."""
-        if not leftover:
-            return
-        wrong = next((word for word in leftover if word.startswith("-")), leftover[0])
-        flag = wrong.partition("=")[0]
-        known = sorted(option for option in self._option_string_actions if option.startswith("--"))
-        self.error(f"unknown argument {flag!r}. {lookup.nearest(flag, known)}")
+from fuserl.engine import catalogue, flags, lookup, wording
+from fuserl.engine.config import Config
+from fuserl.engine.flags import Parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `fuserl ARGUMENTS` and return the exit status: 2 for a wrong argument, 1 for a failure of the machine.
 
-    Such errors are one line on standard error; FUSERL_DEBUG=1 lets them through with their traceback.
+    Such errors are one line on standard error; FUSERL_DEBUG=1 lets them through with their traceback. A run that is
+    stopped by Ctrl-C or SIGTERM ends as by an error, with 130 or 143.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _COMMANDS[_command(arguments)][0](arguments[1:])
-    except (ValueError, RuntimeError) as error:
+        with _stoppable():
+            status = _COMMANDS[_command(arguments)][0](arguments[1:])
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read the output, as `head` does, has seen enough
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt as stop:
+        number = signal.SIGTERM if stop.args == (signal.SIGTERM,) else signal.SIGINT
+        _complain(f"stopped by {'SIGTERM' if number == signal.SIGTERM else 'Ctrl-C'}.", stop)
+        return 128 + number
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if os.environ.get("FUSERL_DEBUG"):
             raise
-        print(f"fuserl: {error}", file=sys.stderr)
-        if isinstance(error, RuntimeError):
+        _complain(_words(error), error)
+        if not isinstance(error, ValueError):
             print("fuserl: FUSERL_DEBUG=1 shows where", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
-    except KeyboardInterrupt:
-        return 130
+    finally:
+        _drop_unread()
 
 
 def train(arguments: Sequence[str]) -> int:
-    """Train: every setting of Config is a flag, over a file of settings when one is given."""
-    parser = train_parser()
-    given, leftover = parser.parse_known_args([_dashed(word) for word in arguments])
-    parser.refuse(leftover)
-    flags = vars(given)
-    path = flags.pop("config", None)
-    base = Config.read(path) if path else Config()
-    config = base.replace(**{name: _unescaped(value) for name, value in flags.items()})
-    if config.recipe not in catalogue.RECIPES:
-        parser.error(f"unknown recipe {config.recipe!r}. {lookup.nearest(config.recipe, catalogue.RECIPES)}")
+    """Train: every setting and every option of the recipe is a flag, over a file of settings when one is given."""
+    parser = train_parser(_recipe(arguments))
+    values = flags.given(parser.known(arguments))
+    folder, path = values.pop("resume", None), values.pop("config", None)
+    if folder is not None:
+        if path is not None or "out" in values:
+            parser.error("--resume goes on with a run's own settings in its own folder; leave out --config and --out")
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            parser.error(f"--resume must name a run's folder; {folder} has no config.json. `ls runs` shows yours")
+    config = (Config() if path is None else Config.read(path)).replace(**values)
+    _require_engine()
     from fuserl.engine import loop
 
-    loop.train(config)
+    loop.train(config, resume=None if folder is None else Path(folder))
     return 0
 
 
-def train_parser() -> Parser:
-    """The parser of `fuserl train`, generated from the fields of Config."""
+def train_parser(recipe: str = Config.recipe) -> Parser:
+    """The parser of `fuserl train RECIPE`, generated from the fields of Config and the recipe's signature."""
     usage = "fuserl train [RECIPE] [--flag value]..."
     parser = Parser(prog="fuserl train", usage=usage, description="Train a language model with a recipe.")
-    parser.add_argument(
-        "--config", metavar="FILE", default=argparse.SUPPRESS, help="settings as JSON (a run's config.json); flags win"
-    )
-    sections = {}
-    for setting in settings():
-        section = setting.metadata["section"]
-        if section not in sections:
-            sections[section] = parser.add_argument_group(section)
-        _add(sections[section], setting)
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", default=SUPPRESS)
+    for name, metavar, doc in (
+        ("config", "FILE", "settings as TOML or JSON (a run's config.json); flags win"),
+        ("resume", "RUN", "the folder of a run to go on with, from its newest checkpoint"),
+    ):
+        parser.add_argument(f"--{name}", metavar=metavar, default=SUPPRESS, help=doc)
+    parser.add_argument("--recipe", dest="recipe", default=SUPPRESS, help=SUPPRESS)
+    flags.add_options(parser, recipe)
+    flags.add_settings(parser, recipe)
     return parser
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Judge a run's newest checkpoint, or any model, on held-out problems."""
+    parser = Parser(
+        prog="fuserl eval", usage="fuserl eval RUN|MODEL [--flag value]...",
+        description="Held-out accuracy, greedy, and pass@k with --eval-samples, of a run or of a model.",
+    )  # fmt: skip
+    parser.add_argument("target", metavar="RUN|MODEL", help="a run's folder, a model folder, or a hub name")
+    flags.add_settings(parser)
+    values = flags.given(parser.known(arguments))
+    _require_engine()
+    from fuserl.engine import trained
+
+    return trained.evaluate(values.pop("target"), values)
+
+
+def export(arguments: Sequence[str]) -> int:
+    """Write a run's weights as an ordinary transformers folder."""
+    parser = Parser(prog="fuserl export", description="Write a run's weights as a transformers folder, LoRA merged.")
+    parser.add_argument("run", metavar="RUN", help="a run's folder")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of the weights"
+    )
+    given = parser.known(arguments)
+    _require_engine()
+    from fuserl.engine import trained
+
+    return trained.export(given.run, given.out, given.dtype)
 
 
 def listed(arguments: Sequence[str]) -> int:
@@ -92,17 +119,46 @@ def listed(arguments: Sequence[str]) -> int:
     return 0
 
 
+def check(arguments: Sequence[str]) -> int:
+    """Print each figure of a recipe's check beside the expected one; return 1 when one falls outside."""
+    parser = Parser(prog="fuserl check", description="Compare what a recipe must reduce to with what it does.")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="one of `fuserl list`; all without")
+    given = parser.known(arguments)
+    status = 0
+    for name in catalogue.RECIPES if given.recipe is None else [given.recipe]:
+        figures = catalogue.show(name)
+        print(name)
+        for figure in figures:
+            status = status if figure.holds else 1
+            verdict = "ok " if figure.holds else "NO "
+            print(f"  {verdict} {figure.what}: {figure.got:.6g} (expected {figure.expected:.6g})")
+    return status
+
+
 def bench(arguments: Sequence[str]) -> int:
     """Run the benchmarks of the checkout in the current folder."""
     parser = Parser(prog="fuserl bench", description="Run the benchmarks of a checkout, correctness first.")
     parser.add_argument("only", nargs="?", help="run the cases whose name contains this")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes and one round: shows that every case runs")
     parser.add_argument("--save", action="store_true", help="append the rows to benchmarks/results")
-    given, leftover = parser.parse_known_args(arguments)
-    parser.refuse(leftover)
+    given = parser.known(arguments)
+    lookup.package("rich", "engine")
     from fuserl.engine import bench as benchmarks
 
     return benchmarks.main(given.only, smoke=given.smoke, save=given.save)
+
+
+def report(arguments: Sequence[str]) -> int:
+    """Write a run's metrics, or several runs' in one, as a page and as a picture."""
+    parser = Parser(prog="fuserl report", description="Write report.html and report.png into a run's folder.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs; several are drawn together")
+    parser.add_argument("--out", metavar="FILE", help="the page; default report.html in the first run's folder")
+    given = parser.known(arguments)
+    _require_engine()
+    from fuserl.engine import page
+
+    print(page.write([Path(run) for run in given.runs], Path(given.out) if given.out else None))
+    return 0
 
 
 def doctor(arguments: Sequence[str]) -> int:
@@ -115,7 +171,11 @@ def doctor(arguments: Sequence[str]) -> int:
 
 _COMMANDS = {
     "train": (train, "train a model: fuserl train grpo --steps 40"),
+    "eval": (evaluate, "judge a run or a model on held-out problems"),
+    "export": (export, "write a run's weights as a transformers folder"),
+    "report": (report, "draw a run, or compare several, as a page"),
     "list": (listed, "name the recipes"),
+    "check": (check, "compare a recipe with what it must reduce to"),
     "bench": (bench, "measure every op on this machine"),
     "doctor": (doctor, "say what runs here, and why the rest does not"),
 }
@@ -136,48 +196,66 @@ def _command(arguments: list[str]) -> str:
     parser.error(f"unknown command {arguments[0]!r}. {lookup.nearest(arguments[0], _COMMANDS)}")
 
 
-def _add(group, setting) -> None:
-    wanted, _ = kind(setting.name)
-    doc, flag = setting.metadata["doc"], f"--{setting.name.replace('_', '-')}"
-    if setting.default is not None:
-        doc += f" (default {setting.default})"
-    elif "default" not in doc:
-        doc += " (default: chosen for the machine and the task)"
-    options = {"default": argparse.SUPPRESS, "help": doc.replace("%", "%%")}
-    if setting.name == "recipe":
-        group.add_argument("recipe", nargs="?", metavar="RECIPE", **options)
-    elif wanted is bool:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, dest=setting.name, **options)
-    elif wanted is tuple:
-        group.add_argument(flag, nargs="*", metavar="TEXT", dest=setting.name, **options)
-    else:
-        metavar = {int: "N", float: "X"}.get(wanted, "TEXT")
-        group.add_argument(flag, type=_reader(setting, wanted), metavar=metavar, dest=setting.name, **options)
-
-
-def _dashed(word: str) -> str:
-    """--group_size for --group-size, which means the same."""
-    flag, equals, value = word.partition("=")
-    return f"{flag.replace('_', '-')}{equals}{value}" if flag.startswith("--") else word
-
-
-def _reader(setting, wanted: type):
-    def read(text: str):
-        try:
-            return wanted(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {contract(setting)}; got {text!r}") from None
-
-    return read
-
-
-def _unescaped(value: object) -> object:
-    return tuple(text.replace("\\n", "\n") for text in value) if isinstance(value, list) else value
+def _recipe(arguments: Sequence[str]) -> str:
+    """The recipe that a command line of `train` means: named in it, in the file of settings, or in the run resumed."""
+    named = flags.recipe_of(arguments)
+    if named is None:
+        early = Parser(prog="fuserl train", add_help=False)
+        for name in ("config", "resume"):
+            early.add_argument(f"--{name}")
+        files, _ = early.parse_known_args(arguments)
+        path = files.config or (files.resume and Path(files.resume) / "config.json")
+        named = Config.read(path).recipe if path and Path(path).is_file() else Config.recipe
+    if named not in catalogue.RECIPES:
+        Parser(prog="fuserl train").error(f"unknown recipe {named!r}. {lookup.nearest(named, catalogue.RECIPES)}")
+    return named
 
 
 def _no_options(command: str, arguments: Sequence[str]) -> None:
-    parser = Parser(prog=f"fuserl {command}", description=_COMMANDS[command][1])
-    parser.refuse(parser.parse_known_args(arguments)[1])
+    Parser(prog=f"fuserl {command}", description=_COMMANDS[command][1]).known(arguments)
+
+
+def _require_engine() -> None:
+    """Refuse to start without a package that is certain to be needed later."""
+    for name in ("transformers", "safetensors", "rich"):
+        lookup.package(name, "engine")
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"the system must allow what it was asked for; it says of {error.filename or 'it'}: {error.strerror}."
+    short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    advice = " Take smaller --groups, --group-size or --micro-tokens, or --checkpoint-activations." if short else ""
+    return wording.sentence(f"memory ran out: {error}" if short else error) + advice
+
+
+def _complain(words: str, error: BaseException) -> None:
+    print(f"fuserl: {wording.sentence(' '.join([words, *getattr(error, '__notes__', ())]))}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM, with which batch systems stop a job, as an interrupt; only a main thread can have it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _drop_unread() -> None:
+    """Drop what nobody can read any more, about which Python would complain at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

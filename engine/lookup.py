@@ -9,6 +9,9 @@ import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType
 
+from fuserl.engine import wording
+from fuserl.engine.reward_worker import Attempt
+
 _SHOWN = 12  # names listed in one error
 
 
@@ -26,35 +29,40 @@ def package(name: str, extra: str) -> ModuleType:
     """Import the optional package `name`, which the extra `extra` of fuserl brings.
 
     Raises:
-        RuntimeError: it is not installed; the message is the pip line.
+        RuntimeError: it is not installed (the message is the pip line), or cannot be imported.
     """
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name.partition(".")[0]:
-            raise  # it is there, and something that it needs is not
-        raise RuntimeError(f'{name} is not installed. Run: pip install "fuserl[{extra}]"') from error
+    except ImportError as error:
+        line = f'Run: pip install "fuserl[{extra}]"'
+        if isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]:
+            raise RuntimeError(f"{name} is not installed. {line}") from error
+        raise RuntimeError(f"{name} is installed but cannot be imported ({error}). {line}") from error
 
 
 def function(path: str) -> Callable:
     """The callable at `module:name`, looked for in the working directory too.
 
     Raises:
-        ValueError: no such module, or nothing callable of that name in it.
+        ValueError: no such module, one that raises when it is imported, or nothing callable of that name in it.
     """
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name):
         raise ValueError(f"function: path must read module:function; got {path!r}. Write it like my_rewards:exact.")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name != module_name and not module_name.startswith(f"{error.name}."):
-            raise
+    with Attempt({}) as attempt:  # the module's own code runs, and may raise anything
+        attempt.returned = importlib.import_module(module_name)
+    module, error = attempt.returned, attempt.error
+    if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
         raise ValueError(
             f"function: path must name a module that can be imported; got {path!r}. "
             f"Start fuserl in the folder of {module_name.partition('.')[0]}.py, or install it."
+        ) from error
+    if error is not None:
+        raise ValueError(
+            f"function: {path} must be in a module that can be imported; importing {module_name} raised "
+            f"{wording.raised(error)}. Correct it there."
         ) from error
     found = getattr(module, name, None)
     if not callable(found):

@@ -2,89 +2,132 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import math
+import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fuserl.engine import catalogue, models, prompts
-from fuserl.engine.batch import batch_of
+from fuserl.engine import catalogue, evaluation, learners, prompts, trackers
+from fuserl.engine.batch import Rollouts, batch_of
 from fuserl.engine.config import Config
 from fuserl.engine.metrics import Run
-from fuserl.engine.policy import Policy, Sampling, Updating
+from fuserl.engine.policy import Policy
 from fuserl.engine.recipe import Recipe
+from fuserl.engine.rewards import RewardError
+from fuserl.engine.state import State
 
 
-def train(config: Config) -> Path:
-    """Run a recipe to its end and return the run's folder: configuration, metrics, plot.
+def train(config: Config, *, resume: Path | None = None) -> Path:
+    """Run a recipe to its end and return the run's folder: configuration, metrics, checkpoints, plot.
 
-    Accuracy on held-out problems (greedy, one completion each) is measured before and after, and every `eval_every`
-    steps in between when that is set.
+    Args:
+        config: the settings.
+        resume: the folder of a run to go on with, from its newest checkpoint.
+
+    Held-out problems are evaluated before and after, and every `eval_every` steps in between when that is set.
     """
     config = config.resolved()
-    torch.manual_seed(config.seed)
     torch.set_num_threads(config.threads)
-    recipe = catalogue.recipe(config)
-    policy = policy_of(config, reference=recipe.loss.reference)
-    held_out = prompts.held_out(config)
-    with Run(config) as run:
-        run.evaluated(0, accuracy(policy, held_out, recipe.reward))
-        for number in range(1, config.steps + 1):
-            run.log({"step": number, **step(policy, recipe, number)})
-            if number == config.steps or (config.eval_every and number % config.eval_every == 0):
-                run.evaluated(number, accuracy(policy, held_out, recipe.reward))
+    for seeded in (torch.manual_seed, random.seed, np.random.seed):
+        seeded(config.seed)
+    trackers.check(config.trackers)
+    recipe, task = catalogue.recipe(config), prompts.configured(config)
+    task.require(*recipe.learns_from)
+    with contextlib.ExitStack() as stack:
+        stack.callback(getattr(recipe.reward, "close", lambda: None))
+        policy, critic = learners.of(config, recipe)
+        policy.check_lengths(task, recipe.learns_from)
+        held_out = task.held_out()
+        run = stack.enter_context(Run(config, resume=resume))
+        state = State(recipe.name, {"policy": policy} | ({"critic": critic} if critic else {}), recipe.state)
+        if resume is not None:
+            state.restore(run)
+        stack.enter_context(_failures_kept(run, state))
+        judge = functools.partial(evaluated, policy, recipe, held_out, config.eval_samples)
+        if state.step == 0:
+            run.evaluated(0, judge())
+        saving = {}  # the time of a checkpoint is on the row of the step after it
+        while state.step < config.steps:
+            state.step += 1
+            run.log({"step": state.step, **step(policy, critic, recipe, run, state), **saving})
+            _refuse_skipping(state, config.max_skipped)
+            if state.step == config.steps or _due(state.step, config.eval_every):
+                run.evaluated(state.step, judge())
+            started, saving = time.perf_counter(), {}
+            if state.step == config.steps or _due(state.step, config.save_every):
+                state.save(run, config.keep)
+                saving = {"save_s": time.perf_counter() - started}
     return run.folder
 
 
-def step(policy: Policy, recipe: Recipe, number: int) -> dict[str, float]:
+def step(policy: Policy, critic: Policy | None, recipe: Recipe, run: Run, state: State) -> dict[str, float]:
     """One turn of the loop; returns its metrics."""
     started = time.perf_counter()
-    rollouts = recipe.rollout(policy, recipe.prompts(number))
+    rollouts = recipe.rollout(policy, recipe.prompts(state.step))
     generated = time.perf_counter()
-    rewards = recipe.reward(rollouts)
+    rewards, facts = rollouts.scores or recipe.reward(rollouts)
+    scored = time.perf_counter()
+    run.sampled(state.step, rollouts, rewards)
     batch = batch_of(rollouts, rewards)
+    batch = (critic or policy).score(batch, [field for field in recipe.reads if field == "values"])
+    batch = policy.score(batch, [field for field in recipe.reads if field != "values"])
     advantages = recipe.advantage(batch)
-    per_token = advantages.shape == batch.tokens.shape and advantages.shape != batch.rewards.shape
-    batch = batch.replace(advantages=advantages if per_token else batch.to_tokens(advantages))
+    batch = batch.with_advantages(advantages) if isinstance(advantages, Tensor) else advantages
     statistics = policy.update(batch, recipe.loss)
+    if critic is not None:
+        theirs = critic.update(batch, recipe.critic.loss)
+        statistics = {**{f"critic_{name}": value for name, value in theirs.items()}, **statistics}
+        statistics["value_loss"] = theirs["value_loss"]
+        statistics["update_s"] += theirs["update_s"]
+    state.skipped = state.skipped + 1 if statistics.get("skipped") else 0
     return {
-        "reward": float(rewards.mean()),
-        "reward_std": float(rewards.std()),
-        "mixed": _mixed(rewards, rollouts.group),
-        "length": len(rollouts.tokens) / len(rollouts),
-        "tokens": len(rollouts.tokens),
+        **_described(rollouts, rewards),
+        **facts,
+        **_explained(batch),
         "generate_s": generated - started,
+        "reward_s": scored - generated,
         "seconds": time.perf_counter() - started,
         **statistics,
     }
 
 
-def accuracy(policy: Policy, held_out: list, reward) -> dict[str, float]:
-    """Share of the held-out problems whose greedy completion gets the full reward, and how many there were."""
+def evaluated(policy: Policy, recipe: Recipe, held_out: list, samples: int) -> dict[str, float]:
+    """Accuracy on held-out problems by the recipe's reward, and its own evaluation of them, where it has each."""
     if not held_out:
-        return {"problems": 0, "correct": 0}
-    rewards = reward(policy.generate(held_out, greedy=True))
-    return {"problems": len(held_out), "correct": int((rewards >= 1.0).sum())}
+        return {}
+    started = time.perf_counter()
+    row = {} if recipe.evaluate is None else recipe.evaluate(policy, held_out)
+    if recipe.reward is not None:
+        row |= evaluation.evaluate(policy, held_out, recipe.reward, samples)
+    return {**row, "eval_s": time.perf_counter() - started}
 
 
-def policy_of(config: Config, *, reference: bool = False) -> Policy:
-    """Load the configured model and give it the run's sampling and updating settings."""
-    model, tokenizer = models.load(config.model, config.device, torch.float32)
-    sampling = Sampling(
-        config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.min_p, tuple(config.stop)
-    )
-    updating = Updating(
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        epochs=config.epochs,
-        minibatches=config.minibatches,
-        micro_tokens=config.micro_tokens,
-        chunk=config.chunk,
-    )
-    compute = getattr(torch, config.dtype)
-    return Policy(model, tokenizer, sampling, updating, seed=config.seed, reference=reference, compute=compute)
+@contextlib.contextmanager
+def _failures_kept(run: Run, state: State) -> Iterator[None]:
+    """Write down everything that was generated for a reward that fails."""
+    try:
+        yield
+    except RewardError as error:
+        error.add_note(f"All of its rollouts are in {run.failed(state.step, error.rollouts, error.rewards)}.")
+        raise
+
+
+def _described(rollouts: Rollouts, rewards: Tensor) -> dict[str, float]:
+    return {
+        "reward": float(rewards.mean()),
+        "reward_std": float(rewards.std()) if len(rewards) > 1 else 0.0,
+        "mixed": _mixed(rewards, rollouts.group),
+        "length": len(rollouts.tokens) / len(rollouts),
+        "truncated": rollouts.finish.count("length") / len(rollouts),
+        "tokens": len(rollouts.tokens),
+    }
 
 
 def _mixed(rewards: Tensor, group: Tensor) -> float:
@@ -94,3 +137,24 @@ def _mixed(rewards: Tensor, group: Tensor) -> float:
         for sign, kind in ((1, "amin"), (-1, "amax"))
     )
     return float((most > least).float().mean())
+
+
+def _explained(batch) -> dict[str, float]:
+    """Share of the returns' variance that the values explain, where there are values."""
+    if batch.values is None or batch.returns is None:
+        return {}
+    variance = float(batch.returns.var(correction=0))
+    residual = float((batch.returns - batch.values).var(correction=0))
+    return {"explained_variance": 1 - residual / variance if variance else math.nan}
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _refuse_skipping(state: State, limit: int) -> None:
+    if state.skipped > limit:
+        raise RuntimeError(
+            f"train: gradients must be finite; those of the last {state.skipped} steps were not, and the weights are "
+            "as they were before them. Lower --lr, or look for inf or NaN in the model and the rewards' scale."
+        )

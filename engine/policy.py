@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fuserl.engine import attention, generation
+from fuserl.engine import adapters, attention, generation, prompts
 from fuserl.engine.batch import Batch, Rollouts
 from fuserl.engine.losses import Loss
-from fuserl.engine.prompts import Prompt
+from fuserl.engine.optimizer import Optimizer, schedule
+from fuserl.engine.prompts import Prompt, Task
+from fuserl.engine.tally import Tally
 from fuserl.kernels.linear_policy_loss import linear_policy_loss
 
 
@@ -34,6 +38,9 @@ class Updating:
     """How a batch becomes optimizer steps."""
 
     lr: float = 1e-5
+    schedule: str = "constant"
+    warmup: int = 0  # optimizer steps
+    total: int = 1  # optimizer steps of the whole run
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     epochs: int = 1
@@ -46,11 +53,13 @@ class Policy:
     """The model under training with its tokenizer, sampling settings, optimizer and random streams.
 
     Args:
-        model: a transformers causal language model with float32 parameters.
+        model: a transformers causal language model with float32 parameters, or peft's LoRA around one.
         tokenizer: its tokenizer; None where nothing is generated.
         sampling, updating: the settings of `generate` and `update`.
         seed: of every random stream.
-        reference: keep a frozen copy of the model as it is now, for losses that read ref_logprobs.
+        reference: what losses that read ref_logprobs refer to: another model; or True, this one as it is now, which is
+            the weights without their adapters where there are some, else a frozen copy.
+        value: put a value head on the model, for losses of the output "value"; it starts at 0.
         compute: dtype of the products; below float32 they run under autocast.
     """
 
@@ -63,38 +72,76 @@ class Policy:
         *,
         seed=0,
         reference=False,
+        value=False,
         compute=torch.float32,
-    ):  # fmt: skip
+    ):
         self.model, self.tokenizer = model, tokenizer
         self.sampling, self.updating, self.seed = sampling, updating, seed
-        self.head = _plain_head(model)
         self.calls = 0  # of generate: numbers the random streams
-        self.device = self.head.weight.device
-        self.compute = compute  # the parameters stay float32: a 16-bit one would round an update of 1e-5 away
-        attention.attach(model)
-        self.reference = copy.deepcopy(model).requires_grad_(False).eval() if reference else None
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=updating.lr, weight_decay=updating.weight_decay, betas=(0.9, 0.95), fused=True
+        weight = adapters.head_weight(model)
+        self.device, self.compute = weight.device, compute
+        attention.attach(adapters.base(model))
+        # Without a bias, as transformers' classifiers have it.
+        self.value = nn.Linear(weight.shape[1], 1, bias=False).to(self.device) if value else None
+        if self.value is not None:
+            nn.init.zeros_(self.value.weight)
+        if reference is True and not adapters.present(model):
+            reference = copy.deepcopy(model)
+        self._frozen = reference.requires_grad_(False).eval() if isinstance(reference, nn.Module) else None
+        if self._frozen is not None:
+            _check_vocabulary(model, self._frozen)
+            attention.attach(self._frozen)
+        # The parameters stay float32: a 16-bit one would round an update of 1e-5 away.
+        self.optimizer = Optimizer(
+            self.parameters().items(),
+            lr=updating.lr,
+            weight_decay=updating.weight_decay,
+            max_grad_norm=updating.max_grad_norm,
+            factor=schedule(updating.schedule, warmup=updating.warmup, total=updating.total),
         )
+
+    def parameters(self) -> dict[str, Tensor]:
+        """What is trained, by name: what a checkpoint holds."""
+        head = {} if self.value is None else dict(self.value.named_parameters(prefix="value_head"))
+        return {**adapters.trained(self.model), **head}
+
+    def check_lengths(self, task: Task, completed: Sequence[str]) -> None:
+        """Raise ValueError where a problem of the task, with its completion, is longer than the model can read."""
+        positions = getattr(adapters.base(self.model).config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and self.tokenizer is not None:
+            prompts.check_lengths(task, self.tokenizer, positions, self.sampling.max_new_tokens, completed=completed)
 
     def encode(self, text: str) -> Tensor:
         """Token ids of a prompt, (T,) int64."""
         return torch.tensor(self.tokenizer(text).input_ids)
 
-    def encode_completion(self, answer: str) -> Tensor:
-        """Token ids of an answer as the policy would complete a prompt with it, ended by the first stop text or eos."""
-        text = f" {answer}{self.sampling.stop[0] if self.sampling.stop else ''}"
+    def encode_completion(self, prompt: str, answer: str) -> Tensor:
+        """Token ids of an answer as the policy would complete a prompt with it, ended by the first stop text or eos.
+
+        A space goes between the two where neither has one there.
+        """
+        seam = "" if prompt[-1:].isspace() or answer[:1].isspace() else " "
+        text = f"{seam}{answer}{self.sampling.stop[0] if self.sampling.stop else ''}"
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         return torch.tensor(ids if self.sampling.stop else [*ids, self.tokenizer.eos_token_id])
 
-    def generate(self, prompts: list[Prompt], *, group_size: int = 1, greedy: bool = False) -> Rollouts:
-        """Complete every prompt `group_size` times; each completion is a function of (seed, call, its number)."""
+    def generate(
+        self, prompts: list[Prompt], *, group_size: int = 1, greedy: bool = False, stream: int | None = None
+    ) -> Rollouts:
+        """Complete every prompt `group_size` times; each completion is a function of (seed, call, its number).
+
+        Args:
+            prompts: G of them.
+            greedy: take the likeliest token each time.
+            stream: a number instead of the call's own, which then is not counted: for draws beside the training's.
+        """
         settings = self.sampling
-        if not greedy:
+        if stream is None and not greedy:
             self.calls += 1
+            stream = self.calls
         with self._autocast():
             return generation.generate(
-                self.model,
+                adapters.base(self.model),
                 self.tokenizer,
                 prompts,
                 group_size=group_size,
@@ -104,8 +151,21 @@ class Policy:
                 top_p=settings.top_p,
                 min_p=settings.min_p,
                 stop=settings.stop,
-                seed=(self.seed << 32) + self.calls,
+                seed=(self.seed << 32) + (stream or 0),
             )
+
+    @torch.no_grad()
+    def score(self, batch: Batch, fields: Sequence[str]) -> Batch:
+        """The batch with those of `fields` that it lacks: old_logprobs and values as they are now, ref_logprobs."""
+        fields = {field for field in fields if getattr(batch, field) is None}
+        own = {"old_logprobs": "logprob", "values": "value"}
+        wanted = tuple(output for field, output in own.items() if field in fields)
+        scored = self._scored(batch, wanted, self.model) if wanted else {}
+        found = {field: scored[output] for field, output in own.items() if field in fields}
+        if "ref_logprobs" in fields:
+            with self._reference() as model:
+                found["ref_logprobs"] = self._scored(batch, ("logprob",), model)["logprob"]
+        return batch.replace(**found)
 
     def update(self, batch: Batch, loss: Loss) -> dict[str, float]:
         """Take the optimizer steps of one batch; return the averages of the loss's statistics and the time taken.
@@ -114,121 +174,115 @@ class Policy:
         one minibatch the old log-probs are the detached current ones, without a forward of their own.
         """
         started = time.perf_counter()
-        if loss.reference:
-            batch = batch.replace(ref_logprobs=self.logprobs(batch, model=self.reference))
-        settings, tally = self.updating, Tally()
-        if settings.epochs * settings.minibatches > 1 and batch.old_logprobs is None:
-            batch = batch.replace(old_logprobs=self.logprobs(batch))
+        settings, tally, reads = self.updating, Tally(), set(loss.reads)
+        if settings.epochs * settings.minibatches > 1 and "logprob" in loss.outputs:
+            reads.add("old_logprobs")
+        batch = self.score(batch, reads)
         self.model.train()
         for _ in range(settings.epochs):
-            for part in batch.minibatches(settings.minibatches):
+            for part in batch.minibatches(settings.minibatches, whole_groups=loss.scope == "group"):
                 self._step(part, loss, tally)
-        return {**tally.means(), "update_s": time.perf_counter() - started}
+        means = tally.means()
+        if batch.ref_logprobs is None:
+            means.pop("kl", None)
+        return {**means, "update_s": time.perf_counter() - started}
 
     @torch.no_grad()
-    def logprobs(self, batch: Batch, model=None) -> Tensor:
-        """Log-probs of the batch's tokens under the policy (or another model of its family), (N,) on the host."""
-        (model or self.model).eval()
-        scored = torch.empty(len(batch.tokens))
-        zeros = Loss(lambda out, part: torch.zeros_like(out.logprob))
-        for index in self._micro_batches(batch, torch.arange(len(batch.group))):
-            rows = batch.rows_of(index)
-            scored[rows] = self._forward(batch.rollouts_at(index), zeros, model)[1].logprob.float().cpu()
-        return scored
+    def measure(self, batch: Batch, loss: Loss) -> dict[str, float]:
+        """The averages of a loss's statistics over a batch, without an update."""
+        tally, batch = Tally(), self.score(batch, loss.reads)
+        self.model.eval()
+        everyone = torch.arange(len(batch.group))
+        for micro in batch.micro_batches(everyone, self.updating.micro_tokens, whole_groups=loss.scope == "group"):
+            tally.observe(self._forward(batch.rollouts_at(micro), loss, self.model)[2])
+        return tally.means()
 
     def _step(self, batch: Batch, loss: Loss, tally: Tally) -> None:
         live, index = loss.live(batch), torch.arange(len(batch.group))
         if live is not None:
             index = index[batch.rollout_sum(live.float()) > 0]
-        tally.add({"live": torch.tensor(len(index) / len(batch.group))}, {})
+        tally.add(live=torch.tensor(len(index) / len(batch.group)))
         tally.steps += 1
         if not len(index):
             return
-        for micro in self._micro_batches(batch, index):
+        for micro in batch.micro_batches(index, self.updating.micro_tokens, whole_groups=loss.scope == "group"):
             part = batch.rollouts_at(micro)
-            value, out, statistics = self._forward(part, loss)
+            value, out, statistics = self._forward(part, loss, self.model)
             value.backward()
-            drift = (out.logprob - part.rollout_logprobs.to(self.device)).abs()
-            tally.add({"loss": value.detach()}, {**statistics, "drift": drift})
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.updating.max_grad_norm)
-        tally.add({"grad_norm": norm}, {})
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            tally.add(loss=value.detach())
+            if "logprob" in loss.outputs:
+                drift = (out.logprob - part.rollout_logprobs.to(self.device)).abs()
+                tally.observe({**statistics, "drift": drift, "entropy": out.entropy})
+                tally.peak(drift_max=drift.nan_to_num(0.0).amax())
+            else:
+                tally.observe(statistics)
+        tally.add(**self.optimizer.step())
 
-    def _forward(self, batch: Batch, loss: Loss, model=None):
-        model = model or self.model
+    def _scored(self, batch: Batch, outputs: tuple[str, ...], model) -> dict[str, Tensor]:
+        """Outputs at every token of the batch, (N,) float32 on the host."""
+        model.eval()
+        scored = {name: torch.empty(len(batch.tokens)) for name in outputs}
+        zeros = Loss(lambda out, part: (torch.zeros(len(part.tokens), device=self.device), {}), outputs=outputs)
+        for index in batch.micro_batches(torch.arange(len(batch.group)), self.updating.micro_tokens):
+            rows, out = batch.rows_of(index), self._forward(batch.rollouts_at(index), zeros, model)[1]
+            for name in outputs:
+                scored[name][rows] = getattr(out, name).float().cpu()
+        return scored
+
+    def _forward(self, batch: Batch, loss: Loss, model) -> tuple[Tensor, SimpleNamespace, dict[str, Tensor]]:
+        """The loss of a batch, the outputs it saw (detached), and its statistics."""
         packed = attention.pack(batch.prompt_tokens, batch.group, batch.tokens, batch.offsets)
         live, part = loss.live(batch), batch.to(self.device)
-        temperature = self.sampling.temperature or 1.0
         with self._autocast():
-            states = model.get_decoder()(**packed.to(self.device).inputs()).last_hidden_state
-        hidden = states[0, packed.predictor.to(self.device)].to(self.compute)
-        return linear_policy_loss(
+            states = adapters.base(model).get_decoder()(**packed.to(self.device).inputs()).last_hidden_state
+        hidden = states[0, packed.predictor.to(self.device)]
+        values = self.value(hidden.float()).squeeze(-1) if "value" in loss.outputs else None
+        if "logprob" not in loss.outputs:
+            losses, statistics = loss(SimpleNamespace(value=values), part)
+            return losses.sum(), SimpleNamespace(value=values.detach()), statistics
+
+        def token_loss(out, rows):
+            seen = {} if values is None else {"value": values[rows]}
+            return loss(SimpleNamespace(**vars(out), **seen), part.take(rows))
+
+        # The entropy comes with the log-probs at no cost, and is worth watching.
+        outputs = tuple(name for name in dict.fromkeys((*loss.outputs, "entropy")) if name != "value")
+        hidden = hidden.to(self.compute)
+        value, out, statistics = linear_policy_loss(
             hidden,
-            model.get_output_embeddings().weight.to(hidden.dtype),
+            adapters.head_weight(model).to(hidden.dtype),
             part.tokens,
-            lambda out, rows: loss(out, part.take(rows)),
-            outputs=loss.outputs,
-            scope=loss.scope,
-            offsets=batch.offsets,
+            token_loss,
+            outputs=outputs,
+            scope="token" if loss.scope == "token" else "rollout",
+            offsets=batch.group_offsets if loss.scope == "group" else batch.offsets,
             live=live,
-            temperature=temperature,
+            params=() if values is None else (values,),
+            temperature=self.sampling.temperature or 1.0,
             chunk=self.updating.chunk,
         )
+        if values is not None:
+            out.value = values.detach()
+        return value, out, statistics
 
-    def _micro_batches(self, batch: Batch, index: Tensor) -> Iterator[Tensor]:
-        """Cut rollouts, whole groups kept together where they fit, into micro-batches of bounded packed length."""
-        index = index[batch.group[index].argsort(stable=True)]
-        lengths = batch.offsets.diff()
-        begin, total, previous = 0, 0, -1
-        for at, rollout in enumerate(index.tolist()):
-            group = int(batch.group[rollout])
-            prompt = len(batch.prompt_tokens[group])
-            cost = int(lengths[rollout]) + (prompt if group != previous else 0)
-            if total and total + cost > self.updating.micro_tokens:
-                yield index[begin:at]
-                begin, total, cost = at, 0, int(lengths[rollout]) + prompt
-            total, previous = total + cost, group
-        if begin < len(index):
-            yield index[begin:]
+    @contextlib.contextmanager
+    def _reference(self):
+        """The model as it was at the start."""
+        if self._frozen is not None:
+            yield self._frozen
+            return
+        with adapters.without_adapters(self.model):
+            yield self.model
 
     def _autocast(self):
         return torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute != torch.float32)
 
 
-class Tally:
-    """Sums of an update's statistics on the device, read once."""
-
-    def __init__(self):
-        self.steps, self._totals, self._sums, self._counts = 0, {}, {}, {}
-
-    def add(self, totals: dict[str, Tensor], per_token: dict[str, Tensor]) -> None:
-        """Add scalars that sum over micro-batches and (n,) statistics that are averaged over the rows not NaN."""
-        for name, value in totals.items():
-            self._totals[name] = self._totals.get(name, 0) + value
-        for name, values in per_token.items():
-            known = ~values.isnan()
-            self._sums[name] = self._sums.get(name, 0) + values.nan_to_num(0.0).sum()
-            self._counts[name] = self._counts.get(name, 0) + known.sum()
-
-    def means(self) -> dict[str, float]:
-        """Every statistic by name: totals per optimizer step, and means per token."""
-        names = [*self._totals, *self._sums]
-        values = [value / max(self.steps, 1) for value in self._totals.values()]
-        values += [total / self._counts[name].clamp(min=1) for name, total in self._sums.items()]
-        return dict(zip(names, torch.stack([v.float().cpu() for v in values]).tolist(), strict=True))
-
-
-def _plain_head(model):
-    """The output embedding, or an error where the model does more to its logits than one product."""
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    scaled = [
-        name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, name, None)
-    ]
-    if head is None or getattr(head, "bias", None) is not None or scaled:
-        what = ", ".join(scaled) or ("a bias" if head is not None else "no output embedding")
+def _check_vocabulary(model, reference) -> None:
+    """Raise ValueError where the two do not number the same tokens."""
+    ours, theirs = (adapters.head_weight(each).shape[0] for each in (model, reference))
+    if ours != theirs:
         raise ValueError(
-            f"Policy: the model's head must be one matrix product; {type(model).__name__} has {what}. "
-            "Choose a model without it."
+            f"Policy: the reference must have the policy's vocabulary; it has {theirs} tokens and the policy {ours}. "
+            "Take a reference of the same family."
         )
-    return head

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from fuserl.engine.losses import Loss
+
+
+@dataclass(frozen=True)
+class Critic:
+    """A value model apart from the policy: started as a copy of it, trained on its own loss."""
+
+    loss: Loss  # of the output "value"
+    lr: float | None = None  # None is the policy's
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a system puts in each slot. State lives in the callables, as visible objects with `state_dict`.
+    """What a system puts in each slot.
 
     The loop runs prompts -> rollout -> reward -> advantage -> update with the loss, and knows no recipe by name.
     """
@@ -16,7 +26,11 @@ class Recipe:
     name: str
     prompts: Callable  # (step) -> list[Prompt]: samplers, curricula; a function of the step, so that runs resume
     rollout: Callable  # (policy, prompts) -> Rollouts: where tokens come from
-    reward: Callable  # (Rollouts) -> (B,) float32: verifier, judge, reward model
-    advantage: Callable  # (Batch) -> (B,) or (N,): credit; no gradient
-    loss: Callable  # (out, Batch) -> (per-token loss, statistics); a losses.Loss: outputs, scope, live(batch)
-    critic: Callable | None = None  # value function, when the system has one
+    reward: Callable | None  # (Rollouts) -> (B,) float32, and {name: number}; None where completions come with rewards
+    advantage: Callable  # (Batch) -> (B,) or (N,), or a Batch that has them: credit; no gradient
+    loss: Loss  # (out, Batch) -> (per-token loss, statistics)
+    reads: tuple[str, ...] = ()  # fields of the batch that the advantage needs: old_logprobs, ref_logprobs, values
+    learns_from: tuple[str, ...] = ()  # completions that every problem must bring: answer, chosen, rejected
+    critic: Critic | None = None  # where values do not come from a head on the policy's trunk
+    evaluate: Callable | None = None  # (policy, prompts) -> {name: number}, beside accuracy by the reward
+    state: dict = field(default_factory=dict)  # name -> object with state_dict and load_state_dict: is checkpointed

@@ -1,10 +1,12 @@
-"""Where tokens come from: sampled by the policy, or given as demonstrations."""
+"""Where tokens come from: sampled by the policy, sampled until they teach something, or given."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.prompts import Prompt
@@ -15,26 +17,107 @@ def sampled(group_size: int) -> Callable:
     return lambda policy, prompts: policy.generate(prompts, group_size=group_size)
 
 
+def mixed(group_size: int, groups: int, reward: Callable) -> Callable:
+    """A rollout slot: prompts in turn, `groups` at a time, until as many groups have rewards that differ.
+
+    Groups whose rewards all agree are dropped; there may be fewer than `groups` in the end, and where no group is
+    mixed, the first one stays.
+    """
+
+    def rollout(policy, prompts: list[Prompt]) -> Rollouts:
+        kept, facts, found = [], {}, 0
+        for begin in range(0, len(prompts), groups):
+            rollouts = policy.generate(prompts[begin : begin + groups], group_size=group_size)
+            rewards, seen = reward(rollouts)
+            facts |= {name: facts.get(name, 0) + value for name, value in seen.items()}
+            each = rewards.view(-1, group_size)
+            good = (each.amax(1) > each.amin(1)).nonzero().squeeze(-1)
+            if begin == 0 and not len(good):
+                spare = selected(rollouts, torch.tensor([0]), rewards)
+            kept.append(selected(rollouts, good[: groups - found], rewards))
+            found += len(kept[-1].prompts)
+            if found == groups:
+                break
+        taken = joined(kept) if found else spare
+        return dataclasses.replace(taken, scores=(taken.scores[0], facts))
+
+    return rollout
+
+
 def demonstrations(policy, prompts: list[Prompt]) -> Rollouts:
-    """A rollout slot: each prompt's own answer as its one completion, ended the way the policy's completions end."""
-    prompt_tokens, completions = [], []
-    for prompt in prompts:
-        if prompt.answer is None:
+    """A rollout slot: each prompt's own answer as its one completion, ended as the policy's end, with reward 1."""
+    rollouts = _given(policy, prompts, [(prompt.answer,) for prompt in prompts])
+    return dataclasses.replace(rollouts, scores=(torch.ones(len(prompts)), {}))
+
+
+def pairs(policy, prompts: list[Prompt]) -> Rollouts:
+    """A rollout slot: each prompt's chosen and rejected completion, with rewards 1 and 0."""
+    rollouts = _given(policy, prompts, [(prompt.chosen, prompt.rejected) for prompt in prompts])
+    return dataclasses.replace(rollouts, scores=(torch.tensor([1.0, 0.0]).repeat(len(prompts)), {}))
+
+
+def _given(policy, prompts: list[Prompt], texts: list[tuple[str, ...]]) -> Rollouts:
+    """Completions that the data brings, as many for each prompt."""
+    for prompt, several in zip(prompts, texts, strict=True):
+        if None in several:
             raise ValueError(
-                f"demonstrations: every prompt must have an answer to imitate; got none for {prompt.text[-80:]!r}. "
-                "Use a task with answers."
+                f"rollouts: every prompt must have completions to learn from; {prompt.text[-80:]!r} lacks one. "
+                "Use data with answers, or with chosen and rejected."
             )
-        prompt_tokens.append(policy.encode(prompt.text))
-        completions.append(policy.encode_completion(prompt.answer))
-    lengths = torch.tensor([0] + [len(c) for c in completions])
+    completions = [
+        policy.encode_completion(prompt.text, text)
+        for prompt, several in zip(prompts, texts, strict=True)
+        for text in several
+    ]
     tokens = torch.cat(completions)
     return Rollouts(
         prompts=prompts,
-        prompt_tokens=prompt_tokens,
-        group=torch.arange(len(prompts)),
+        prompt_tokens=[policy.encode(prompt.text) for prompt in prompts],
+        group=torch.arange(len(prompts)).repeat_interleave(len(texts[0])),
         tokens=tokens,
-        offsets=lengths.cumsum(0),
-        rollout_logprobs=torch.zeros(len(tokens)),
-        texts=[prompt.answer for prompt in prompts],
-        finish=["stop"] * len(prompts),
+        offsets=_offsets(torch.tensor([len(each) for each in completions])),
+        rollout_logprobs=torch.full(tokens.shape, torch.nan),  # nobody drew them
+        texts=[text for several in texts for text in several],
+        finish=["stop"] * len(completions),
     )
+
+
+def selected(rollouts: Rollouts, groups: Tensor, rewards: Tensor) -> Rollouts:
+    """The groups numbered `groups` (g,), renumbered from 0, with their rewards out of (B,) as scores."""
+    members = [(rollouts.group == group).nonzero().squeeze(-1) for group in groups.tolist()]
+    index = torch.cat([torch.zeros(0, dtype=torch.int64), *members])
+    lengths = rollouts.offsets.diff()[index]
+    rows = [torch.arange(rollouts.offsets[b], rollouts.offsets[b + 1]) for b in index.tolist()]
+    rows = torch.cat([torch.zeros(0, dtype=torch.int64), *rows])
+    return Rollouts(
+        prompts=[rollouts.prompts[group] for group in groups.tolist()],
+        prompt_tokens=[rollouts.prompt_tokens[group] for group in groups.tolist()],
+        group=torch.cat([index[:0], *(torch.full_like(each, new) for new, each in enumerate(members))]),
+        tokens=rollouts.tokens[rows],
+        offsets=_offsets(lengths),
+        rollout_logprobs=rollouts.rollout_logprobs[rows],
+        texts=[rollouts.texts[b] for b in index.tolist()],
+        finish=[rollouts.finish[b] for b in index.tolist()],
+        scores=(rewards[index], {}),
+    )
+
+
+def joined(several: list[Rollouts]) -> Rollouts:
+    """Rollouts one after the other, their groups renumbered."""
+    groups = [len(each.prompts) for each in several]
+    shifts = [sum(groups[:at]) for at in range(len(several))]
+    return Rollouts(
+        prompts=[prompt for each in several for prompt in each.prompts],
+        prompt_tokens=[tokens for each in several for tokens in each.prompt_tokens],
+        group=torch.cat([each.group + shift for each, shift in zip(several, shifts, strict=True)]),
+        tokens=torch.cat([each.tokens for each in several]),
+        offsets=_offsets(torch.cat([each.offsets.diff() for each in several])),
+        rollout_logprobs=torch.cat([each.rollout_logprobs for each in several]),
+        texts=[text for each in several for text in each.texts],
+        finish=[finish for each in several for finish in each.finish],
+        scores=(torch.cat([each.scores[0] for each in several]), {}),
+    )
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

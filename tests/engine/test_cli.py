@@ -16,7 +16,7 @@ def trained(monkeypatch):
     from fuserl.engine import loop
 
     seen = []
-    monkeypatch.setattr(loop, "train", seen.append)
+    monkeypatch.setattr(loop, "train", lambda config, resume: seen.append(config))
     return seen
 
 
@@ -37,6 +37,7 @@ VALUES = {int: ("3", 3), float: ("0.25", 0.25), str: ("text", "text"), bool: (No
 @pytest.mark.parametrize("dashes", [False, True])
 def test_every_setting_is_a_flag(dashes, trained):
     special = {"device": ("cuda:1", "cuda:1"), "dtype": ("bfloat16", "bfloat16"), "recipe": ("sft", "sft")}
+    special["schedule"] = ("linear", "linear")
     arguments, expected = ["train", "sft"], {}
     for setting in settings():
         text, expected[setting.name] = special.get(setting.name, VALUES[kind(setting.name)[0]])
@@ -70,10 +71,21 @@ def test_flags_win_over_a_file(trained, tmp_path):
         (["train", "--group", "4"], "Did you mean '--groups'?"),
         (["train", "grop"], "unknown recipe 'grop'. Did you mean 'grpo'?"),
         (["train", "grpo", "sft"], "unknown argument 'sft'"),
+        (["train", "--num_generations", "4"], "unknown argument '--num-generations'. It is --group-size here."),
+        (["train", "sft", "--beta", "4"], "unknown argument '--beta'"),
+        (["train", "--beta", "x"], "argument --beta: must be a number; got 'x'"),
+        (["train", "--resume", "absent"], "--resume must name a run's folder; absent has no config.json"),
+        (["train", "--low", "nan"], "low must be a number; got nan"),
+        (["eval"], "the following arguments are required: RUN|MODEL"),
+        (["eval", "x", "--step", "4"], "Did you mean '--steps'?"),
+        (["export", "absent", "--out", "x"], "it must be a run's folder, which has a config.json; got 'absent'"),
+        (["export", "absent"], "the following arguments are required: --out"),
+        (["report", "absent"], "absent must be the folder of a run"),
+        (["check", "grop"], "Did you mean 'grpo'?"),
         (["train", "--groups", "x"], "argument --groups: must be an integer >= 1; got 'x'"),
         (["train", "--groups", "0"], "groups must be an integer >= 1; got 0"),
         (["train", "--lr"], "argument --lr: expected one argument"),
-        (["train", "--config", "absent.json"], "absent.json must be a JSON file"),
+        (["train", "--config", "absent.json"], "absent.json must be a TOML or JSON file"),
         (["list", "--x"], "unknown argument '--x'"),
         (["bench", "--smok"], "Did you mean '--smoke'?"),
         (["trian"], "unknown command 'trian'. Did you mean 'train'?"),
@@ -86,7 +98,7 @@ def test_wrong_arguments_are_one_line_and_name_the_nearest(arguments, says, caps
 def test_errors_of_the_run_are_one_line_unless_debugging(monkeypatch, capsys):
     from fuserl.engine import loop
 
-    def fail(config):
+    def fail(config, resume):
         raise error
 
     monkeypatch.setattr(loop, "train", fail)
@@ -99,6 +111,39 @@ def test_errors_of_the_run_are_one_line_unless_debugging(monkeypatch, capsys):
     error = RuntimeError("reward: no")
     with pytest.raises(RuntimeError):
         cli.main(["train"])
+
+
+def test_options_of_the_recipe_are_flags(trained):
+    cli.main(["train", "ppo", "--value_coef", "0.5", "--no-whiten", "--critic-lr=0.1"])
+    assert trained == [Config(recipe="ppo", options={"value_coef": 0.5, "whiten": False, "critic_lr": 0.1})]
+
+
+def test_the_recipe_of_a_file_has_its_options(trained, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('recipe = "dapo"\nhigh = 0.3\nsteps = 7\nstop = ["x"]\n')
+    cli.main(["train", "--config", str(path), "--attempts", "2"])
+    assert trained == [Config(recipe="dapo", steps=7, stop=("x",), options={"high": 0.3, "attempts": 2})]
+
+
+def test_resume_takes_the_run_s_own_settings(monkeypatch, tmp_path, capsys):
+    from fuserl.engine import loop
+
+    seen = []
+    monkeypatch.setattr(loop, "train", lambda config, resume: seen.append((config, resume)))
+    (tmp_path / "config.json").write_text('{"config": {"recipe": "ppo", "steps": 3, "lam": 0.9}}')
+    assert cli.main(["train", "--resume", str(tmp_path), "--steps", "5"]) == 0
+    assert seen == [(Config(recipe="ppo", steps=5, options={"lam": 0.9}), tmp_path)]
+    assert "leave out --config and --out" in refused(["train", "--resume", str(tmp_path), "--out", "x"], capsys)
+
+
+def test_check_fails_where_a_figure_falls_outside(monkeypatch, capsys):
+    from fuserl.engine.checks import Figure
+
+    assert cli.main(["check", "grpo"]) == 0 and "  ok  on-policy gradient" in capsys.readouterr().out
+    monkeypatch.setattr(catalogue, "show", lambda name: [Figure("sum", 1.0, 1.0), Figure("share", 0.5, 0.6)])
+    assert cli.main(["check"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("  NO  share: 0.5 (expected 0.6)") == len(catalogue.RECIPES) == out.count("  ok  sum")
 
 
 def test_list_numbers_every_recipe(capsys):

@@ -1,79 +1,390 @@
-"""Token losses: their gradients by hand, and the limits that tie them together."""
+"""Token losses: the gradient of each is that of its formula, and neither cutting nor dropping tokens changes it.
 
+The formulas are loops over rollouts in float64, one number for the whole batch.
+"""
+
+import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_batch import rollouts
+from batches import each_rollout, pairs, ragged, three
 
-from fuserl.engine.advantages import standardized, uniform
-from fuserl.engine.batch import batch_of
-from fuserl.engine.losses import clipped, k3, negative_logprob, rollout_mean, token_mean
-
-
-@pytest.fixture
-def batch():
-    batch = batch_of(rollouts(), torch.tensor([1.0, 3.0, 5.0]))
-    return batch.replace(advantages=torch.tensor([1.0, 1.0, -1.0, 2.0, 0.0, -0.5]), ref_logprobs=-torch.rand(6))
-
-
-def gradient(loss, batch, logprobs, **others):
-    leaf = logprobs.clone().requires_grad_()
-    per_token, statistics = loss(SimpleNamespace(logprob=leaf, **others), batch)
-    assert per_token.shape == leaf.shape and all(value.shape == leaf.shape for value in statistics.values())
-    return torch.autograd.grad(per_token.sum(), leaf)[0]
-
-
-def test_on_policy_clipping_is_reinforce_exactly(batch):
-    logprobs = -torch.rand(6)
-    expected = -batch.advantages / (3 * torch.tensor([2.0, 2, 1, 3, 3, 3]))
-    assert torch.equal(gradient(clipped(), batch, logprobs), expected)
-    assert torch.equal(gradient(clipped(), batch.replace(old_logprobs=logprobs), logprobs), expected)
-    assert torch.equal(gradient(clipped(reduce=token_mean), batch, logprobs), -batch.advantages / 6)
+from fuserl.engine.losses import (
+    Loss,
+    bradley_terry,
+    clipped,
+    clipped_rollouts,
+    mean_over,
+    negative_logprob,
+    preference,
+    rollout_mean,
+    rollout_sum,
+    squared_value,
+    summed,
+    token_mean,
+    truncated,
+)
+from fuserl.kernels.policy_statistics import STATISTICS
 
 
-def test_clipping_stops_only_the_side_that_gains(batch):
-    old = torch.full((6,), -1.0)
-    batch = batch.replace(old_logprobs=old, advantages=torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0, -1.0]))
-    ratio = torch.tensor([1.5, 0.5, 1.5, 0.5, 1.1, 0.9])
-    got = gradient(clipped(low=0.2, high=0.3, reduce=token_mean), batch, old + ratio.log())
+def surrogate(ratio, a, low, high, dual=math.inf):
+    gain = torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
+    return -torch.where(a < 0, torch.maximum(gain, dual * a) if dual < math.inf else gain, gain)
+
+
+def clipped_formula(x, b, low=0.2, high=0.2, dual=math.inf, beta=0.0, entropy_coef=0.0, reduce="rollout"):
+    total = 0.0
+    for span in each_rollout(b):
+        if span.start == span.stop:
+            continue
+        logprob, ref = x["logprob"][span], b.ref_logprobs[span].double()
+        old = logprob.detach() if b.old_logprobs is None else b.old_logprobs[span].double()
+        each = surrogate((logprob - old).exp(), b.advantages[span].double(), low, high, dual)
+        each = each + beta * ((ref - logprob).exp() - (ref - logprob) - 1)
+        if entropy_coef:
+            each = each - entropy_coef * x["entropy"][span]
+        weight = {"rollout": 1 / (len(each) * len(b.group)), "token": 1 / len(b.tokens), "sum": 1 / len(b.group)}
+        total = total + weight.get(reduce, 1 / (len(b.group) * 7)) * each.sum()
+    return total
+
+
+def rollouts_formula(x, b, low, high):
+    total = 0.0
+    for span in each_rollout(b):
+        if span.start < span.stop:
+            ratio = (x["logprob"][span] - b.old_logprobs[span].double()).mean().exp()
+            total = total + surrogate(ratio, b.advantages[span].double(), low, high).mean() / len(b.group)
+    return total
+
+
+def truncated_formula(x, b, low, high):
+    weight = (x["logprob"] - b.old_logprobs.double()).exp().clamp(1 - low, 1 + high).detach()
+    return -(weight * b.advantages.double() * x["logprob"]).mean()
+
+
+def value_formula(x, b, clip=math.inf):
+    near = b.values + (x["value"] - b.values.double()).clamp(-clip, clip)
+    worst = torch.maximum((x["value"] - b.returns).square(), (near - b.returns).square())
+    return worst.mean() / 2
+
+
+def pair_formula(b, score, each):
+    """The mean over pairs of each(score of the chosen, score of the rejected)."""
+    total = 0.0
+    for group in b.group.unique():
+        one, two = (b.group == group).nonzero().squeeze(-1).tolist()
+        chosen, rejected = (one, two) if b.rewards[one] > b.rewards[two] else (two, one)
+        total = total + each(*(score(each_rollout(b)[at]) for at in (chosen, rejected)))
+    return total / len(b.group.unique())
+
+
+def preference_formula(x, b, beta, smoothing):
+    def each(chosen, rejected):
+        p = torch.sigmoid(beta * (chosen - rejected))
+        return -(1 - smoothing) * p.log() - smoothing * (1 - p).log()
+
+    return pair_formula(b, lambda span: (x["logprob"][span] - b.ref_logprobs[span].double()).sum(), each)
+
+
+def bradley_terry_formula(x, b, centre):
+    def each(chosen, rejected):
+        return (1 + (rejected - chosen).exp()).log() + centre * (chosen + rejected).square()
+
+    return pair_formula(b, lambda span: x["value"][span.stop - 1], each)
+
+
+LOSSES = {
+    "clipped": (clipped(low=0.2, high=0.3), lambda x, b: clipped_formula(x, b, 0.2, 0.3)),
+    "dual": (clipped(dual=1.3), lambda x, b: clipped_formula(x, b, dual=1.3)),
+    "kl": (clipped(beta=0.3, reduce=token_mean), lambda x, b: clipped_formula(x, b, beta=0.3, reduce="token")),
+    "entropy": (clipped(entropy_coef=0.1), lambda x, b: clipped_formula(x, b, entropy_coef=0.1)),
+    "sum": (clipped(reduce=rollout_sum), lambda x, b: clipped_formula(x, b, reduce="sum")),
+    "mean_over": (clipped(reduce=mean_over(7)), lambda x, b: clipped_formula(x, b, reduce="seventh")),
+    "rollouts": (clipped_rollouts(low=0.05, high=0.1), lambda x, b: rollouts_formula(x, b, 0.05, 0.1)),
+    "truncated": (truncated(low=0.3, high=0.5), lambda x, b: truncated_formula(x, b, 0.3, 0.5)),
+    "likelihood": (negative_logprob(), lambda x, b: -(b.advantages.double() * x["logprob"]).mean()),
+    "value": (squared_value(), value_formula),
+    "value_clipped": (squared_value(clip=0.3), lambda x, b: value_formula(x, b, 0.3)),
+    "summed": (
+        summed(clipped(reduce=token_mean), squared_value(clip=0.3), 0.7),
+        lambda x, b: clipped_formula(x, b, reduce="token") + 0.7 * value_formula(x, b, 0.3),
+    ),
+    "rollouts_and_value": (
+        summed(squared_value(), clipped_rollouts(low=0.05, high=0.1), 0.7),
+        lambda x, b: value_formula(x, b) + 0.7 * rollouts_formula(x, b, 0.05, 0.1),
+    ),
+    "preference": (
+        preference(beta=0.5, label_smoothing=0.1),
+        lambda x, b: preference_formula(x, b, 0.5, 0.1),
+    ),
+    "bradley_terry": (bradley_terry(centre=0.05), lambda x, b: bradley_terry_formula(x, b, 0.05)),
+}
+ALL = pytest.mark.parametrize("name", LOSSES)
+
+
+def batch_for(loss, seed=0):
+    """A batch of ragged rollouts, some of them empty, in groups that are not contiguous; pairs for losses of pairs."""
+    if loss.scope == "group":
+        return pairs((3, 1, 4, 2, 2, 5, 1, 1), seed=seed)
+    return ragged((3, 0, 5, 2, 1, 4, 2, 6, 0), (1, 0, 1, 2, 0, 2, 2, 0, 1), seed=seed)
+
+
+def outputs_for(batch, seed=0):
+    """What a model might say of each token, in float32."""
+    random = torch.Generator().manual_seed(seed + 100)
+    names = ("logprob", "entropy", "value")
+    return {name: torch.randn(len(batch.tokens), generator=random) - 1.5 * (name == "logprob") for name in names}
+
+
+def evaluated(loss, batch, outputs):
+    """Losses, their gradient in each output that the loss asks for, and statistics; it is given no other output."""
+    leaves = {name: outputs[name].clone().requires_grad_() for name in loss.outputs}
+    each, statistics = loss(SimpleNamespace(**leaves), batch)
+    gradients = torch.autograd.grad(each.sum(), list(leaves.values()))
+    return each.detach(), dict(zip(leaves, gradients, strict=True)), statistics
+
+
+@ALL
+@pytest.mark.parametrize("seed", range(5))
+def test_loss_and_gradient_are_those_of_the_formula(name, seed):
+    loss, formula = LOSSES[name]
+    batch = batch_for(loss, seed)
+    outputs = outputs_for(batch, seed)
+    each, gradients, _ = evaluated(loss, batch, outputs)
+    leaves = {name: outputs[name].double().requires_grad_() for name in loss.outputs}
+    expected = formula(leaves, batch)
+    truth = torch.autograd.grad(expected, list(leaves.values()))
+    assert float(each.double().sum()) == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    for got, wanted in zip(gradients.values(), truth, strict=True):
+        assert got.dtype == torch.float32 and wanted.abs().max() > 1e-3
+        assert torch.allclose(got.double(), wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["clipped", "dual", "kl", "rollouts", "truncated"])
+def test_without_old_logprobs_the_update_is_on_policy(name):
+    loss = LOSSES[name][0]
+    batch = batch_for(loss)
+    outputs = outputs_for(batch)
+    without = evaluated(loss, batch.replace(old_logprobs=None), outputs)
+    current = evaluated(loss, batch.replace(old_logprobs=outputs["logprob"]), outputs)
+    assert torch.equal(without[0], current[0]) and torch.equal(without[1]["logprob"], current[1]["logprob"])
+
+
+def pieces(loss, batch, seed):
+    """The batch in three parts, of what its loss must see together: (a part, its rows of the whole) of each."""
+    random = torch.Generator().manual_seed(seed)
+    if loss.scope == "token":
+        rows = torch.randperm(len(batch.tokens), generator=random)
+        yield from ((batch.take(part), part) for part in rows.tensor_split(3))
+    everyone = torch.randperm(len(batch.group), generator=random)
+    if loss.scope == "group":
+        groups = batch.group.unique()[torch.randperm(len(batch.group.unique()), generator=random)]
+        members = [[b for b in everyone.tolist() if batch.group[b] in part] for part in groups.tensor_split(3)]
+        parts = [torch.tensor(part) for part in members]
+    else:
+        parts = everyone.tensor_split(3)
+    for part in parts:
+        rows = batch.rows_of(part)
+        yield batch.take(rows), rows
+        yield batch.rollouts_at(part), rows
+        some = batch.rollouts_at(part)
+        for micro in some.micro_batches(torch.arange(len(part)), 6, whole_groups=loss.scope == "group"):
+            yield some.rollouts_at(micro), rows[some.rows_of(micro)]
+
+
+@ALL
+@pytest.mark.parametrize("seed", range(3))
+def test_no_cut_changes_a_loss_or_a_gradient(name, seed):
+    loss = LOSSES[name][0]
+    batch = batch_for(loss, seed)
+    outputs = outputs_for(batch, seed)
+    each, gradients, statistics = evaluated(loss, batch, outputs)
+    for part, rows in pieces(loss, batch, seed):
+        losses_there, gradients_there, seen = evaluated(loss, part, {name: x[rows] for name, x in outputs.items()})
+        assert torch.allclose(losses_there, each[rows], rtol=1e-6, atol=1e-9)
+        for name, got in gradients_there.items():
+            assert torch.allclose(got, gradients[name][rows], rtol=1e-6, atol=1e-9)
+        for name, got in seen.items():
+            if statistics[name].dim() == 1:
+                assert torch.allclose(got, statistics[name][rows], rtol=1e-6, equal_nan=True)
+
+
+@ALL
+def test_where_a_loss_is_not_live_its_gradient_vanishes_and_dropping_it_changes_nothing(name):
+    loss = LOSSES[name][0]
+    batch = batch_for(loss)
+    outputs = outputs_for(batch)
+    each, gradients, _ = evaluated(loss, batch, outputs)
+    live = loss.live(batch)
+    if live is None:
+        return
+    assert live.dtype == torch.bool and live.shape == batch.tokens.shape and 0 < live.sum() < len(live)
+    assert (gradients["logprob"][~live] == 0).all() and (each[~live] == 0).all()
+    rows = live.nonzero().squeeze(-1)
+    kept, gradients_there, _ = evaluated(loss, batch.take(rows), {name: x[rows] for name, x in outputs.items()})
+    assert torch.allclose(kept, each[rows], rtol=1e-6) and float(kept.sum()) == pytest.approx(float(each.sum()))
+    assert torch.allclose(gradients_there["logprob"], gradients["logprob"][rows], rtol=1e-6)
+    if loss.scope == "rollout":  # the rows of a rollout stay together, or go together
+        assert all(live[span].all() or not live[span].any() for span in each_rollout(batch))
+
+
+@ALL
+def test_live_spares_all_that_can_be_known_to_vanish(name):
+    loss = LOSSES[name][0]
+    by_advantage = {"clipped", "dual", "sum", "mean_over", "rollouts", "truncated", "likelihood"}
+    assert (loss.live(batch_for(loss)) is not None) == (name in by_advantage)
+    if name in by_advantage:
+        batch = batch_for(loss).replace(old_logprobs=None)
+        _, gradients, _ = evaluated(loss, batch, outputs_for(batch))
+        assert ((gradients["logprob"] != 0) == loss.live(batch)).all()  # on-policy nothing is clipped
+
+
+@ALL
+def test_a_loss_reads_what_it_says_and_gives_float32_and_statistics_of_either_shape(name):
+    loss = LOSSES[name][0]
+    batch = batch_for(loss)
+    unread = {"ref_logprobs", "values"} - set(loss.reads)
+    bare = batch.replace(rollout_logprobs=None, extra={}, **dict.fromkeys(unread))
+    each, _, statistics = evaluated(loss, bare, outputs_for(batch))
+    assert each.dtype == torch.float32 and each.shape == batch.tokens.shape and each.isfinite().all()
+    shapes = {value.shape for value in statistics.values()}
+    assert statistics and shapes <= {batch.tokens.shape, (1, 10)}
+    assert not any(value.requires_grad for key, value in statistics.items() if key in ("policy", "ratio", "margin"))
+    for wanted in loss.reads:
+        with pytest.raises((TypeError, ValueError, AttributeError)):
+            evaluated(loss, batch.replace(**{wanted: None}), outputs_for(batch))
+
+
+@ALL
+def test_nothing_of_nothing(name):
+    loss = LOSSES[name][0]
+    batch = batch_for(loss)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    outputs = {name: torch.zeros(0, requires_grad=True) for name in loss.outputs}
+    for empty in (batch.take(nothing), batch.rollouts_at(nothing)):
+        assert loss(SimpleNamespace(**outputs), empty)[0].shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "scope"),
+    [("clipped", "value", "token"), ("value", "rollouts", "rollout"), ("preference", "value", "group")],
+)
+def test_a_sum_needs_what_either_needs(first, second, scope):
+    one, two = LOSSES[first][0], LOSSES[second][0]
+    for both in (summed(one, two, 1.0), summed(two, one, 1.0)):
+        assert both.scope == scope and set(both.outputs) == {*one.outputs, *two.outputs}
+        assert len(both.outputs) == len(set(both.outputs)) and set(both.reads) == {*one.reads, *two.reads}
+
+
+def test_reductions_weigh_tokens():
+    batch = three()
+    assert token_mean(batch).tolist() == pytest.approx([1 / 6] * 6)
+    assert rollout_mean(batch).tolist() == pytest.approx([1 / 6, 1 / 6, 1 / 3, 1 / 9, 1 / 9, 1 / 9])
+    assert rollout_sum(batch).tolist() == pytest.approx([1 / 3] * 6)
+    assert mean_over(5)(batch).tolist() == pytest.approx([1 / 15] * 6)
+    for reduce in (token_mean, rollout_mean, rollout_sum, mean_over(5)):
+        assert reduce(batch).dtype == torch.float32 and reduce(batch.to("meta")).device.type == "meta"
+
+
+def test_clipping_stops_only_the_side_that_gains():
+    old, ratio = torch.full((6,), -1.0), torch.tensor([1.5, 0.5, 1.5, 0.5, 1.1, 0.9])
+    batch = three().replace(old_logprobs=old, advantages=torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0, -1.0]))
+    outputs = {"logprob": old + ratio.log()}
+    _, gradients, statistics = evaluated(clipped(low=0.2, high=0.3, reduce=token_mean), batch, outputs)
     expected = -ratio * batch.advantages / 6 * torch.tensor([0.0, 1, 1, 0, 1, 1])
-    assert torch.allclose(got, expected)
+    assert torch.allclose(gradients["logprob"], expected)
+    seen = dict(zip(STATISTICS, statistics["policy"][0].tolist(), strict=True))
+    assert (seen["tokens"], seen["clipped_low"], seen["clipped_high"], seen["clipped_dual"]) == (6, 1, 1, 0)
 
 
-def test_kl_and_entropy_terms(batch):
-    logprobs, entropy = -torch.rand(6), torch.rand(6)
-    silent = batch.replace(advantages=torch.zeros(6))
-    got = gradient(clipped(beta=0.1, reduce=token_mean), silent, logprobs)
-    assert torch.allclose(got, 0.1 * (1 - (batch.ref_logprobs - logprobs).exp()) / 6)
-    leaf = entropy.clone().requires_grad_()
-    per_token, _ = clipped(entropy_coef=0.2, reduce=token_mean)(SimpleNamespace(logprob=logprobs, entropy=leaf), silent)
-    assert torch.allclose(torch.autograd.grad(per_token.sum(), leaf)[0], torch.tensor(-0.2 / 6))
-    assert (k3(logprobs, batch.ref_logprobs) >= 0).all() and (k3(logprobs, logprobs) == 0).all()
+def test_the_divergence_from_a_reference_is_watched_without_a_weight():
+    batch = batch_for(clipped())
+    outputs = outputs_for(batch)
+    gap = batch.ref_logprobs.double() - outputs["logprob"].double()
+    with_it, without = (
+        dict(zip(STATISTICS, evaluated(clipped(), each, outputs)[2]["policy"][0].tolist(), strict=True))
+        for each in (batch, batch.replace(ref_logprobs=None))
+    )
+    assert with_it["kl"] == pytest.approx(float((gap.exp() - gap - 1).sum()), rel=1e-5) and without["kl"] == 0
 
 
-def test_live_says_which_gradients_vanish(batch):
-    assert clipped().live(batch).tolist() == [True, True, True, True, False, True]
-    assert clipped(beta=0.1).live(batch) is None and clipped(entropy_coef=0.1).live(batch) is None
-    assert clipped(beta=0.1).reference and not clipped().reference
-    assert (gradient(clipped(), batch, -torch.rand(6))[~clipped().live(batch)] == 0).all()
+def test_statistics_of_truncated_weights_and_of_pairs():
+    batch = three().replace(old_logprobs=torch.zeros(6), advantages=torch.ones(6))
+    outputs = {"logprob": torch.tensor([0.1, 1, 4, 1.5, 2, 9]).log()}
+    _, _, seen = evaluated(truncated(low=0.5, high=1.0), batch, outputs)
+    assert seen["ratio"].tolist() == pytest.approx([0.1, 1, 4, 1.5, 2, 9])
+    assert seen["clipped_low"].tolist() == [1, 0, 0, 0, 0, 0] and seen["clipped_high"].tolist() == [0, 0, 1, 0, 0, 1]
+
+    paired = pairs((2, 1, 1, 3)).replace(rewards=torch.tensor([1.0, 0, 0, 1]))
+    paired = paired.replace(ref_logprobs=torch.zeros(7))
+    logprob = torch.tensor([1.0, 2, 3, 4, 5, 6, 7])  # chosen: 1 + 2 over 4, and 5 + 6 + 7 over 3
+    _, _, seen = evaluated(preference(beta=0.5), paired, {"logprob": logprob})
+    last = paired.last
+    assert seen["margin"][last].tolist() == [-0.5, 7.5, -0.5, 7.5] and seen["margin"][~last].isnan().all()
+    assert seen["pair_accuracy"][last].tolist() == [0, 1, 0, 1] and seen["pair_accuracy"][~last].isnan().all()
 
 
-def test_likelihood_of_equal_weights_is_the_mean_cross_entropy(batch):
-    batch = batch.replace(advantages=batch.to_tokens(uniform(batch)))
-    logprobs = -torch.rand(6)
-    per_token, _ = negative_logprob()(SimpleNamespace(logprob=logprobs), batch)
-    assert torch.allclose(per_token.sum(), -logprobs.mean())
+def test_the_bounds_of_a_value_hold_both_ways():
+    batch = three().replace(values=torch.zeros(6), returns=torch.tensor([5.0, 5, -5, -5, 0.1, 3]))
+    value = torch.tensor([1.0, -1, -1, 1, 0.2, 0.2])
+    _, gradients, _ = evaluated(squared_value(clip=0.5), batch, {"value": value})
+    expected = torch.tensor([0.0, -6, 0, 6, 0.1, -2.8]) / 6  # none where it moved far towards the return
+    assert torch.allclose(gradients["value"], expected)
 
 
-def test_reductions_do_not_depend_on_the_cut(batch):
-    logprobs = -torch.rand(6)
-    for reduce in (token_mean, rollout_mean):
-        whole = gradient(clipped(reduce=reduce), batch, logprobs)
-        for rows in (torch.tensor([0, 3]), torch.tensor([5, 4, 2, 1])):
-            assert torch.equal(gradient(clipped(reduce=reduce), batch.take(rows), logprobs[rows]), whole[rows])
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: clipped(low=-0.1), "clipped: low must be a number >= 0; inf bounds nothing; got -0.1"),
+        (lambda: clipped(high=math.nan), "clipped: high must be a number >= 0; inf bounds nothing; got nan"),
+        (lambda: clipped(dual=1.0), "clipped: dual must be above 1, or None for no such bound; got 1.0"),
+        (lambda: clipped(beta=math.inf), "clipped: beta must be a finite number >= 0; got inf"),
+        (lambda: clipped(beta=-1.0), "clipped: beta must be a finite number >= 0; got -1.0"),
+        (lambda: clipped(entropy_coef=math.inf), "clipped: entropy_coef must be a finite number; got inf"),
+        (lambda: clipped_rollouts(low=-1.0, high=0.1), "clipped_rollouts: low must be"),
+        (lambda: truncated(low=0.1, high=-1.0), "truncated: high must be"),
+        (lambda: squared_value(clip=0.0), "squared_value: clip must be a number > 0"),
+        (
+            lambda: summed(clipped(), squared_value(), -0.5),
+            "summed: coefficient must be a finite number >= 0; got -0.5",
+        ),
+        (lambda: preference(beta=0.0), "preference: beta must be a finite number > 0; got 0.0"),
+        (
+            lambda: preference(beta=0.1, label_smoothing=0.6),
+            r"preference: label_smoothing must be in \[0, 0.5\]; got 0.6",
+        ),
+        (lambda: bradley_terry(centre=math.inf), "bradley_terry: centre must be a finite number >= 0; got inf"),
+    ],
+)
+def test_numbers_that_make_no_loss_are_refused(make, says):
+    with pytest.raises(ValueError, match=f"^{says}"):
+        make()
 
 
-def test_standardized_sums_to_zero_in_each_group(batch):
-    advantages = standardized(batch)
-    assert advantages[:2].sum().abs() < 1e-6 and advantages[2] == 0
+def test_infinite_bounds_bound_nothing():
+    batch = batch_for(clipped())
+    outputs = outputs_for(batch)
+    unbound = evaluated(clipped(low=math.inf, high=math.inf), batch, outputs)[1]["logprob"]
+    ratio = (outputs["logprob"] - batch.old_logprobs).exp()
+    assert torch.allclose(unbound, -ratio * batch.advantages * rollout_mean(batch))
+
+
+def test_loss_defaults_are_the_simplest():
+    loss = Loss(lambda out, batch: None)
+    assert (loss.outputs, loss.scope, loss.reads) == (("logprob",), "token", ()) and loss.live(three()) is None
+
+
+def test_the_formulas_meet_every_case():
+    """Tokens clipped on either side, by the dual bound, and not at all: else the comparisons above would be empty."""
+    seen = set()
+    for seed in range(5):
+        batch = batch_for(clipped(), seed)
+        ratio = (outputs_for(batch, seed)["logprob"] - batch.old_logprobs).exp()
+        for (kind, where), sign in itertools.product(
+            {"low": ratio < 0.8, "high": ratio > 1.3, "within": (ratio > 0.8) & (ratio < 1.2)}.items(), (-1, 0, 1)
+        ):
+            if (where & (batch.advantages.sign() == sign)).any():
+                seen.add((kind, sign))
+    assert len(seen) == 9

@@ -1,13 +1,26 @@
 """Policy: what an update computes, what it saves, and what must not change it. Tiny random Llama, no tokenizer."""
 
 import copy
+import dataclasses
+from types import SimpleNamespace
 
 import pytest
+import tiny_models
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fuserl.engine import adapters
 from fuserl.engine.batch import Rollouts, batch_of
-from fuserl.engine.losses import clipped, negative_logprob
+from fuserl.engine.losses import (
+    bradley_terry,
+    clipped,
+    clipped_rollouts,
+    every_token,
+    negative_logprob,
+    preference,
+    squared_value,
+    summed,
+)
 from fuserl.engine.policy import Policy, Sampling, Updating
 from fuserl.engine.prompts import Prompt
 
@@ -44,7 +57,7 @@ def policy(model=None, **settings):
 def gradients(batch, loss, **settings):
     """The model's gradient of one update, seen as the optimizer sees it."""
     taken, actor = [], policy(**settings)
-    actor.optimizer.step = lambda: taken.append([p.grad.clone() for p in actor.model.parameters()])
+    actor.optimizer.step = lambda: taken.append([p.grad.clone() for p in actor.model.parameters()]) or {}
     actor.update(batch, loss)
     return taken
 
@@ -63,7 +76,9 @@ def test_logprobs_equal_a_plain_forward():
     model, batch = tiny_model(), tiny_batch()
     expected = plain_logprobs(copy.deepcopy(model), batch)
     for micro_tokens in (4096, 7):
-        assert torch.allclose(policy(model, micro_tokens=micro_tokens).logprobs(batch), expected, atol=1e-6)
+        assert torch.allclose(
+            policy(model, micro_tokens=micro_tokens).score(batch, ["old_logprobs"]).old_logprobs, expected, atol=1e-6
+        )
 
 
 def test_update_gradient_equals_autograd_through_plain_forwards():
@@ -90,7 +105,7 @@ def test_micro_batches_do_not_change_the_gradient():
 def test_dropping_dead_rollouts_changes_nothing_and_costs_no_forward(monkeypatch):
     batch, loss = tiny_batch(), clipped()
     (dropped,) = gradients(batch, loss)
-    (kept,) = gradients(batch, type(loss)(loss.function))
+    (kept,) = gradients(batch, dataclasses.replace(loss, live=every_token))
     assert close(dropped, kept)
     actor, seen = policy(), []
     forward = actor.model.model.forward
@@ -143,3 +158,114 @@ def test_head_that_is_more_than_a_product_is_refused():
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match=r"one matrix product.*final_logit_softcapping"):
         policy(model)
+
+
+def pairs_batch():
+    batch = tiny_batch()
+    return batch.replace(
+        rewards=torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0]), ref_logprobs=-torch.rand(17), old_logprobs=-torch.rand(17)
+    )
+
+
+SCOPES = {
+    "rollout": clipped_rollouts(low=0.2, high=0.2),
+    "group": preference(beta=0.3),
+}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("settings", [{}, {"micro_tokens": 9}, {"chunk": 2}, {"chunk": 6, "micro_tokens": 16}])
+def test_losses_of_rollouts_and_pairs_equal_autograd_through_plain_forwards(scope, settings):
+    batch, model, loss = pairs_batch(), tiny_model(), SCOPES[scope]
+    loss(SimpleNamespace(logprob=plain_logprobs(model, batch)), batch)[0].sum().backward()
+    (got,) = gradients(batch, loss, **settings)
+    for (name, parameter), gradient in zip(model.named_parameters(), got, strict=True):
+        assert torch.allclose(gradient, parameter.grad, rtol=1e-4, atol=1e-7), name
+
+
+def plain_states(model, batch):
+    """The hidden state that predicts each token, from one ordinary forward per rollout."""
+    states = []
+    for b, group in enumerate(batch.group.tolist()):
+        prompt, tokens = batch.prompt_tokens[group], batch.tokens[batch.offsets[b] : batch.offsets[b + 1]]
+        states.append(model.model(torch.cat([prompt, tokens])[None]).last_hidden_state[0, len(prompt) - 1 : -1])
+    return torch.cat(states)
+
+
+def valued(**settings):
+    actor = Policy(tiny_model(), None, Sampling(), Updating(lr=0.1, max_grad_norm=1e9, **settings), value=True)
+    torch.manual_seed(2)
+    torch.nn.init.normal_(actor.value.weight)
+    return actor
+
+
+@pytest.mark.parametrize("settings", [{}, {"micro_tokens": 9, "chunk": 3}])
+def test_value_head_and_policy_share_one_gradient(settings):
+    batch = pairs_batch().replace(values=torch.randn(17), returns=torch.randn(17))
+    loss = summed(clipped(low=0.9, high=5.0), squared_value(clip=0.3), 0.7)
+    actor, plain = valued(**settings), valued()
+    states = plain_states(plain.model, batch)
+    logprob = (states @ plain.model.lm_head.weight.T).log_softmax(-1).gather(1, batch.tokens[:, None]).squeeze(1)
+    out = SimpleNamespace(logprob=logprob, value=plain.value(states).squeeze(-1))
+    assert torch.allclose(valued().score(batch.replace(values=None), ["values"]).values, out.value, atol=1e-6)
+    loss(out, batch)[0].sum().backward()
+    taken = {}
+    actor.optimizer.step = lambda: taken.update({n: p.grad.clone() for n, p in actor.parameters().items()}) or {}
+    actor.update(batch, loss)
+    expected = plain.parameters()
+    assert taken.keys() == expected.keys() and "value_head.weight" in taken
+    for name, gradient in taken.items():
+        assert torch.allclose(gradient, expected[name].grad, rtol=1e-4, atol=1e-6), name
+
+
+def test_scores_of_pairs_train_the_trunk_and_the_head():
+    batch, actor, plain = pairs_batch(), valued(micro_tokens=9), valued()
+    out = SimpleNamespace(value=plain.value(plain_states(plain.model, batch)).squeeze(-1))
+    bradley_terry(centre=0.1)(out, batch)[0].sum().backward()
+    taken = {}
+    actor.optimizer.step = lambda: taken.update({n: p.grad.clone() for n, p in actor.parameters().items()}) or {}
+    actor.update(batch, bradley_terry(centre=0.1))
+    for name, parameter in plain.parameters().items():
+        assert torch.allclose(taken[name], parameter.grad, rtol=1e-4, atol=1e-6), name
+
+
+def test_statistics_of_parts_are_those_of_the_whole():
+    batch = pairs_batch()
+    whole, parts = (
+        policy(micro_tokens=size, chunk=chunk).update(batch, clipped(beta=0.1))
+        for size, chunk in ((4096, None), (9, 2))
+    )
+    assert whole.keys() == parts.keys() and whole["ratio_max"] > whole["ratio"] > whole["ratio_min"]
+    timings = {"update_s"}
+    for name in whole.keys() - timings:
+        assert whole[name] == pytest.approx(parts[name], rel=1e-4, abs=1e-6), name
+
+
+def test_measure_changes_nothing():
+    actor, batch = policy(), pairs_batch()
+    before = [p.clone() for p in actor.model.parameters()]
+    measured = actor.measure(batch, preference(beta=0.3))
+    assert 0 <= measured["pair_accuracy"] <= 1 and all(map(torch.equal, before, actor.model.parameters()))
+    assert measured["margin"] == pytest.approx(actor.update(batch, preference(beta=0.3))["margin"], rel=1e-5)
+
+
+def test_adapters_train_alone_and_the_base_is_the_reference():
+    batch, model = tiny_batch(), tiny_model()
+    base = [p.clone() for p in model.parameters()]
+    adapted = adapters.lora(model, rank=2, alpha=4.0, targets=("all-linear",))
+    actor = Policy(adapted, None, Sampling(), Updating(lr=0.1), reference=True)
+    first, second = (actor.update(batch, clipped(beta=0.1)) for _ in range(2))
+    assert abs(first["kl"]) < 1e-7 < second["kl"]
+    assert all("lora" in name for name in actor.parameters())
+    assert all(map(torch.equal, base, (p for n, p in adapted.named_parameters() if "lora" not in n)))
+
+
+def test_another_model_as_reference_must_number_the_same_tokens():
+    batch, other = tiny_batch(), tiny_model()
+    other.model.layers[0].mlp.down_proj.weight.data.mul_(3)
+    actor = Policy(tiny_model(), None, Sampling(), Updating(lr=0.1), reference=other)
+    expected = plain_logprobs(other, batch)
+    assert torch.allclose(actor.score(batch, ["ref_logprobs"]).ref_logprobs, expected, atol=1e-6)
+    strange = tiny_models.model()
+    with pytest.raises(ValueError, match="it has 64 tokens and the policy 67"):
+        Policy(tiny_model(), None, Sampling(), Updating(), reference=strange)

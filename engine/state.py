@@ -1,0 +1,119 @@
+"""What a run is made of between two steps, to a checkpoint and back: after a resume every number is as without a stop.
+
+policy, policy_optimizer      and critic, critic_optimizer: tensors
+random                        torch's streams
+state.json                    step, counters, Python's and NumPy's streams, where the files of metrics end, recipe state
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fuserl.engine import checkpoint
+from fuserl.engine.metrics import Run
+from fuserl.engine.policy import Policy
+
+
+@dataclass
+class State:
+    """Everything that a step changes.
+
+    Args:
+        learners: the policy, and the critic where there is one, by name.
+        parts: the recipe's objects with `state_dict` and `load_state_dict`, by name.
+        recipe: its name: a checkpoint of another one is refused.
+    """
+
+    recipe: str
+    learners: dict[str, Policy]
+    parts: dict[str, object]
+    step: int = 0
+    skipped: int = 0  # steps in a row with non-finite gradients
+    counters: dict = field(default_factory=dict)
+
+    def save(self, run: Run, keep: int) -> None:
+        """Write a checkpoint into the run's folder."""
+        tensors = {"random": _torch_streams()}
+        for name, learner in self.learners.items():
+            tensors[name] = learner.parameters()
+            tensors[f"{name}_optimizer"] = learner.optimizer.state_dict()
+        parts = {}
+        for name, part in self.parts.items():
+            state = part.state_dict()
+            tensors[f"part_{name}"] = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            parts[name] = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+        state = {
+            "recipe": self.recipe,
+            "step": self.step,
+            "skipped": self.skipped,
+            "calls": {name: learner.calls for name, learner in self.learners.items()},
+            "position": run.position(),
+            "parts": parts,
+            **_plain_streams(),
+        }
+        checkpoint.save(run.folder, self.step, tensors, state, keep=keep)
+
+    def restore(self, run: Run) -> None:
+        """Go back to the newest checkpoint of the run's folder, or to the start where it has none."""
+        found = checkpoint.newest(run.folder)
+        if found is None:
+            run.rewind(None)
+            return
+        if found.state["recipe"] != self.recipe:
+            raise ValueError(
+                f"resume: the run must be one of {self.recipe}; {run.folder} is one of {found.state['recipe']}. "
+                "Leave the recipe out, or start a new run."
+            )
+        for name, learner in self.learners.items():
+            copy(learner.parameters(), found.tensors(name), f"{found.path.name} of {run.folder}")
+            learner.optimizer.load_state_dict(found.tensors(f"{name}_optimizer"))
+            learner.calls = found.state["calls"][name]
+        for name, part in self.parts.items():
+            part.load_state_dict({**found.tensors(f"part_{name}"), **found.state["parts"][name]})
+        self.step, self.skipped = found.state["step"], found.state["skipped"]
+        _set_streams(found.tensors("random"), found.state)
+        run.rewind(found.state["position"])  # last: a refused resume leaves the run as it is
+
+
+@torch.no_grad()
+def copy(into: dict[str, Tensor], values: dict[str, Tensor], where: str) -> None:
+    """Copy tensors by name, which must be the same on both sides."""
+    for name in into.keys() | values.keys():
+        here, there = into.get(name), values.get(name)
+        if here is None or there is None or here.shape != there.shape:
+            shapes = " and ".join("nothing" if each is None else str(tuple(each.shape)) for each in (here, there))
+            raise ValueError(
+                f"resume: {where} must hold the parameters that this run trains; for {name} they are {shapes}. Resume "
+                "with the model, adapters and frozen parameters that the run was started with."
+            )
+    for name, tensor in into.items():
+        tensor.copy_(values[name])
+
+
+def _torch_streams() -> dict[str, Tensor]:
+    streams = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        streams |= {f"cuda_{index}": stream for index, stream in enumerate(torch.cuda.get_rng_state_all())}
+    return streams
+
+
+def _plain_streams() -> dict:
+    version, words, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    return {"python_random": [version, list(words), gauss], "numpy_random": [name, keys.tolist(), *rest]}
+
+
+def _set_streams(tensors: dict[str, Tensor], state: dict) -> None:
+    torch.set_rng_state(tensors["cpu"])
+    cuda = [tensors[f"cuda_{index}"] for index in range(len(tensors) - 1)]
+    if len(cuda) == torch.cuda.device_count() and cuda:
+        torch.cuda.set_rng_state_all(cuda)
+    version, words, gauss = state["python_random"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy_random"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))

@@ -1,0 +1,118 @@
+"""Every recipe's check: its figures hold, and each part of it that is put wrong makes one of them fail."""
+
+import dataclasses
+import functools
+from importlib import import_module
+
+import pytest
+import torch
+
+from fuserl.engine import advantages, catalogue, losses
+from fuserl.engine.advantages import centred
+from fuserl.engine.batch import Batch
+from fuserl.engine.losses import rollout_mean, rollout_sum, token_mean
+
+
+def scaled(make):
+    """A loss, or a way to make one, whose every value is a thousandth too large."""
+
+    @functools.wraps(make)
+    def wrong(*arguments, **options):
+        loss = make(*arguments, **options)
+
+        def larger(out, batch):
+            each, statistics = loss(out, batch)
+            return 1.001 * each, statistics
+
+        return dataclasses.replace(loss, function=larger)
+
+    return wrong
+
+
+def larger(advantage):
+    """An advantage that is a thousandth too large, or a way to make one."""
+
+    def wrong(*batch, **options):
+        if options:
+            return larger(advantage(**options))
+        given = advantage(*batch)
+        return 1.001 * given if isinstance(given, torch.Tensor) else given.replace(advantages=1.001 * given.advantages)
+
+    return wrong
+
+
+def without(*names):
+    """policy_loss that does as if these arguments were not given, or bounds were not there."""
+    real = losses.policy_loss
+    none = {"low": torch.inf, "high": torch.inf}
+
+    def wrong(*tensors, **options):
+        return real(*tensors, **{**options, **{name: none.get(name) for name in names}})
+
+    return wrong
+
+
+real_difference = Batch.pair_difference
+
+
+def smoothed(**options):
+    return losses.preference(**{**options, "label_smoothing": 0.1})
+
+
+MUTATIONS = {
+    "grpo-loss": ("grpo", "recipe", "clipped", scaled(losses.clipped)),
+    "grpo-reduction": ("grpo", losses, "rollout_mean", rollout_sum),
+    "grpo-low": ("grpo", losses, "policy_loss", without("low")),
+    "grpo-high": ("grpo", losses, "policy_loss", without("high")),
+    "dr_grpo-length": ("dr_grpo", "recipe", "mean_over", lambda length: losses.mean_over(length + 1)),
+    "dr_grpo-reduction": ("dr_grpo", "recipe", "mean_over", lambda length: rollout_mean),
+    "dr_grpo-advantage": ("dr_grpo", "recipe", "centred", advantages.standardized),
+    "dr_grpo-baseline": ("dr_grpo", "recipe", "leave_one_out", centred),
+    "dapo-reduction": ("dapo", "recipe", "token_mean", rollout_sum),
+    "dapo-clip": ("dapo", losses, "policy_loss", without("high")),
+    "gspo-loss": ("gspo", "recipe", "clipped_rollouts", scaled(losses.clipped_rollouts)),
+    "gspo-ratio": ("gspo", "recipe", "clipped_rollouts", lambda **bounds: losses.clipped(**bounds)),
+    "gspo-clip": ("gspo", "recipe", "clipped_rollouts", lambda low, high: losses.clipped_rollouts(low=9, high=9)),
+    "cispo-loss": ("cispo", "recipe", "truncated", scaled(losses.truncated)),
+    "cispo-bound": ("cispo", "recipe", "truncated", lambda low, high: losses.truncated(low=low, high=high + 1)),
+    "cispo-clip": ("cispo", "recipe", "truncated", lambda **bounds: losses.clipped(**bounds, reduce=token_mean)),
+    "max_rl-advantage": ("max_rl", "recipe", "over_mean", larger(advantages.over_mean)),
+    "max_rl-scale": ("max_rl", "recipe", "over_mean", centred),
+    "max_rl-mean": ("max_rl", Batch, "group_mean", Batch.group_sum),
+    "rloo-baseline": ("rloo", "recipe", "leave_one_out", centred),
+    "rloo-reduction": ("rloo", "recipe", "rollout_sum", rollout_mean),
+    "reinforce_pp-advantage": ("reinforce_pp", "recipe", "normalised", larger(advantages.normalised)),
+    "reinforce_pp-sums": ("reinforce_pp", advantages, "discounted", lambda x, batch, factor: x),
+    "reinforce_pp-scale": ("reinforce_pp", advantages, "whitened", lambda x: x - x.mean()),
+    "ppo-advantage": ("ppo", "recipe", "generalised", larger(advantages.generalised)),
+    "ppo-sums": ("ppo", advantages, "discounted", lambda x, batch, factor: x),
+    "ppo-end": ("ppo", advantages, "token_rewards", lambda batch, beta: batch.to_tokens(batch.rewards)),
+    "dpo-loss": ("dpo", "recipe", "preference", scaled(losses.preference)),
+    "dpo-smoothing": ("dpo", "recipe", "preference", smoothed),
+    "dpo-pairs": ("dpo", Batch, "pair_difference", lambda self, x: -real_difference(self, x)),
+    "reward_model-loss": ("reward_model", "recipe", "bradley_terry", scaled(losses.bradley_terry)),
+    "reward_model-last": ("reward_model", Batch, "last", property(lambda self: self.rollout >= 0)),
+    "sft-loss": ("sft", "recipe", "negative_logprob", scaled(losses.negative_logprob)),
+    "sft-reduction": ("sft", losses.negative_logprob, "__kwdefaults__", {"reduce": rollout_mean}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", catalogue.RECIPES)
+def test_figures_hold(name):
+    figures = catalogue.show(name)
+    assert figures and all(figure.what and figure.holds for figure in figures), figures
+    assert all(figure.tolerance < 1e-5 for figure in figures)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_what_is_put_wrong_shows_in_a_figure(mutation, monkeypatch):
+    name, where, attribute, wrong = MUTATIONS[mutation]
+    where = import_module(f"fuserl.engine.recipes.{name}") if where == "recipe" else where
+    if where is losses and attribute == "rollout_mean":  # a default argument of the losses, bound when they were made
+        where, attribute, wrong = losses.clipped, "__kwdefaults__", {**losses.clipped.__kwdefaults__, "reduce": wrong}
+    monkeypatch.setattr(where, attribute, wrong)
+    assert not all(figure.holds for figure in catalogue.show(name))
+
+
+def test_every_recipe_is_put_wrong():
+    assert {name for name, *_ in MUTATIONS.values()} == set(catalogue.RECIPES)

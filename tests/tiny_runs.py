@@ -1,0 +1,74 @@
+"""Runs of the loop on a tiny random model and a file of problems, for tests."""
+
+import json
+import types
+
+import tiny_models
+
+from fuserl.engine import catalogue, loop, models
+from fuserl.engine.config import Config
+
+LETTERS = "0123456789+-= \n"
+SETTINGS = dict(
+    steps=3, groups=2, group_size=4, max_new_tokens=4, eval_problems=4, lr=0.01, few_shot=0, threads=1,
+    reward_workers=0,
+)  # fmt: skip
+MACHINE = ("_s", "_gb", "seconds", "elapsed")  # how names of figures end that no two runs share
+
+
+class Characters:
+    """A tokenizer of arithmetic, one token per character; token 2 ends a text."""
+
+    eos_token_id = 2
+
+    def __call__(self, text, add_special_tokens=True):
+        return types.SimpleNamespace(input_ids=[LETTERS.index(letter) + 3 for letter in text])
+
+    def decode(self, tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False):
+        return "".join(LETTERS[t - 3] for t in tokens if 3 <= t < 3 + len(LETTERS))
+
+
+def problems(folder, count=8):
+    """A file of sums with right and wrong answers."""
+    rows = [
+        {"prompt": f"{n}+1=", "answer": str(n + 1), "chosen": str(n + 1), "rejected": str(n + 2)} for n in range(count)
+    ]
+    path = folder / "problems.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def config(folder, name, **changes):
+    """The configuration of a run in folder/name; options of the recipe among the changes."""
+    settings = {**SETTINGS, **catalogue.fixed(changes.get("recipe", "grpo")), **changes}
+    return Config.from_dict(dict(data=problems(folder), out=str(folder / name), **settings))
+
+
+def run(folder, name, **changes):
+    """The metrics of a run."""
+    return rows(loop.train(config(folder, name, **changes)))
+
+
+def rows(folder):
+    """The rows of a run's metrics."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(rows):
+    """The rows without what no two runs share."""
+    return [{name: value for name, value in row.items() if not name.endswith(MACHINE)} for row in rows]
+
+
+def use(monkeypatch, make=tiny_models.model):
+    """Let models.load give a tiny model."""
+    monkeypatch.setattr(models, "load", lambda *_: (make(), Characters()))
+
+
+def shortness(completion):
+    """Reward for few characters: something that a random model gets different amounts of."""
+    return 1.0 - len(completion) / 4
+
+
+def constant(completion):
+    """The same for all: a group-relative method learns nothing from it."""
+    return 0.5
