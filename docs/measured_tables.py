@@ -1,0 +1,196 @@
+"""Tables of what was measured, from the rows in benchmarks/results; no figure in them is typed."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from docstrings import slug, table
+
+from fuserl.engine import catalogue
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+# Student's t of 95 % by the number of runs
+_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+_PROVIDERS = {
+    ("cpu", "cpu"): "fuserl, C++", ("cuda", "cuda"): "fuserl, CUDA C++", ("triton", "cuda"): "fuserl, Triton",
+    ("triton", "cpu"): "fuserl, Triton (interpreter)", ("reference", "cpu"): "fuserl, torch reference",
+    ("torch", "cpu"): "torch eager in the dtype",
+}  # fmt: skip
+_BENCHMARKS = """\
+# Benchmarks
+
+`fuserl bench` takes these figures: correctness is checked before anything is timed, all providers of a case run in turn
+in one process, and "times the floor" is the median of the ratios within the run to the first provider. Spread is the
+interquartile range; peak memory is above the inputs. `make bench ARGS=--save` appends new rows; the newest count."""
+_NUMERICS = """\
+# Numerics
+
+How far each op is from float64 of the same inputs, which are rounded to the dtype under test first. A cell has the
+largest absolute error, and the largest over rows of the error's norm as a share of the row's norm. For outputs of one
+number per token that is one row, each statistic is a row, and of a gradient's rows those below a thousandth of the
+largest are left out of the second figure: in 16 bits they vanish. fuserl's results are float32 whatever the inputs'
+dtype; gradients come in the dtype of what they belong to, whose rounding is most of their error. "torch eager in the
+dtype" is what a trainer writes without fuserl. `python benchmarks/numerics.py` takes the rows anew."""
+_PROMISES = """\
+## What repeats, and what does not depend on neighbours
+
+The tests compare bits: of the outputs of `token_logprob` for a row alone and among others (C++; Triton in its
+interpreter), of `policy_loss` for a token alone and among others, over ten runs and one to three threads (C++; Triton
+in its interpreter), of ten runs of one `linear_policy_loss` call (C++), of a rollout generated alone and among others
+(CPU), and of the metrics of a run repeated with its seed, or killed and resumed (CPU). They compare up to rounding only
+where `linear_policy_loss` runs with other chunks or without its dead rows: its matrix products then add in another
+order."""
+_CUT = "Triton's interpreter cuts float32 to bfloat16 where torch rounds: its gradients err by twice as much."
+
+
+def learning() -> str:
+    """The newest run of every seed of the default job, and their mean rise with its interval."""
+    paths = sorted((RESULTS / "learning").glob("*.jsonl"))
+    newest = _newest(paths, "recipe", "task", "processor", "seed")
+    if not newest:
+        return "No runs yet."
+    headings = ["recipe, task", "seed", "greedy accuracy before", "after", "rise", "minutes", "peak GB"]
+    rows = [
+        [
+            f"{row['recipe']}, `{row['task']}`", row["seed"], f"{row['before']:.3f}", f"{row['after']:.3f}",
+            f"{row['after'] - row['before']:+.3f}", f"{row['seconds'] / 60:.1f}", f"{row['peak_gb']:.1f}",
+        ]
+        for row in newest
+    ]  # fmt: skip
+    rises, row = [r["after"] - r["before"] for r in newest], newest[0]
+    mean, spread = statistics.mean(rises), statistics.stdev(rises) if len(rises) > 1 else math.nan
+    half = _T.get(len(rises), math.nan) * spread / len(rises) ** 0.5
+    return "\n".join([
+        table(headings, rows), "",
+        f"Mean rise over {len(rises)} seeds {mean:+.3f} (95 % interval {mean - half:+.3f} to {mean + half:+.3f}),",
+        f"on {row['problems']} held-out problems; {row['cores']} cores of {row['processor']}, torch {row['torch']},",
+        f"commit {row['commit']}.",
+    ])  # fmt: skip
+
+
+def baselines() -> str:
+    """What every baseline learns of one toy problem in the same number of steps: the newest row of each."""
+    found = {row["recipe"]: row for row in _newest([RESULTS / "baselines.jsonl"], "recipe")}
+    if not found:
+        return "Not measured yet: `python benchmarks/baselines.py` takes the rows."
+    ordered = [found[name] for name in catalogue.RECIPES if name in found]
+    rows = [
+        [
+            f"[`{row['recipe']}`](docs/settings.md#{slug(row['recipe'])})", f"{statistics.mean(row['before']):.3f}",
+            f"{statistics.mean(row['after']):.3f}", " ".join(f"{each:.2f}" for each in row["after"]), row["steps"],
+        ]
+        for row in ordered
+    ]  # fmt: skip
+    facts = dict.fromkeys(_facts(row, "device") for row in ordered)
+    return f"{table(['recipe', 'before', 'after', 'each seed', 'steps'], rows)}\n\n{'; '.join(facts)}."
+
+
+def benchmarks() -> str:
+    """One line a case and device: fuserl, what it is held against, and by how much the rest is slower."""
+    rows = []
+    for (device, case), found in _cases().items():
+        ours = next((row for row in found if row["provider"] == "fuserl" and not row["reason"]), None)
+        if ours is None:
+            continue
+        floor, rest = found[0]["provider"], [row for row in found[1:] if not row["provider"].startswith("fuserl")]
+        beside = [f"{row['provider']} {row['median_s'] / ours['median_s']:.1f}" for row in rest if not row["reason"]]
+        time, times = _time(ours["median_s"]), f"{ours['ratio']:.2f}"
+        rows.append([case.removeprefix("test_"), device, time, times, floor, "; ".join(beside)])
+    headings = ["case", "on", "fuserl", "times the floor", "which is", "the others, times fuserl"]
+    return table(headings, rows) if rows else "No rows yet: `make bench ARGS=--save` takes them."
+
+
+def benchmarks_page() -> str:
+    """The newest row of every provider of every case, by device."""
+    body, devices = [_BENCHMARKS], {}
+    for (device, _), found in _cases().items():
+        devices.setdefault(device, []).extend(found)
+    headings = ["case", "provider", "median", "spread", "times the floor", "peak MB", "commit"]
+    for device, rows in devices.items():
+        body += [f"## {device}", table(headings, [_benchmark(row) for row in rows])]
+    return "\n\n".join(body) + "\n"
+
+
+def numerics_page() -> str:
+    """Errors of every op by output, dtype and inputs, in every backend that was measured."""
+    newest = _newest([RESULTS / "numerics.jsonl"], "op", "inputs", "dtype", "output", "backend", "device")
+    body = [_NUMERICS, _PROMISES]
+    for op in dict.fromkeys(row["op"] for row in newest):
+        body += [f"## {op}", *_errors([row for row in newest if row["op"] == op])]
+    facts = dict.fromkeys(_facts(row, "machine") for row in newest)
+    return "\n\n".join([*body, f"Measured on: {'; '.join(facts)}."]) + "\n"
+
+
+def _errors(rows: list[dict]) -> Iterator[str]:
+    """What the inputs are, and a table."""
+    kinds = dict.fromkeys((row["inputs"], row["described"]) for row in rows)
+    yield "Inputs: " + "; ".join(f"*{name}*: {what}" for name, what in kinds) + "."
+    providers = [each for each in _PROVIDERS if any((row["backend"], row["device"]) == each for row in rows)]
+    keys = sorted(
+        {(row["output"], row["dtype"], row["inputs"]) for row in rows},
+        key=lambda key: _first(rows, "output", key[0]) + _first(rows, "dtype", key[1]) + _first(rows, "inputs", key[2]),
+    )
+    cells = {(row["output"], row["dtype"], row["inputs"], row["backend"], row["device"]): _error(row) for row in rows}
+    lines = [[*key, *(cells.get((*key, *provider), "") for provider in providers)] for key in keys]
+    yield table(["output", "dtype", "inputs", *(_PROVIDERS[each] for each in providers)], lines)
+    gradients = [row for row in rows if row["output"] == "dlogits" and row["dtype"] == "bfloat16"]
+    if any((row["backend"], row["device"]) == ("triton", "cpu") for row in gradients):
+        yield _CUT
+    near = [row for row in rows if row["output"] == "mean_logprob" and row["inputs"] == "large"]
+    worst = max((row["absolute"] for row in near if row["backend"] == "cpu" and row["dtype"] == "float32"), default=0)
+    if worst:
+        yield (
+            "`mean_logprob`, the mean over the vocabulary, is the difference of two numbers of the logits' size: where "
+            f"all logits are near 1e4 float32 leaves it {worst:.0e} off."
+        )
+
+
+def _first(rows: list[dict], name: str, value: str) -> tuple[int]:
+    """Where a value stands in the order of the rows."""
+    return (next(at for at, row in enumerate(rows) if row[name] == value),)
+
+
+def _error(row: dict) -> str:
+    return " / ".join("not finite" if row[name] is None else f"{row[name]:.1e}" for name in ("absolute", "relative"))
+
+
+def _cases() -> dict[tuple[str, str], list[dict]]:
+    """Rows of benchmarks by device and case, in the order in which providers ran."""
+    rows = _newest(sorted(RESULTS.glob("*.jsonl")), "device", "case", "provider", only=lambda row: "provider" in row)
+    cases: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        cases.setdefault((row["device"], row["case"]), []).append(row)
+    return cases
+
+
+def _benchmark(row: dict) -> list[str]:
+    if row["reason"]:
+        return [row["case"], row["provider"], f"not timed: {row['reason']}", "", "", "", row["commit"]]
+    peak = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
+    times = _time(row["median_s"]), _time(row["iqr_s"]), f"{row['ratio']:.2f}"
+    return [row["case"], row["provider"], *times, peak, row["commit"]]
+
+
+def _newest(paths: Iterable[Path], *keys: str, only: Callable[[dict], bool] = bool) -> list[dict]:
+    """The last row of each key, in the order in which keys came first."""
+    newest = {}
+    for path in paths:
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            row = json.loads(line)
+            if only(row):
+                newest[tuple(row[key] for key in keys)] = row
+    return list(newest.values())
+
+
+def _facts(row: dict, device: str) -> str:
+    return (
+        f"{row[device]}, Python {row['python']}, torch {row['torch']}, triton {row['triton']}, commit {row['commit']}"
+    )
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
