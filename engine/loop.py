@@ -88,7 +88,8 @@ def step(policy: Policy, critic: Policy | None, recipe: Recipe, run: Run, state:
         statistics["update_s"] += theirs["update_s"]
     state.skipped = state.skipped + 1 if statistics.get("skipped") else 0
     return {
-        **_described(rollouts, rewards),
+        **({} if recipe.learns_from else _rewarded(rewards, rollouts.group)),
+        **_described(rollouts),
         **facts,
         **_explained(batch),
         "generate_s": generated - started,
@@ -119,11 +120,16 @@ def _failures_kept(run: Run, state: State) -> Iterator[None]:
         raise
 
 
-def _described(rollouts: Rollouts, rewards: Tensor) -> dict[str, float]:
+def _rewarded(rewards: Tensor, group: Tensor) -> dict[str, float]:
     return {
         "reward": float(rewards.mean()),
         "reward_std": float(rewards.std()) if len(rewards) > 1 else 0.0,
-        "mixed": _mixed(rewards, rollouts.group),
+        "mixed": _mixed(rewards, group),
+    }
+
+
+def _described(rollouts: Rollouts) -> dict[str, float]:
+    return {
         "length": len(rollouts.tokens) / len(rollouts),
         "truncated": rollouts.finish.count("length") / len(rollouts),
         "tokens": len(rollouts.tokens),
