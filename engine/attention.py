@@ -132,16 +132,18 @@ class Packed:
 
     Args:
         input_ids: (1, L) int64: the prompts' common beginning, then per group the rest of its prompt and its rollouts,
-            each without its last token.
+            each without its last token unless they are laid out whole.
         position_ids: (1, L) int64.
         segments: which tokens see which.
         predictor: (N,) int64, where in L the hidden state stands that predicts trained token n.
+        reader: (N,) int64, where the one stands that has read token n, for rollouts laid out whole.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     segments: Segments
     predictor: Tensor
+    reader: Tensor | None = None
 
     def inputs(self) -> dict:
         """Keyword arguments for the model's forward."""
@@ -158,11 +160,13 @@ class Packed:
     def to(self, device) -> Packed:
         """The same on `device` (the segments' sizes stay on the host)."""
         segments = Segments(self.segments.parent, self.segments.length, self.segments.position.to(device))
-        return Packed(self.input_ids.to(device), self.position_ids.to(device), segments, self.predictor.to(device))
+        reader = None if self.reader is None else self.reader.to(device)
+        ids, places = self.input_ids.to(device), self.position_ids.to(device)
+        return Packed(ids, places, segments, self.predictor.to(device), reader)
 
 
-def pack(prompt_tokens: list[Tensor], group: Tensor, tokens: Tensor, offsets: Tensor) -> Packed:
-    """Lays out each group's prompt once, followed by its rollouts without their last tokens.
+def pack(prompt_tokens: list[Tensor], group: Tensor, tokens: Tensor, offsets: Tensor, *, whole: bool = False) -> Packed:
+    """Lays out each group's prompt once, followed by its rollouts without their last tokens, which predict nothing.
 
     What all prompts begin with stands once in front of them all. Groups without a rollout take no space; rollouts may
     come in any order.
@@ -172,6 +176,7 @@ def pack(prompt_tokens: list[Tensor], group: Tensor, tokens: Tensor, offsets: Te
         group: (B,) int64, the prompt of each rollout.
         tokens: (N,) int64, the rollouts end to end.
         offsets: (B + 1,) int64, where each begins and ends.
+        whole: lay out the last tokens too, for what is read off the states at the tokens themselves.
 
     Returns:
         `Packed` on the device of `tokens`.
@@ -198,16 +203,17 @@ def pack(prompt_tokens: list[Tensor], group: Tensor, tokens: Tensor, offsets: Te
     forest = _Forest(device)
     shared = common_prefix([prompt_tokens[prompt] for prompt in members])
     trunk = forest.add(prompt_tokens[owner[0]][:shared], -1) if shared else -1
-    predictor = torch.empty(len(tokens), dtype=torch.int64)
+    predictor, reader = (torch.empty(len(tokens), dtype=torch.int64) for _ in range(2))
     for prompt in sorted(members):
         branch = forest.add(prompt_tokens[prompt][shared:], trunk)
         last = forest.size - 1
         for rollout in members[prompt]:
             begin, end = host[rollout], host[rollout + 1]
-            predictor[begin:end] = torch.arange(forest.size - 1, forest.size - 1 + end - begin)
+            reader[begin:end] = torch.arange(forest.size, forest.size + end - begin)
+            predictor[begin:end] = reader[begin:end] - 1
             predictor[begin : min(begin + 1, end)] = last
-            forest.add(tokens[begin : max(end - 1, begin)], branch)
-    return forest.packed(predictor.to(device))
+            forest.add(tokens[begin : end if whole else max(end - 1, begin)], branch)
+    return forest.packed(predictor.to(device), reader.to(device) if whole else None)
 
 
 def common_prefix(texts: list[Tensor]) -> int:
@@ -242,12 +248,12 @@ class _Forest:
         self.size += len(ids)
         return len(self.parent) - 1
 
-    def packed(self, predictor: Tensor) -> Packed:
+    def packed(self, predictor: Tensor, reader: Tensor | None) -> Packed:
         """The model's input."""
         places = [torch.arange(end - length, end) for end, length in zip(self.depth, self.length, strict=True)]
         position = torch.cat([torch.empty(0, dtype=torch.int64), *places]).to(self.device)
         parent, length = (torch.tensor(x, dtype=torch.int64) for x in (self.parent, self.length))
-        return Packed(torch.cat(self.ids)[None], position[None], Segments(parent, length, position), predictor)
+        return Packed(torch.cat(self.ids)[None], position[None], Segments(parent, length, position), predictor, reader)
 
 
 def _columns(x: Tensor, spans: tuple[slice, ...]) -> Tensor:

@@ -86,4 +86,4 @@ def apart(first: Tensor, second: Tensor) -> float:
 
 def _loss(batch: Batch, loss: Loss, logprob: Tensor) -> Tensor:
     zeros = torch.zeros_like(batch.rollout_logprobs)
-    return loss(SimpleNamespace(logprob=logprob, value=zeros, entropy=zeros), batch)[0].sum()
+    return loss(SimpleNamespace(logprob=logprob, value=zeros, score=zeros, entropy=zeros), batch)[0].sum()

@@ -19,7 +19,7 @@ def of(config: Config, recipe: Recipe) -> tuple[Policy, Policy | None]:
     reference = "ref_logprobs" in reads
     if reference and config.reference:
         reference = models.load(config.reference, config.device, torch.float32)[0]
-    policy = policy_of(config, reference=reference, value="value" in recipe.loss.outputs)
+    policy = policy_of(config, reference=reference, value=bool({"value", "score"} & {*recipe.loss.outputs}))
     return policy, None if recipe.critic is None else policy_of(config, value=True, lr=recipe.critic.lr)
 
 

@@ -35,7 +35,8 @@ class Loss:
     """A per-token loss, and what an update must know of it before calling it."""
 
     function: Callable  # (out, Batch) -> (loss (n,), statistics {name: (n,), NaN where there is none; or (1, K)})
-    outputs: tuple[str, ...] = ("logprob",)  # of linear_policy_loss; and "value", of the value head
+    # Of linear_policy_loss; "value", the value head at the state before each token; "score", at the state after it.
+    outputs: tuple[str, ...] = ("logprob",)
     scope: str = "token"  # what must be seen together: a "token", a "rollout", or all rollouts of a "group"
     live: Callable = every_token  # (Batch) -> (N,) bool, or None for all: tokens whose gradient is not known to be zero
     reads: tuple[str, ...] = ()  # fields of the batch: old_logprobs, ref_logprobs, values
@@ -213,21 +214,21 @@ def preference(*, beta: float, label_smoothing: float = 0.0) -> Loss:
 
 
 def bradley_terry(*, centre: float = 0.0) -> Loss:
-    """Negative log-likelihood of pairs under scores, the value head at the last token (arXiv:2203.02155, eq. 1).
+    """Negative log-likelihood of pairs under scores, the head at the last token (arXiv:2203.02155, eq. 1).
 
     loss = -log sigmoid(score of chosen - score of rejected) + centre (score of chosen + score of rejected)^2
     """
     require("bradley_terry", "centre", centre, 0 <= centre < math.inf, WEIGHT)
 
     def loss(out, batch: Batch):
-        scores = batch.rollout_sum(torch.where(batch.last, out.value, 0.0))
+        scores = batch.rollout_sum(torch.where(batch.last, out.score, 0.0))
         losses, statistics = _pairwise(batch, batch.pair_difference(scores), 0.0)
         if centre:
             both = 2 * batch.group_mean(scores)
             losses = losses + _at_pairs(batch, centre * both.square())
         return losses, statistics
 
-    return Loss(loss, outputs=("value",), scope="group")
+    return Loss(loss, outputs=("score",), scope="group")
 
 
 def _pairwise(batch: Batch, margin: Tensor, label_smoothing: float):

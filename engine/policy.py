@@ -59,7 +59,7 @@ class Policy:
         seed: of every random stream.
         reference: what losses that read ref_logprobs refer to: another model; or True, this one as it is now, which is
             the weights without their adapters where there are some, else a frozen copy.
-        value: put a value head on the model, for losses of the output "value"; it starts at 0.
+        value: put a value head on the model, for losses of the outputs "value" and "score"; it starts at 0.
         compute: dtype of the products; below float32 they run under autocast.
     """
 
@@ -106,7 +106,15 @@ class Policy:
         return {**adapters.trained(self.model), **head}
 
     def check_lengths(self, task: Task, completed: Sequence[str]) -> None:
-        """Raise ValueError where a problem of the task, with its completion, is longer than the model can read."""
+        """Raise ValueError where a problem of the task, with its completion, is longer than the model can read.
+
+        Or where nothing could end the completions that are `completed` with: no stop text and no end-of-text token.
+        """
+        if completed and not self.sampling.stop and self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                "Policy: the tokenizer must have an end-of-text token for completions to learn from to end with; it "
+                "has none. Name a text that ends them with --stop."
+            )
         positions = getattr(adapters.base(self.model).config.get_text_config(), "max_position_embeddings", None)
         if positions is not None and self.tokenizer is not None:
             prompts.check_lengths(task, self.tokenizer, positions, self.sampling.max_new_tokens, completed=completed)
@@ -231,23 +239,24 @@ class Policy:
 
     def _forward(self, batch: Batch, loss: Loss, model) -> tuple[Tensor, SimpleNamespace, dict[str, Tensor]]:
         """The loss of a batch, the outputs it saw (detached), and its statistics."""
-        packed = attention.pack(batch.prompt_tokens, batch.group, batch.tokens, batch.offsets)
-        live, part = loss.live(batch), batch.to(self.device)
+        whole = "score" in loss.outputs
+        packed = attention.pack(batch.prompt_tokens, batch.group, batch.tokens, batch.offsets, whole=whole)
+        live, part, packed = loss.live(batch), batch.to(self.device), packed.to(self.device)
         with self._autocast():
-            states = adapters.base(model).get_decoder()(**packed.to(self.device).inputs()).last_hidden_state
-        hidden = states[0, packed.predictor.to(self.device)]
-        values = self.value(hidden.float()).squeeze(-1) if "value" in loss.outputs else None
+            states = adapters.base(model).get_decoder()(**packed.inputs()).last_hidden_state[0]
+        places = {"value": packed.predictor, "score": packed.reader}
+        heads = {name: self._valued(states[places[name]]) for name in places if name in loss.outputs}
         if "logprob" not in loss.outputs:
-            losses, statistics = loss(SimpleNamespace(value=values), part)
-            return losses.sum(), SimpleNamespace(value=values.detach()), statistics
+            losses, statistics = loss(SimpleNamespace(**heads), part)
+            return losses.sum(), _detached(heads), statistics
 
         def token_loss(out, rows):
-            seen = {} if values is None else {"value": values[rows]}
+            seen = {name: head[rows] for name, head in heads.items()}
             return loss(SimpleNamespace(**vars(out), **seen), part.take(rows))
 
         # The entropy comes with the log-probs at no cost, and is worth watching.
-        outputs = tuple(name for name in dict.fromkeys((*loss.outputs, "entropy")) if name != "value")
-        hidden = hidden.to(self.compute)
+        outputs = tuple(name for name in dict.fromkeys((*loss.outputs, "entropy")) if name not in heads)
+        hidden = states[packed.predictor].to(self.compute)
         value, out, statistics = linear_policy_loss(
             hidden,
             adapters.head_weight(model).to(hidden.dtype),
@@ -257,13 +266,15 @@ class Policy:
             scope="token" if loss.scope == "token" else "rollout",
             offsets=batch.group_offsets if loss.scope == "group" else batch.offsets,
             live=live,
-            params=() if values is None else (values,),
+            params=tuple(heads.values()),
             temperature=self.sampling.temperature or 1.0,
             chunk=self.updating.chunk,
         )
-        if values is not None:
-            out.value = values.detach()
-        return value, out, statistics
+        return value, _detached({**vars(out), **heads}), statistics
+
+    def _valued(self, states: Tensor) -> Tensor:
+        """The value head at states (n, D), (n,) float32."""
+        return self.value(states.float()).squeeze(-1)
 
     @contextlib.contextmanager
     def _reference(self):
@@ -276,6 +287,10 @@ class Policy:
 
     def _autocast(self):
         return torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute != torch.float32)
+
+
+def _detached(outputs: dict[str, Tensor]) -> SimpleNamespace:
+    return SimpleNamespace(**{name: value.detach() for name, value in outputs.items()})
 
 
 def _check_vocabulary(model, reference) -> None:

@@ -1,6 +1,6 @@
 """Reward model: scores under which chosen completions beat rejected ones (Ouyang et al., arXiv:2203.02155).
 
-    score = value head at the completion's last token
+    score = a linear head at the state that has read the completion's last token
     loss = mean over pairs of -log sigmoid(score of chosen - score of rejected) + centre (sum of both scores)^2
 
 Limit: at the start every score is 0 and the loss log 2; for margins beta log(p / p_ref) it is DPO's loss.
@@ -45,7 +45,7 @@ def show() -> list[Figure]:
     """The limits: log 2 at the start; DPO's loss where the scores are beta log(p / p_ref)."""
     batch = checks.example()
     scores = 0.1 * batch.rollout_sum(batch.rollout_logprobs - batch.ref_logprobs)
-    out = SimpleNamespace(value=batch.at_last(scores))
+    out = SimpleNamespace(score=batch.at_last(scores))
     theirs = float(bradley_terry()(out, batch)[0].sum())
     return [
         Figure("loss at the start", checks.value(batch, bradley_terry()), math.log(2)),

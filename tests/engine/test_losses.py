@@ -92,7 +92,7 @@ def bradley_terry_formula(x, b, centre):
     def each(chosen, rejected):
         return (1 + (rejected - chosen).exp()).log() + centre * (chosen + rejected).square()
 
-    return pair_formula(b, lambda span: x["value"][span.stop - 1], each)
+    return pair_formula(b, lambda span: x["score"][span.stop - 1], each)
 
 
 LOSSES = {
@@ -134,7 +134,7 @@ def batch_for(loss, seed=0):
 def outputs_for(batch, seed=0):
     """What a model might say of each token, in float32."""
     random = torch.Generator().manual_seed(seed + 100)
-    names = ("logprob", "entropy", "value")
+    names = ("logprob", "entropy", "value", "score")
     return {name: torch.randn(len(batch.tokens), generator=random) - 1.5 * (name == "logprob") for name in names}
 
 

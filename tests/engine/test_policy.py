@@ -183,12 +183,13 @@ def test_losses_of_rollouts_and_pairs_equal_autograd_through_plain_forwards(scop
         assert torch.allclose(gradient, parameter.grad, rtol=1e-4, atol=1e-7), name
 
 
-def plain_states(model, batch):
-    """The hidden state that predicts each token, from one ordinary forward per rollout."""
+def plain_states(model, batch, *, after=False):
+    """The hidden state that predicts each token, or the one after it, from one ordinary forward per rollout."""
     states = []
     for b, group in enumerate(batch.group.tolist()):
         prompt, tokens = batch.prompt_tokens[group], batch.tokens[batch.offsets[b] : batch.offsets[b + 1]]
-        states.append(model.model(torch.cat([prompt, tokens])[None]).last_hidden_state[0, len(prompt) - 1 : -1])
+        whole = model.model(torch.cat([prompt, tokens])[None]).last_hidden_state[0]
+        states.append(whole[len(prompt) :] if after else whole[len(prompt) - 1 : -1])
     return torch.cat(states)
 
 
@@ -220,7 +221,7 @@ def test_value_head_and_policy_share_one_gradient(settings):
 
 def test_scores_of_pairs_train_the_trunk_and_the_head():
     batch, actor, plain = pairs_batch(), valued(micro_tokens=9), valued()
-    out = SimpleNamespace(value=plain.value(plain_states(plain.model, batch)).squeeze(-1))
+    out = SimpleNamespace(score=plain.value(plain_states(plain.model, batch, after=True)).squeeze(-1))
     bradley_terry(centre=0.1)(out, batch)[0].sum().backward()
     taken = {}
     actor.optimizer.step = lambda: taken.update({n: p.grad.clone() for n, p in actor.parameters().items()}) or {}

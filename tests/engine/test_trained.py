@@ -9,6 +9,9 @@ import torch
 import transformers
 
 from fuserl.engine import cli, loop, trained
+from fuserl.engine.batch import Rollouts, batch_of
+from fuserl.engine.losses import Loss
+from fuserl.engine.prompts import Prompt
 
 SHORT = "tiny_runs:shortness"
 
@@ -74,6 +77,26 @@ def test_a_reward_model_is_exported_with_its_head(tmp_path, monkeypatch):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "new")
     head = trained.restored(str(folder), {})[2].value
     assert torch.equal(model.score.weight, head.weight) and head.weight.abs().max() > 0
+
+
+def test_the_classifier_gives_the_scores_of_training(tmp_path, monkeypatch):
+    """To completions of every length, without an end too, after the prompt and alone in a batch."""
+    monkeypatch.setattr(tiny_runs.Characters, "save_pretrained", lambda self, folder: None, raising=False)
+    folder = loop.train(tiny_runs.config(tmp_path, "run", recipe="reward_model"))
+    cli.main(["export", str(folder), "--out", str(tmp_path / "new"), "--dtype", "float32"])
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "new").eval()
+    policy = trained.restored(str(folder), {})[2]
+    prompts, completions = [torch.tensor([5, 9, 14]), torch.tensor([7, 8])], [[3, 16], [4], [6, 3, 11]]
+    given = Rollouts(
+        [Prompt("a"), Prompt("b")], prompts, torch.tensor([0, 0, 1]), torch.tensor([3, 16, 4, 6, 3, 11]),
+        torch.tensor([0, 2, 3, 6]), torch.zeros(6), [""] * 3, ["stop"] * 3,
+    )  # fmt: skip
+    batch = batch_of(given, torch.zeros(3))
+    with torch.no_grad():
+        out = policy._forward(batch, Loss(lambda out, batch: (out.score, {}), outputs=("score",)), policy.model)[1]
+        for number, completion in enumerate(completions):
+            ids = torch.cat([prompts[int(batch.group[number])], torch.tensor(completion)])[None]
+            assert torch.allclose(model(ids).logits[0, 0], out.score[batch.offsets[number + 1] - 1], atol=1e-5)
 
 
 def test_a_run_without_a_checkpoint_says_so(tmp_path, capsys):

@@ -17,7 +17,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_scores(seed, centre, tmp_pat
         chosen, rejected = (scores[(batch.group == group) & (batch.rewards == reward)] for reward in (1, 0))
         each.append((1 + (rejected - chosen).exp()).log() + centre * (chosen + rejected) ** 2)
     expected = torch.cat(each).mean()
-    got = losses(model, batch, value=narrow).sum()
+    got = losses(model, batch, score=narrow).sum()
     assert got.item() == pytest.approx(expected.item(), rel=1e-6)
     gradients = [torch.autograd.grad(total, leaf)[0].double() for total, leaf in ((got, narrow), (expected, wide))]
     assert torch.allclose(*gradients, rtol=1e-5, atol=1e-8)
@@ -26,5 +26,5 @@ def test_the_loss_and_its_gradient_are_those_of_the_scores(seed, centre, tmp_pat
 
 def test_it_learns_from_pairs_with_a_head_alone(tmp_path):
     model = recipe(tmp_path, "reward_model")
-    assert model.loss.outputs == ("value",) and model.loss.scope == "group" and model.reward is None
+    assert model.loss.outputs == ("score",) and model.loss.scope == "group" and model.reward is None
     assert model.learns_from == ("chosen", "rejected") and model.critic is None
