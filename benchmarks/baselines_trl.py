@@ -34,7 +34,6 @@ NOTES = {
     "dapo": "prompts whose rewards agree are not replaced",
     "gspo": CUT,
     "cispo": CUT,
-    "reward_model": "scores the state after the token that ends a text; ours, the state before it",
 }
 
 

@@ -73,20 +73,28 @@ def learning() -> str:
 
 
 def baselines() -> str:
-    """What every baseline learns of one toy problem in the same number of steps: the newest row of each."""
-    found = {row["recipe"]: row for row in _newest([RESULTS / "baselines.jsonl"], "recipe")}
-    if not found:
+    """What every baseline learns of one toy problem in the same number of steps, and what TRL's trainer of it does."""
+    newest = _newest([RESULTS / "baselines.jsonl"], "recipe", "provider")
+    ours = {row["recipe"]: row for row in newest if row["provider"] == "fuserl"}
+    theirs = {row["recipe"]: row for row in newest if row["provider"] != "fuserl"}
+    if not ours:
         return "Not measured yet: `python benchmarks/baselines.py` takes the rows."
-    ordered = [found[name] for name in catalogue.RECIPES if name in found]
+    ordered = [ours[name] for name in catalogue.RECIPES if name in ours]
     rows = [
         [
             f"[`{row['recipe']}`](docs/settings.md#{slug(row['recipe'])})", f"{statistics.mean(row['before']):.3f}",
-            f"{statistics.mean(row['after']):.3f}", " ".join(f"{each:.2f}" for each in row["after"]), row["steps"],
+            *_learned(row), *(_learned(theirs[row["recipe"]]) if row["recipe"] in theirs else ("no trainer", "")),
         ]
         for row in ordered
     ]  # fmt: skip
     facts = dict.fromkeys(_facts(row, "device") for row in ordered)
-    return f"{table(['recipe', 'before', 'after', 'each seed', 'steps'], rows)}\n\n{'; '.join(facts)}."
+    rival = next((row["provider"] for row in theirs.values()), "TRL").replace("trl", "TRL")
+    heads = ["recipe", "before", "fuserl", "each seed", rival, "each seed"]
+    return f"{table(heads, rows)}\n\n{ordered[0]['steps']} steps. {'; '.join(facts)}."
+
+
+def _learned(row: dict) -> tuple[str, str]:
+    return f"{statistics.mean(row['after']):.3f}", " ".join(f"{each:.2f}" for each in row["after"])
 
 
 def benchmarks() -> str:
@@ -160,7 +168,7 @@ def _error(row: dict) -> str:
 
 def _cases() -> dict[tuple[str, str], list[dict]]:
     """Rows of benchmarks by device and case, in the order in which providers ran."""
-    rows = _newest(sorted(RESULTS.glob("*.jsonl")), "device", "case", "provider", only=lambda row: "provider" in row)
+    rows = _newest(sorted(RESULTS.glob("*.jsonl")), "device", "case", "provider", only=lambda row: "case" in row)
     cases: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
         cases.setdefault((row["device"], row["case"]), []).append(row)
