@@ -99,6 +99,12 @@ def lora(model: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0, tar
     names = _linear_layers(model, targets)
     if dropout and any(model.get_submodule(name) is model.get_output_embeddings() for name in names):
         raise _dropout_on_the_head("lora", dropout)
+    widest = max(min(model.get_submodule(name).weight.shape) for name in names)
+    if rank > widest:
+        raise ValueError(
+            f"lora: rank must be at most {widest}, the rank of the largest layer that is adapted; got {rank}. Take 8 "
+            "to 64, as is usual"
+        )
     settings = peft.LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, bias="none", task_type="CAUSAL_LM"
     )

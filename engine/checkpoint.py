@@ -141,6 +141,11 @@ def newest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def count(folder: Path) -> int:
+    """How many checkpoints the run in `folder` has, whole or not."""
+    return len(_found(Path(folder) / _FOLDER))
+
+
 def _check(step: int, tensors: dict[str, dict[str, Tensor]], state: dict, keep: int) -> None:
     for name, value, least in (("step", step, 0), ("keep", keep, 1)):
         if type(value) is not int or value < least:

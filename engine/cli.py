@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -56,7 +57,11 @@ def train(arguments: Sequence[str]) -> int:
         path = Path(folder) / "config.json"
         if not path.is_file():
             parser.error(f"--resume must name a run's folder; {folder} has no config.json. `ls runs` shows yours")
-    config = (Config() if path is None else Config.read(path)).replace(**values)
+    config = Config() if path is None else Config.read(path)
+    if folder is not None and values.get("recipe", config.recipe) != config.recipe:
+        given = values["recipe"]
+        parser.error(f"--resume goes on with the run's own recipe, {config.recipe}; got {given}. Leave it out")
+    config = config.replace(**values)
     _require_engine()
     from fuserl.engine import loop
 
@@ -224,7 +229,7 @@ def _require_engine() -> None:
 def _words(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"the system must allow what it was asked for; it says of {error.filename or 'it'}: {error.strerror}."
-    short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    short = isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))
     advice = " Take smaller --groups, --group-size or --micro-tokens, or --checkpoint-activations." if short else ""
     return wording.sentence(f"memory ran out: {error}" if short else error) + advice
 

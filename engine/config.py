@@ -186,6 +186,8 @@ class Config:
             values = values["config"]
         if not isinstance(values, dict):
             raise ValueError(f"config: {path} must hold settings by name; got {type(values).__name__}.")
+        if "model_type" in values:
+            raise ValueError(f"config: {path} must hold settings; it describes a model. Name a run, or give --model.")
         return Config.from_dict(values)
 
 

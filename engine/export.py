@@ -37,9 +37,7 @@ def write(
     """
     from safetensors import SafetensorError
 
-    folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"write: folder must not exist yet or be empty; got {str(folder)!r}. Choose another name")
+    folder = require_new(folder)
     plain = adapters.base(model)
     if adapters.present(model) or dtype not in (None, plain.dtype):
         plain = adapters.merged(model).to(dtype or plain.dtype)
@@ -57,6 +55,14 @@ def write(
             atomic.publish_folder(draft, folder)
     except (OSError, SafetensorError) as error:
         raise RuntimeError(f"write: cannot write {folder} ({error}). Make room, or choose another folder") from error
+    return folder
+
+
+def require_new(folder: str | Path) -> Path:
+    """The folder's absolute path; ValueError where there is something in it already."""
+    folder = Path(folder).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"write: folder must not exist yet or be empty; got {str(folder)!r}. Choose another name")
     return folder
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 
 from fuserl.engine import wording
-from fuserl.engine.reward_worker import Attempt
+from fuserl.engine.reward_worker import Attempt, one_line
 
 _SHOWN = 12  # names listed in one error
 
@@ -21,7 +21,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     if near:
         return f"Did you mean {near[0]!r}?"
-    shown = ", ".join(known[:_SHOWN])
+    shown = ", ".join(known[:_SHOWN]) or "none"
     return f"Known: {shown}{f' and {len(known) - _SHOWN} more' if len(known) > _SHOWN else ''}."
 
 
@@ -62,7 +62,7 @@ def function(path: str) -> Callable:
     if error is not None:
         raise ValueError(
             f"function: {path} must be in a module that can be imported; importing {module_name} raised "
-            f"{wording.raised(error)}. Correct it there."
+            f"{one_line(error)}{wording.place(error)}. Correct it there."
         ) from error
     found = getattr(module, name, None)
     if not callable(found):

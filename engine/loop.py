@@ -20,7 +20,7 @@ from fuserl.engine.config import Config
 from fuserl.engine.metrics import Run
 from fuserl.engine.policy import Policy
 from fuserl.engine.recipe import Recipe
-from fuserl.engine.rewards import RewardError
+from fuserl.engine.rewards import RewardError, rehearse
 from fuserl.engine.state import State
 
 
@@ -42,13 +42,18 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
     task.require(*recipe.learns_from)
     with contextlib.ExitStack() as stack:
         stack.callback(getattr(recipe.reward, "close", lambda: None))
+        # What can be wrong is found in the order of what it costs to find: the folder, the reward, the model.
+        run = stack.enter_context(Run(config, resume=resume))
+        if config.reward:
+            rehearse(recipe.reward, task)
         policy, critic = learners.of(config, recipe)
         policy.check_lengths(task, recipe.learns_from)
         held_out = task.held_out()
-        run = stack.enter_context(Run(config, resume=resume))
         state = State(recipe.name, {"policy": policy} | ({"critic": critic} if critic else {}), recipe.state)
         if resume is not None:
             state.restore(run)
+        if state.step < config.steps:
+            state.require_room(run, config.keep)
         stack.enter_context(_failures_kept(run, state))
         judge = functools.partial(evaluated, policy, recipe, held_out, config.eval_samples)
         if state.step == 0:

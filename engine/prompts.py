@@ -78,8 +78,8 @@ class Task:
             fields: among "answer", "chosen", "rejected".
 
         Raises:
-            ValueError: some problem lacks one, its `rejected` is its `chosen`, or its verifier calls it right. Of a file every row is
-                looked at, of a generator a sample.
+            ValueError: some problem lacks one, its `rejected` is its `chosen`, or its verifier calls it right. Of a
+                file every row is looked at, of a generator a sample.
         """
         shown = self.source.sample()
         for problem in (*shown, *self.held):

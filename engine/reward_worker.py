@@ -19,6 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
+from fuserl.engine import wording
+
 CONCURRENT = 64  # calls of an async reward in flight at once, in one process
 _LARGEST = 3.4028234663852886e38  # of float32
 _WIDTH = 200  # letters of an error's own words, or of a value, that are shown
@@ -72,7 +74,7 @@ class Attempt:
         if self.error is None:
             return checked(self.returned, self.arguments.get("completions"))
         trace = "".join(traceback.format_exception(self.error))[-_TRACED:]
-        return Failure(f"it raised {one_line(self.error)}", trace=trace, cause=self.error)
+        return Failure(f"it raised {one_line(self.error)}{wording.place(self.error)}", trace=trace, cause=self.error)
 
 
 def attempted(function: Callable, arguments: dict) -> list[float] | Failure:
@@ -114,7 +116,8 @@ def checked(returned: object, completions: Sequence[str] | None = None) -> list[
 
 def one_line(error: BaseException) -> str:
     """The name and the words of an error, however many lines they have, as one."""
-    return f"{type(error).__name__}: {_cut(str(error))}".removesuffix(": ")
+    words = error.msg if isinstance(error, SyntaxError) else str(error)  # whose text repeats the place
+    return f"{type(error).__name__}: {_cut(words)}".removesuffix(": ")
 
 
 def prepare(function: Callable) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fuserl.engine import lookup, problems, prompts, reward_worker
+from fuserl.engine import lookup, problems, prompts, reward_worker, wording
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.reward_pool import Pool
 from fuserl.engine.reward_worker import Failure, Outcome
@@ -74,7 +74,7 @@ class Scorer:
             self._pool = Pool(function, workers=workers, timeout=timeout, asynchronous=self.asynchronous)
         elif self.asynchronous:
             self._runner = asyncio.Runner()  # one loop for all calls: a session that the function keeps belongs to it
-        reward_worker.prepare(function)
+        _prepare(function)
 
     def __call__(self, rollouts: Rollouts) -> tuple[Tensor, dict[str, int]]:
         """Reward every rollout.
@@ -156,6 +156,33 @@ def score(function: Callable, rollouts: Rollouts) -> Tensor:
         return scored(rollouts)[0]
 
 
+def rehearse(reward: Callable | None, task: prompts.Task) -> None:
+    """Call a reward on two made-up completions of a problem, its answer and nothing, before a model costs any time.
+
+    Raises:
+        ValueError: it fails, as it would on what the model writes.
+    """
+    problem = next(iter([*task.held[:1], *task.source.sample()]), None)
+    if reward is None or problem is None:
+        return
+    prompt, none = task.prompt(problem), torch.zeros(0, dtype=torch.int64)
+    try:
+        reward(
+            Rollouts(
+                prompts=[prompt],
+                prompt_tokens=[none],
+                group=torch.zeros(2, dtype=torch.int64),
+                tokens=none,
+                offsets=torch.zeros(3, dtype=torch.int64),
+                rollout_logprobs=torch.zeros(0),
+                texts=[prompt.answer or "", ""],
+                finish=["stop", "length"],
+            )
+        )
+    except RewardError as error:
+        raise ValueError(f"{error} It was called on trial, before the model is loaded.") from error
+
+
 def configured(config) -> Callable:
     """The reward function of a resolved configuration."""
     if config.reward:
@@ -222,6 +249,16 @@ def wanted(function: Callable) -> tuple[str, ...]:
                 "Rename that parameter, or give it a default."
             )
     return tuple(taken)
+
+
+def _prepare(function: Callable) -> None:
+    with reward_worker.Attempt({}) as attempt:
+        reward_worker.prepare(function)
+    if isinstance(attempt.error, RuntimeError):
+        raise attempt.error  # a package is missing, say
+    if attempt.error is not None:
+        says = f"{reward_worker.one_line(attempt.error)}{wording.place(attempt.error)}"
+        raise ValueError(f"reward: its prepare must run; it raised {says}. Correct it there.") from attempt.error
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ state.json                    step, counters, Python's and NumPy's streams, wher
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fuserl.engine import checkpoint
+from fuserl.engine import checkpoint, metrics
 from fuserl.engine.metrics import Run
 from fuserl.engine.policy import Policy
 
@@ -58,10 +59,27 @@ class State:
         }
         checkpoint.save(run.folder, self.step, tensors, state, keep=keep)
 
+    def require_room(self, run: Run, keep: int) -> None:
+        """Check before training that the disk takes the checkpoints: one more than are kept, and those there count.
+
+        Raises:
+            RuntimeError: it is too full.
+        """
+        tensors = [each for learner in self.learners.values() for each in learner.parameters().values()]
+        size = sum(3 * each.numel() * each.element_size() for each in tensors)  # with the optimizer's two moments
+        needed = size * max(1, keep + 1 - checkpoint.count(run.folder))
+        free = shutil.disk_usage(run.folder).free
+        if free < needed:
+            raise RuntimeError(
+                f"save: the disk must have room for {keep + 1} checkpoints of {size / 1e9:.3g} GB in {run.folder}; "
+                f"{free / 1e9:.3g} GB are free. Make room, keep fewer with --keep, or choose another --out."
+            )
+
     def restore(self, run: Run) -> None:
         """Go back to the newest checkpoint of the run's folder, or to the start where it has none."""
         found = checkpoint.newest(run.folder)
         if found is None:
+            _require_none_lost(run)
             run.rewind(None)
             return
         if found.state["recipe"] != self.recipe:
@@ -80,10 +98,21 @@ class State:
         run.rewind(found.state["position"])  # last: a refused resume leaves the run as it is
 
 
+def _require_none_lost(run: Run) -> None:
+    """Refuse to begin anew where that would cut away metrics of steps that checkpoints were written of."""
+    every = run.saved_every()
+    last = max((row["step"] for row in metrics.read(run.folder)), default=0)
+    if every and last > every:
+        raise ValueError(
+            f"resume: {run.folder} must have a checkpoint; its metrics reach step {last} and there is none. Put its "
+            "checkpoints back, or start a new run."
+        )
+
+
 @torch.no_grad()
 def copy(into: dict[str, Tensor], values: dict[str, Tensor], where: str) -> None:
     """Copy tensors by name, which must be the same on both sides."""
-    for name in into.keys() | values.keys():
+    for name in sorted(into.keys() | values.keys()):
         here, there = into.get(name), values.get(name)
         if here is None or there is None or here.shape != there.shape:
             shapes = " and ".join("nothing" if each is None else str(tuple(each.shape)) for each in (here, there))

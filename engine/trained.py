@@ -25,10 +25,12 @@ def evaluate(target: str, changes: dict) -> int:
         target: as above.
         changes: settings that differ from the run's, or from the defaults.
     """
-    config, recipe, policy, step = restored(target, changes)
-    held_out = prompts.held_out(config)
+    task = prompts.configured(settings(target, changes))
+    held_out = task.held_out()
     if not held_out:
         raise ValueError("eval: there must be held-out problems; got --eval-problems 0. Ask for some.")
+    config, recipe, policy, step = restored(target, changes)
+    policy.check_lengths(task, recipe.learns_from)
     started = time.perf_counter()
     row = loop.evaluated(policy, recipe, held_out, config.eval_samples)
     getattr(recipe.reward, "close", lambda: None)()
@@ -45,36 +47,44 @@ def export(run: str, out: str, dtype: str) -> int:
     """Write the newest checkpoint of a run as a transformers folder: adapters merged, a reward model with its head."""
     if not _is_run(run):
         raise ValueError(f"export: it must be a run's folder, which has a config.json; got {run!r}. Try `ls runs`.")
+    exporting.require_new(out)
     _, recipe, policy, step = restored(run, {})
-    head = policy.value if recipe.loss.outputs == ("value",) else None
+    head = policy.value if recipe.loss.outputs == ("score",) else None
     folder = exporting.write(policy.model, policy.tokenizer, out, dtype=getattr(torch, dtype), score=head)
     print(f"{folder}: {run} at step {step}, {dtype}")
     return 0
 
 
+def settings(target: str, changes: dict) -> Config:
+    """The resolved settings of a run, or the defaults for a model, with changes."""
+    base = Config.read(Path(target) / "config.json") if _is_run(target) else Config(model=target)
+    return base.replace(**changes).resolved()
+
+
 def restored(target: str, changes: dict) -> tuple[Config, Recipe, Policy, int]:
     """The settings, recipe and policy of a target, and the step that its weights are of (0 for a model)."""
-    run = _is_run(target)
-    base = Config.read(Path(target) / "config.json") if run else Config(model=target)
-    config = base.replace(**changes).resolved()
-    torch.set_num_threads(config.threads)
-    recipe = catalogue.recipe(config)
-    policy = learners.of(config, recipe)[0]
-    if not run:
-        return config, recipe, policy, 0
-    found = checkpoint.newest(Path(target))
-    if found is None:
+    run, config = _is_run(target), settings(target, changes)
+    found = checkpoint.newest(Path(target)) if run else None
+    if run and found is None:
         raise ValueError(
             f"restored: the run must have a checkpoint; {target} has none yet. Wait for --save-every steps."
         )
+    torch.set_num_threads(config.threads)
+    recipe = catalogue.recipe(config)
+    policy = learners.of(config, recipe)[0]
+    if found is None:
+        return config, recipe, policy, 0
     state.copy(policy.parameters(), found.tensors("policy"), f"{found.path.name} of {target}")
     return config, recipe, policy, found.step
 
 
 def _is_run(target: str) -> bool:
-    """Whether a folder is a run's: its config.json holds our settings, not a model's."""
-    path = Path(target) / "config.json"
+    """Whether a folder is a run's: it holds metrics, or its config.json our settings and not a model's."""
+    folder = Path(target)
+    if (folder / "metrics.jsonl").is_file():
+        return True
     try:
-        return "reasons" in json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        described = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
         return False
+    return isinstance(described, dict) and "reasons" in described

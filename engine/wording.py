@@ -28,16 +28,13 @@ def encodable(text: str) -> bool:
         return False
 
 
-def raised(error: BaseException) -> str:
-    """The kind and the words of an error out of a user's code, and the last line of theirs that it came through."""
+def place(error: BaseException) -> str:
+    """The last line of a user's code that an error came through, as ` (rewards.py:3)`; empty where there is none."""
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError) and error.filename:
-        frames, words = [(error.filename, error.lineno)], error.msg
-    else:
-        words = str(error)
+        frames = [(error.filename, error.lineno)]
     theirs = [frame for frame in frames if not _installed(frame[0])]
-    place = " ({}:{})".format(*theirs[-1]) if theirs else ""
-    return f"{type(error).__name__}: {words}".removesuffix(": ") + place
+    return " ({}:{})".format(*theirs[-1]) if theirs else ""
 
 
 def _installed(path: str) -> bool:

@@ -101,15 +101,42 @@ def test_everything_generated_for_a_failed_step_is_saved(rewards, written, tmp_p
     assert [each["reward"] for each in lines(path)] == written
 
 
-def test_an_error_and_an_interrupt_keep_what_was_measured(tmp_path, capsys):
+def test_an_error_and_an_interrupt_keep_what_was_measured(tmp_path):
     for error in (KeyboardInterrupt, ZeroDivisionError):
-        with pytest.raises(error), Run(config(tmp_path / error.__name__)) as run:
+        with pytest.raises(error) as raised, Run(config(tmp_path / error.__name__)) as run:
             run.log(row(1))
             raise error
         assert len(metrics.read(run.folder)) == 1 and (run.folder / "reward.png").is_file()
-        assert f"stopped by {error.__name__}" in capsys.readouterr().out
-    with pytest.raises(KeyboardInterrupt), Run(config(tmp_path / "empty")):
-        raise KeyboardInterrupt  # before anything was measured
+        assert f"fuserl train --resume {run.folder} goes on" in raised.value.__notes__[0]
+
+
+def test_what_ends_before_anything_was_measured_leaves_nothing(tmp_path):
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "mine.txt").write_text("kept")
+    for folder in (tmp_path / "empty", there):
+        with pytest.raises(KeyboardInterrupt) as raised, Run(config(folder)):
+            raise KeyboardInterrupt
+        assert not hasattr(raised.value, "__notes__")
+    assert [path.name for path in tmp_path.rglob("*")] == ["there", "mine.txt"]
+    with pytest.raises(KeyboardInterrupt), Run(config(there)) as run:
+        run.failed(1, rollouts(), None)
+        raise KeyboardInterrupt
+    assert (there / "failed-step-1.jsonl").is_file() and (there / "config.json").is_file()
+    trained(tmp_path / "run")
+    for _ in range(2):  # neither a run that is resumed nor a folder that is taken is touched
+        with pytest.raises(KeyboardInterrupt), Run(config(tmp_path / "run"), resume=tmp_path / "run"):
+            raise KeyboardInterrupt
+    with pytest.raises(ValueError, match="is taken"):
+        Run(config(tmp_path / "run"))
+    assert len(metrics.read(tmp_path / "run")) == 8
+
+
+@pytest.mark.parametrize("line", ["3", '["step"]', '{"reward": 1.0}', '{"step": "x"}', "[" * 100_000])
+def test_lines_that_are_no_rows_are_refused(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"line 2 is not.* Remove (it|that line)\.$"):
+        metrics.read(tmp_path)
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):

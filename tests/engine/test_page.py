@@ -193,7 +193,7 @@ def test_what_is_no_run_is_one_sentence(tmp_path):
     (bad / "metrics.jsonl").write_bytes(b"\xff\xfe{}\n")
     for folder, says in (
         (empty, "has no config.json"), (tmp_path / "absent", "has no config.json"), (half, "has none yet"),
-        (broken, "must hold a run that can be read"), (odd, "has none yet"), (bad, "must hold a run that can be read"),
+        (broken, "must hold a run that can be read"), (odd, "line 1 is not"), (bad, "must hold a run that can be read"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=says) as raised:
             page.write([folder])

@@ -227,7 +227,7 @@ def test_an_async_call_that_blocks_its_loop_is_stopped(pool, monkeypatch):
 
 
 def test_a_timeout_error_of_the_rewards_own_is_an_error(pool):
-    with pytest.raises(rewards.RewardError, match="raised TimeoutError: of its own for rollout 0"):
+    with pytest.raises(rewards.RewardError, match=r"raised TimeoutError: of its own \(.*:\d+\) for rollout 0"):
         pool(reward_functions.told_later)(rollouts(["timeout"]))
 
 
@@ -275,7 +275,8 @@ def test_a_module_that_fails_in_the_worker_says_so(pool, tmp_path, monkeypatch):
     sys.modules.pop("picky")
     for _ in range(2):
         with pytest.raises(
-            rewards.RewardError, match=r"reward: a worker process must be able to import it; .* not here\.$"
+            rewards.RewardError,
+            match=r"reward: a worker process must be able to import it; .* not here \(.*picky\.py:2\)\.$",
         ):
             scorer(rollouts(["a"]))
 

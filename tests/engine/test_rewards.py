@@ -208,7 +208,8 @@ def test_everything_is_offered_by_the_kind_of_function():
 
 
 def test_an_exception_names_the_rollout_and_keeps_its_cause():
-    with pytest.raises(RuntimeError, match=r"raised KeyError: 'level' for rollout 1 \(prompt 'question 1 ='") as caught:
+    says = r"raised KeyError: 'level' \(.*test_rewards\.py:\d+\) for rollout 1 \(prompt 'question 1 ='"
+    with pytest.raises(RuntimeError, match=says) as caught:
         rewards.score(lambda metadata: metadata["level"], rollouts(["a", "b" * 500], ["1", "2"], [{"level": 3}, {}]))
     assert isinstance(caught.value.__cause__, KeyError) and len(str(caught.value)) < 400
     assert isinstance(caught.value, rewards.RewardError)
@@ -218,10 +219,13 @@ def test_an_exception_names_the_rollout_and_keeps_its_cause():
 @pytest.mark.parametrize(
     ("deed", "says"),
     [
-        ("raise x", r"raised KeyError: 'first line x\\nsecond line' for rollout 1"),
-        ("odd", r"raised Odd: of a class that no other process knows for rollout 1"),
-        ("exit 3", r"raised SystemExit: 3 for rollout 1"),
-        ("return x", r"raised ValueError: could not convert string to float: 'x' for rollout 1"),
+        ("raise x", r"raised KeyError: 'first line x\\nsecond line' \(.*reward_functions\.py:\d+\) for rollout 1"),
+        ("odd", r"raised Odd: of a class that no other process knows \(.*reward_functions\.py:\d+\) for rollout 1"),
+        ("exit 3", r"raised SystemExit: 3 \(.*reward_functions\.py:\d+\) for rollout 1"),
+        (
+            "return x",
+            r"raised ValueError: could not convert string to float: 'x' \(.*reward_functions\.py:\d+\) for rollout 1",
+        ),
     ],
 )
 @pytest.mark.parametrize("workers", [0, 1])
@@ -237,9 +241,8 @@ def test_long_words_of_an_error_are_cut():
     def verbose(completion):
         raise ValueError("many\nwords " * 100)
 
-    with pytest.raises(
-        rewards.RewardError, match=r"raised ValueError: many words many .*\.\.\. for rollout 0"
-    ) as caught:
+    says = r"raised ValueError: many words many .*\.\.\. \(.*:\d+\) for rollout 0"
+    with pytest.raises(rewards.RewardError, match=says) as caught:
         rewards.score(verbose, rollouts(["a"], ["1"]))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
