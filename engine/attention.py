@@ -352,7 +352,8 @@ def unsupported(model: nn.Module) -> str | None:
         return f"{type(model).__name__} has layers of type {', '.join(sorted(types - _LAYER_TYPES))}"
     if getattr(config, "num_kv_shared_layers", 0):
         return f"{type(model).__name__} shares keys and values between layers"
-    if getattr(config, "use_bidirectional_attention", False):
+    encodes = any(getattr(module, "is_causal", True) is False for module in model.get_decoder().modules())
+    if encodes or getattr(config, "use_bidirectional_attention", False):
         return f"{type(model).__name__} attends in both directions"
     return None
 

@@ -78,9 +78,9 @@ class Policy:
         self.model, self.tokenizer = model, tokenizer
         self.sampling, self.updating, self.seed = sampling, updating, seed
         self.calls = 0  # of generate: numbers the random streams
+        attention.attach(adapters.base(model))
         weight = adapters.head_weight(model)
         self.device, self.compute = weight.device, compute
-        attention.attach(adapters.base(model))
         # Without a bias, as transformers' classifiers have it.
         self.value = nn.Linear(weight.shape[1], 1, bias=False).to(self.device) if value else None
         if self.value is not None:
