@@ -228,7 +228,8 @@ def _require_engine() -> None:
 
 def _words(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"the system must allow what it was asked for; it says of {error.filename or 'it'}: {error.strerror}."
+        where = f" for {error.filename}" if error.filename else ""
+        return f"the system must do what it is asked; it does not{where} ({error.strerror})."
     short = isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))
     advice = " Take smaller --groups, --group-size or --micro-tokens, or --checkpoint-activations." if short else ""
     return wording.sentence(f"memory ran out: {error}" if short else error) + advice

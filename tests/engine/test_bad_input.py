@@ -107,6 +107,7 @@ FLAGS = {
     ("--config", ""): "config: .",
     ("--config", "absent.toml"): "absent.toml",
     ("--config", "."): "Is a directory",
+    ("--config", "\x1b[31m.toml"): r"config: \x1b[31m.toml must be",
     ("--resume", "absent"): "leave out --config and --out",
     ("--low", "nan"): "got nan",
     ("--low", "-1"): "got -1.0",

@@ -77,7 +77,10 @@ def test_folders_of_no_model():
     Path("empty").mkdir()
     refused(training("--model", "empty"), "'empty'", "No such file")
     refused(training("--model", "problems.jsonl"), "'problems.jsonl'", "no such folder")
-    refused(["eval", "empty", "--data", "problems.jsonl", "--eval-problems", "2"], "'empty'")
+    for text in (None, "3", "[]", "null", "{"):
+        if text:
+            Path("empty/config.json").write_text(text)
+        refused(["eval", "empty", "--data", "problems.jsonl", "--eval-problems", "2"], "'empty'")
 
 
 def test_a_model_is_no_run(good):
@@ -237,3 +240,9 @@ def test_a_package_that_is_broken(monkeypatch, tmp_path):
 
 def test_a_gpu_that_is_not_there():
     refused(training("--device", "cuda:99"), "torch must see cuda:99", status=1)
+
+
+@pytest.mark.parametrize(("backend", "status"), [("cpp", 2), ("triton", 1)])
+def test_a_backend_that_cannot_run(backend, status, good, monkeypatch):
+    monkeypatch.setenv("FUSERL_BACKEND", backend)
+    refused(training("--model", good), repr(backend), status=status)

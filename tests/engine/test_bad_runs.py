@@ -20,7 +20,7 @@ import tiny_runs
 import torch
 from refusals import outcome, refused, sentence, training
 
-from fuserl.engine import catalogue, checkpoint, cli, metrics, report, state
+from fuserl.engine import catalogue, checkpoint, cli, metrics, models, report, state
 
 SHORT = ["--reward", "tiny_runs:shortness"]
 
@@ -201,11 +201,16 @@ def test_metrics_that_are_damaged(run):
         refused(["report", "run"], "line 1 is not")
 
 
+def test_a_taken_folder_is_known_before_the_model_is_loaded(run, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("loaded"))
+    refused(["export", "run", "--out", "run"], "must not exist yet or be empty")
+    refused(training(out="run"), "run is taken")
+
+
 def test_what_cannot_be_judged_exported_or_drawn(run):
     refused(["eval", "run", "--eval-problems", "0"], "got --eval-problems 0")
     refused(["eval", "run", "--lr", "x"], "got 'x'")
     refused(["eval", "run", "--max-new-tokens", "300"], "must fit the 256 tokens")
-    refused(["export", "run", "--out", "run"], "must not exist yet or be empty")
     refused(["export", "run", "--out", "problems.jsonl"], "must not exist yet or be empty")
     refused(["export", ".", "--out", "new"], "got '.'")
     refused(["report", "run", "--out", "page.pdf"], "got 'page.pdf'")
@@ -241,23 +246,33 @@ def test_gradients_that_are_not_finite(monkeypatch):
 
 @contextlib.contextmanager
 def child(words, prepared=lambda: None):
-    """A forked process that runs a command line; its number, and its output in child.out and child.err."""
+    """A forked process that runs a command line; what it writes is in child.out and child.err."""
     number = os.fork()
     if number == 0:
         status = 99
         try:
             sys.stdout, sys.stderr = open("child.out", "w"), open("child.err", "w")  # noqa: SIM115
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from jobs in the background
             prepared()
             status = cli.main(words)
             sys.stderr.flush()
         finally:
             os._exit(status)
-    yield number
+    try:
+        yield number
+    finally:
+        with contextlib.suppress(ChildProcessError):
+            if os.waitpid(number, os.WNOHANG)[0] == 0:
+                os.kill(number, signal.SIGKILL)
 
 
 def ended(number):
-    """The exit status of a child and what it wrote to standard error."""
-    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]), Path("child.err").read_text()
+    """The exit status of a child, within a minute, and what it wrote to standard error."""
+    deadline, gone = time.monotonic() + 60, (0, 0)
+    while gone[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+        gone = os.waitpid(number, os.WNOHANG)
+    return os.waitstatus_to_exitcode(gone[1]), Path("child.err").read_text()
 
 
 @pytest.mark.parametrize(("stop", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -293,18 +308,22 @@ def test_a_reward_that_fails_half_way_leaves_what_was_made(run, monkeypatch):
 
 
 COMMAND = [sys.executable, "-m", "fuserl.engine.cli"]
+BUFFERED = {**os.environ, "PYTHONUNBUFFERED": ""}
 
 
 @pytest.mark.parametrize("words", [["list"], ["train", "--help"]], ids=" ".join)
 def test_a_reader_that_has_seen_enough_hears_nothing(words):
-    with subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*COMMAND, *words], stdout=pipe, stderr=pipe, env=BUFFERED) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() in (0, 128 + signal.SIGPIPE)
 
 
 def test_output_that_nobody_can_keep():
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([*COMMAND, "list"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            [*COMMAND, "list"], stdout=full, stderr=subprocess.PIPE, env=BUFFERED, text=True, check=False
+        )
     assert done.returncode == 1 and "No space left on device" in sentence(done.stderr, 1)
 
 
