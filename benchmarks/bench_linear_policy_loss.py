@@ -69,6 +69,8 @@ def test_linear_policy_loss(benchmark, device, smoke):
         Provider("fuserl", case.ours, case.right),
         Provider("fuserl, half the rows dead", lambda: case.ours(live=case.live)),
         Provider("fuserl, frozen head", lambda: case.ours(weight=case.weight.detach()), case.right),
+        Provider("fuserl, soft cap and bias", lambda: case.ours(softcap=30.0, bias=case.weight.detach()[:, 0])),
+        Provider("fuserl, scope batch", lambda: case.ours(scope="batch"), case.right),
         Provider("fuserl, 256 rows a chunk", lambda: case.ours(chunk=256), case.right),
         Provider("torch eager", case.eager, case.right),
         rounds=5,

@@ -21,10 +21,17 @@ import torch
 from torch import Tensor
 
 from fuserl.engine import bench, machine
-from fuserl.kernels import group_advantage, linear_policy_loss, policy_loss, token_logprob
+from fuserl.kernels import (
+    group_advantage,
+    linear_logprob,
+    linear_policy_loss,
+    policy_loss,
+    token_logprob,
+)
 
 RESULTS = Path(__file__).parent / "results" / "numerics.jsonl"
 ROWS, VOCABULARY, WIDTH, TOKENS = 64, 32768, 256, 8192
+_SOFTCAP = 30.0
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -108,6 +115,22 @@ def linear_policy_loss_eager(hidden, weight, ids, drift, advantages) -> dict[str
     return {"loss": value, "mean_logprob": mean, "d_hidden": hidden.grad, "d_weight": weight.grad}
 
 
+def linear_logprob_run(backend: str, hidden, weight, ids, _drift, g) -> dict[str, Tensor]:
+    """The op on a head with a soft cap, and autograd through it."""
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    out = linear_logprob.linear_logprob(
+        hidden, weight, ids, outputs=("logprob", "entropy"), softcap=_SOFTCAP, backend=backend
+    )
+    return _of_head(hidden, weight, out.logprob, out.entropy, g)
+
+
+def linear_logprob_eager(hidden, weight, ids, _drift, g) -> dict[str, Tensor]:
+    """Logits by a product in the dtype, the cap and log_softmax in the dtype."""
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logits = torch.tanh(hidden @ weight.T / _SOFTCAP) * _SOFTCAP
+    return _of_head(hidden, weight, *_plain(logits, ids), g)
+
+
 def rewards_of(kind: str, rows: int) -> tuple[Tensor, ...]:
     """Rewards of groups of eight."""
     rewards = {
@@ -179,6 +202,10 @@ SUBJECTS = {
     "linear_policy_loss": Subject(
         states_of, linear_policy_loss_run, linear_policy_loss_eager, linear_policy_loss.IMPLS,
         {**_LOGITS, "large": "all logits near 1e4"},
+    ),
+    "linear_logprob": Subject(
+        states_of, linear_logprob_run, linear_logprob_eager, linear_logprob.IMPLS,
+        {name: f"{what}, before a soft cap of 30" for name, what in _LOGITS.items()},
     ),
     "policy_loss": Subject(
         tokens_of, policy_loss_run, policy_loss_eager, policy_loss.IMPLS,
@@ -270,6 +297,11 @@ def _peaks(ids: Tensor) -> Tensor:
 def _logprobs(leaf: Tensor, g: Tensor, logprob: Tensor, entropy: Tensor) -> dict[str, Tensor]:
     torch.autograd.backward([logprob, entropy], [g[0].to(logprob.dtype), g[1].to(entropy.dtype)])
     return {"logprob": logprob, "entropy": entropy, "dlogits": leaf.grad}
+
+
+def _of_head(hidden: Tensor, weight: Tensor, logprob: Tensor, entropy: Tensor, g: Tensor) -> dict[str, Tensor]:
+    torch.autograd.backward((logprob * g - 0.01 * entropy).sum())
+    return {"logprob": logprob, "entropy": entropy, "d_hidden": hidden.grad, "d_weight": weight.grad}
 
 
 def _plain(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

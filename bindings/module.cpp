@@ -39,10 +39,10 @@ void softmax_rows_forward(const TensorView& logits, const TensorView& ids,
 
 void softmax_rows_gradient(const TensorView& logits, const TensorView& ids, const TensorView& lse,
                            const TensorView& coefficients, const std::optional<TensorView>& row_temperature,
-                           double temperature, const TensorView& out, int threads) {
+                           double temperature, const TensorView& out, int threads, bool through_tanh) {
   share_torch_threads();
   fuserl::cpu::softmax_rows_gradient(logits, ids, lse, coefficients, pointer(row_temperature), temperature, out,
-                                     threads);
+                                     threads, through_tanh);
 }
 
 void group_advantage(const TensorView& rewards, const TensorView& group, const TensorView& out, int baseline, int scale,
@@ -73,7 +73,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("softmax_rows_forward", softmax_rows_forward, "logits"_a, "ids"_a, "row_temperature"_a, "temperature"_a,
         "statistics"_a, "threads"_a, no_gil());
   m.def("softmax_rows_gradient", softmax_rows_gradient, "logits"_a, "ids"_a, "lse"_a, "coefficients"_a,
-        "row_temperature"_a, "temperature"_a, "out"_a, "threads"_a, no_gil());
+        "row_temperature"_a, "temperature"_a, "out"_a, "threads"_a, "through_tanh"_a, no_gil());
   m.def("group_advantage", group_advantage, "rewards"_a, "group"_a, "out"_a, "baseline"_a, "scale"_a, "ddof"_a, "eps"_a,
         no_gil());
   m.def("policy_loss", policy_loss, "logprobs"_a, "advantages"_a, "old_logprobs"_a, "ref_logprobs"_a, "weights"_a,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import fnmatch
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from fuserl.engine import lookup
 
 _EVERY_LINEAR = "all-linear"
+# Names in the configs of model families for factors of the logits: Cohere and Falcon-H1, Granite.
+_MULTIPLIERS, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
 
 
 def base(model: nn.Module) -> nn.Module:
@@ -117,22 +120,19 @@ def lora(model: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0, tar
 
 
 def head_weight(model: nn.Module) -> Tensor:
-    """The matrix that turns hidden states into logits: `W`, or `W + scale B A` where adapters on the head are active.
+    """The head's matrix: `W`, or `W + scale B A` where adapters on the head are active; `head_terms` has the rest.
 
     Returns:
         (V, D); with adapters a new tensor, float32 or wider, differentiable in A and B.
 
     Raises:
-        ValueError: the model does more to its logits than this one product, or its head's adapters drop inputs.
+        ValueError: the model has no such matrix, or its head's adapters drop inputs.
     """
     plain = base(model)
-    head, config = plain.get_output_embeddings(), plain.config.get_text_config()
-    extras = [
-        name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, name, None)
-    ]
+    head = plain.get_output_embeddings()
     weight = getattr(head, "weight", None)
-    if weight is None or getattr(head, "bias", None) is not None or hasattr(head, "original_module") or extras:
-        what = ", ".join(extras) or ("no output embedding" if weight is None else "a bias or a copy of its own")
+    if weight is None or hasattr(head, "original_module"):
+        what = "no output embedding" if weight is None else "a copy of its own"
         raise ValueError(
             f"head_weight: the model's head must be one matrix product; {type(plain).__name__} has {what}. "
             "Choose a model without it"
@@ -146,6 +146,26 @@ def head_weight(model: nn.Module) -> Tensor:
         if getattr(head.lora_dropout[name], "p", 0.0):
             raise _dropout_on_the_head("head_weight", head.lora_dropout[name].p)
     return weight + delta
+
+
+def head_terms(model: nn.Module) -> dict[str, Tensor | float | None]:
+    """What the model does to the product with `head_weight`: `bias`, `softcap` and `logit_scale` of the ops on heads.
+
+    Raises:
+        ValueError: a scale that is no positive number.
+    """
+    plain = base(model)
+    config, head = plain.config.get_text_config(), plain.get_output_embeddings()
+    terms = {"bias": getattr(head, "bias", None), "softcap": getattr(config, "final_logit_softcapping", None) or None}
+    factors = {name: getattr(config, name, None) or 1.0 for name in (*_MULTIPLIERS, *_DIVISORS)}
+    for name, factor in factors.items():
+        if not isinstance(factor, int | float) or factor <= 0:
+            raise ValueError(
+                f"head_terms: {name} must be a positive number; {type(plain).__name__} has {factor!r}. "
+                "Choose another model"
+            )
+    scale = math.prod(factors[name] for name in _MULTIPLIERS) / math.prod(factors[name] for name in _DIVISORS)
+    return {**terms, "logit_scale": None if scale == 1.0 else scale}
 
 
 @contextlib.contextmanager

@@ -18,7 +18,8 @@ from fuserl.engine.losses import Loss
 from fuserl.engine.optimizer import Optimizer, schedule
 from fuserl.engine.prompts import Prompt, Task
 from fuserl.engine.tally import Tally
-from fuserl.kernels.linear_policy_loss import linear_policy_loss
+from fuserl.kernels import dispatch
+from fuserl.kernels.linear_policy_loss import IMPLS, linear_policy_loss
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Policy:
         attention.attach(adapters.base(model))
         weight = adapters.head_weight(model)
         self.device, self.compute = weight.device, compute
+        dispatch.choose("linear_policy_loss", IMPLS, self.device)  # a backend that cannot run is refused now, not later
         # Without a bias, as transformers' classifiers have it.
         self.value = nn.Linear(weight.shape[1], 1, bias=False).to(self.device) if value else None
         if self.value is not None:
@@ -267,6 +269,7 @@ class Policy:
             offsets=batch.group_offsets if loss.scope == "group" else batch.offsets,
             live=live,
             params=tuple(heads.values()),
+            **adapters.head_terms(model),
             temperature=self.sampling.temperature or 1.0,
             chunk=self.updating.chunk,
         )

@@ -1,10 +1,16 @@
 """The three matrix products of a vocabulary head over chunks of rows: logits, d_hidden, d_weight.
 
-Products go through the vendor's library in float32 (float64 from float64 inputs): on GPU with float32 output of the
-16-bit inputs; on CPU, which has no such product, by widening the weight a tile of the vocabulary at a time.
+    u = hidden @ weight.T + bias        x = u, or tanh(inner u)
+    d_hidden = du @ weight              d_weight = du.T @ hidden              d_bias = sum_n du[n]
+
+The bias and the factor `inner` ride on the product; the tanh is one more pass over the chunk, in place. Products go
+through the vendor's library in float32 (float64 from float64 inputs): on GPU with float32 output of the 16-bit inputs;
+on CPU, which has no such product, by widening the weight a tile of the vocabulary at a time.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,10 +26,32 @@ def default_chunk(hidden: Tensor, weight: Tensor) -> int:
 
 
 class HeadProducts:
-    """Logits of chunks of (live) rows, and the accumulation of the gradients that come back."""
+    """Logits of chunks of (live) rows, and the accumulation of the gradients that come back.
 
-    def __init__(self, hidden, weight, rows, *, chunk, dtype, hidden_grad, weight_grad, grad_weight):
-        self.hidden, self.weight, self.rows, self.dtype = hidden, weight, rows, dtype
+    Args:
+        rows: those of hidden that take part, (n,) int64; None for all.
+        needs: whether d_hidden, d_weight and d_bias are wanted.
+        bias, inner: see above; inner None for x = u.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        rows: Tensor | None,
+        *,
+        chunk: int,
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+        inner: float | None = None,
+        needs: Sequence[bool] = (False, False, False),
+        grad_weight: Tensor | None = None,
+    ):
+        hidden_grad, weight_grad, bias_grad = needs
+        self.hidden, self.weight, self.rows, self.dtype, self.inner = hidden, weight, rows, dtype, inner
+        self.factor = 1.0 if inner is None else inner
+        self.bias = None if bias is None else bias.to(dtype) * self.factor
+        self.d_bias = torch.zeros_like(self.bias) if bias_grad else None
         self.device_products = hidden.device.type != "cpu" and hidden.dtype != dtype
         self.widened = hidden.device.type == "cpu" and hidden.dtype != dtype
         self.buffer = hidden.new_empty(chunk, weight.shape[0], dtype=dtype)
@@ -40,17 +68,29 @@ class HeadProducts:
             return self.rows[piece]
         return torch.arange(piece.start, piece.stop, device=self.hidden.device)
 
-    def logits(self, piece: slice) -> Tensor:
-        """(n, V) logits of a slice of the live rows, in the buffer."""
-        hidden, out = self._hidden(piece), self.buffer[: piece.stop - piece.start]
+    def logits(self, piece: slice, out: Tensor | None = None) -> Tensor:
+        """(n, V) x of a slice of the live rows, in the buffer or in `out`."""
+        hidden, out = self._hidden(piece), self.buffer[: piece.stop - piece.start] if out is None else out
         if self.device_products:
-            return torch.mm(hidden, self.weight.T, out_dtype=self.dtype, out=out)
-        if not self.widened:
-            return torch.mm(hidden, self.weight.T, out=out)
-        hidden = hidden.to(self.dtype)
-        for tile, weight in self._tiles():
-            out[:, tile] = hidden @ weight.T
-        return out
+            if self.inner is None:
+                torch.mm(hidden, self.weight.T, out_dtype=self.dtype, out=out)
+            else:
+                scale = {"beta": 0, "alpha": self.factor, "out_dtype": self.dtype}
+                torch.addmm(out, hidden, self.weight.T, **scale, out=out)
+            out = out if self.bias is None else out.add_(self.bias)
+        else:
+            hidden = hidden.to(self.dtype)
+            for tile, weight in self._tiles() if self.widened else [(slice(None), self.weight)]:
+                self._product(hidden, weight, None if self.bias is None else self.bias[tile], out[:, tile])
+        return out if self.inner is None else out.tanh_()
+
+    def _product(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        if bias is not None:
+            torch.addmm(bias, hidden, weight.T, alpha=self.factor, out=out)
+        elif self.inner is not None:
+            torch.addmm(out, hidden, weight.T, beta=0, alpha=self.factor, out=out)
+        else:
+            torch.mm(hidden, weight.T, out=out)
 
     def gradient_buffers(self, piece: slice) -> tuple[Tensor, Tensor]:
         """The chunk's logits, and where their gradient goes: the same memory, or 16-bit memory for device products."""
@@ -61,17 +101,19 @@ class HeadProducts:
         """Add the products of a chunk's logit gradient (n, V), whose rows are `alive` of the piece, or all of it."""
         if self.d_hidden is not None:
             self._write_hidden(self._times_weight(gradient), piece, alive)
+        if self.d_bias is not None:
+            self.d_bias += gradient.sum(0, dtype=self.dtype)
         if self.weight_grad:
             hidden = self._hidden(piece)
             self._add_weight(gradient, hidden if alive is None else hidden[alive])
 
-    def finished_weight(self) -> Tensor | None:
-        """d_weight in weight's dtype; None when it was not asked for or went to grad_weight."""
-        if not self.returns_weight:
-            return None
-        if self.d_weight is None:
-            return torch.zeros_like(self.weight)
-        return self.d_weight.to(self.weight.dtype)
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """d_hidden, d_weight (None where it went to grad_weight) and d_bias, as far as they are wanted."""
+        d_weight = None
+        if self.returns_weight:
+            zeros = self.d_weight is None
+            d_weight = torch.zeros_like(self.weight) if zeros else self.d_weight.to(self.weight.dtype)
+        return self.d_hidden, d_weight, self.d_bias
 
     def _hidden(self, piece: slice) -> Tensor:
         return self.hidden[piece] if self.rows is None else self.hidden[self.rows[piece]]

@@ -1,15 +1,11 @@
 """Any token loss straight from hidden states: three matrix products, one chunk of logits, whatever the loss.
 
-    z = hidden @ weight.T / temperature      out.logprob[n] = log_softmax(z[n])[ids[n]], out.entropy[n], ...
+    z = head(hidden @ weight.T) / temperature         out.logprob[n] = log_softmax(z[n])[ids[n]], out.entropy[n], ...
     loss = sum_n token_loss(out, rows)[n]
 
 The loss is a function of a few numbers per row, so for each chunk of rows it is evaluated and differentiated by
-autograd on those numbers alone; with its derivatives g the logits' gradient is, elementwise,
-
-    dz[n, v] = g_logprob (1[v = id] - p) - g_entropy p (log p + entropy) + g_mean_logprob (1/V - p)
-             + 2 g_sum_sq p (p - sum_sq) + g_mean_logit / V
-
-and takes the logits' place before the two products that give d_hidden and d_weight.
+autograd on those numbers alone; what they make of the logits' gradient (`head_outputs`) takes the logits' place before
+the two products that give d_hidden and d_weight.
 """
 
 from __future__ import annotations
@@ -17,48 +13,27 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from fuserl.kernels import head_products, loss_contract, softmax_rows
+from fuserl.kernels import head_outputs, head_products, loss_contract, softmax_rows
 from fuserl.kernels.dispatch import choose
-from fuserl.kernels.token_logprob import split_temperature
+from fuserl.kernels.head_outputs import Head, Outputs
 
 __all__ = ["linear_policy_loss"]
 
-OUTPUTS = loss_contract.OUTPUTS
+_NAME = "linear_policy_loss"
 
 
-class Outputs(SimpleNamespace):
-    """The requested outputs, one (n,) tensor each, by name."""
-
-    def __getattr__(self, name: str):
-        raise AttributeError(
-            f"linear_policy_loss: out has no {name!r}; got outputs={tuple(vars(self))}. "
-            f"Ask for it in outputs=, out of {', '.join(OUTPUTS)}."
-        )
-
-
-def reference(call: Call, hidden: Tensor, weight: Tensor, *params: Tensor) -> Tensor:
+def reference(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None, *params: Tensor) -> Tensor:
     """The definition: all logits at once and autograd through them."""
     if call.grad_weight is not None:
         raise ValueError("linear_policy_loss: the reference cannot add to grad_weight; got one. Use another backend.")
     rows = call.rows if call.rows is not None else torch.arange(len(hidden), device=hidden.device)
-    z = hidden[rows].to(call.dtype) @ weight.to(call.dtype).T / call.row_temperatures(rows)
-    logp = z.log_softmax(-1)
-    p, finite = logp.exp(), logp.masked_fill(logp == -torch.inf, 0.0)
-    every = {
-        "logprob": logp.gather(-1, call.ids[rows, None]).squeeze(-1),
-        "entropy": -(p * finite).sum(-1),
-        "mean_logprob": logp.mean(-1),
-        "sum_sq_prob": p.square().sum(-1),
-        "mean_logit": z.mean(-1),
-        "is_top1": (z.gather(-1, call.ids[rows, None]).squeeze(-1) == z.amax(-1)).to(z.dtype),
-    }
+    every = head_outputs.definition(hidden, weight, call.ids, rows, call.head)
     losses = call.evaluate(Outputs(**{name: every[name] for name in call.outputs}), rows)
-    return losses.sum().float() if call.dtype == torch.float32 else losses.sum()
+    return losses.sum().to(call.dtype)
 
 
 @dataclass
@@ -71,8 +46,7 @@ class Call:
     rows: Tensor | None  # live rows, ascending, or None for all
     spans: list[tuple[int, int]] | None  # rollouts as [begin, end) among the live rows; None when rows are independent
     chunk: int
-    temperature: float
-    row_temperature: Tensor | None
+    head: Head
     grad_weight: Tensor | None
     backward: bool  # whether gradients are wanted at all; inside autograd's forward nothing tells
     dtype: torch.dtype
@@ -110,15 +84,9 @@ class Call:
                 self.stats.setdefault(name, self._unknown())[rows] = value
         return losses
 
-    def statistics(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """(4 or 7, n) statistics of the chunk's logits: softmax_rows.forward's rows."""
-        count = 4 if {"logprob", "entropy"}.issuperset(self.outputs) else 7
-        temperatures = None if self.row_temperature is None else self.row_temperature[rows]
-        return softmax_rows.forward(logits[None], self.ids[rows], self.temperature, temperatures, count, self.backend)
-
-    def row_temperatures(self, rows: Tensor) -> float | Tensor:
-        """The temperature that divides each row's logits, broadcastable to (n, V)."""
-        return self.temperature if self.row_temperature is None else self.row_temperature[rows, None]
+    def statistics(self, x: Tensor, rows: Tensor) -> Tensor:
+        """(4 or 7, n) statistics of a chunk."""
+        return self.head.statistics(x, self.ids, rows, self.outputs, self.backend)
 
     def pieces(self, count: int) -> Iterator[list[slice]]:
         """Slices of the `count` live rows to run together: one per chunk, several for a rollout longer than a chunk."""
@@ -138,9 +106,9 @@ class Call:
 
 class _OnePass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: Call, hidden: Tensor, weight: Tensor, *params: Tensor):
+    def forward(ctx, call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None, *params: Tensor):
         needs = [call.backward and need for need in ctx.needs_input_grad[1:]]
-        loss, gradients = _run(call, hidden.detach(), weight.detach(), params, needs)
+        loss, gradients = _run(call, hidden.detach(), weight.detach(), bias, params, needs)
         ctx.accumulated, ctx.gradients = call.grad_weight is not None, gradients
         return loss
 
@@ -163,16 +131,16 @@ class _OnePass(torch.autograd.Function):
         return None, *gradients
 
 
-def _run(call: Call, hidden: Tensor, weight: Tensor, params: Sequence[Tensor], needs: Sequence[bool]):
-    """Stream the live rows: the loss, and its gradients to hidden, weight and params where they are needed."""
+def _run(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None, params: Sequence[Tensor], needs):
+    """Stream the live rows: the loss, and its gradients to hidden, weight, bias and params where they are needed."""
     count = len(hidden) if call.rows is None else len(call.rows)
     products = head_products.HeadProducts(
-        hidden, weight, call.rows, chunk=min(call.chunk, count), dtype=call.dtype,
-        hidden_grad=needs[0], weight_grad=needs[1], grad_weight=call.grad_weight,
+        hidden, weight, call.rows, chunk=min(call.chunk, count), dtype=call.dtype, bias=bias, inner=call.head.inner,
+        needs=needs[:3], grad_weight=call.grad_weight,
     )  # fmt: skip
     backward = any(needs) or call.grad_weight is not None
     d_params = [
-        torch.zeros_like(p, dtype=call.dtype) if need else None for p, need in zip(params, needs[2:], strict=True)
+        torch.zeros_like(p, dtype=call.dtype) if need else None for p, need in zip(params, needs[3:], strict=True)
     ]
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for pieces in call.pieces(count):
@@ -183,18 +151,19 @@ def _run(call: Call, hidden: Tensor, weight: Tensor, params: Sequence[Tensor], n
         total += losses.detach().sum(dtype=torch.float64)
         if not backward:
             continue
-        coefficients = _coefficients(joined, derivatives, weight.shape[0])
+        coefficients = call.head.coefficients(joined, derivatives, weight.shape[0])
         for piece in reversed(pieces):  # the last piece's logits are still in the buffer
             if piece is not pieces[-1]:
                 products.logits(piece)
             at = slice(piece.start - pieces[0].start, piece.stop - pieces[0].start)
             _backpropagate(call, products, piece, rows[at], joined[2:4, at], coefficients[:, at])
-    return total.to(call.dtype), [products.d_hidden, products.finished_weight(), *d_params]
+    return total.to(call.dtype), [*products.gradients(), *d_params]
 
 
 def _differentiate(call, statistics, rows, params, d_params, backward):
     """Evaluate token_loss on leaves that hold the outputs; return its losses and its derivative to each output."""
-    leaves = {name: value.detach().requires_grad_(backward) for name, value in _named(statistics, call.outputs).items()}
+    values = head_outputs.named(statistics, call.outputs)
+    leaves = {name: value.detach().requires_grad_(backward) for name, value in values.items()}
     with torch.set_grad_enabled(backward):
         losses = call.evaluate(Outputs(**leaves), rows)
     if not backward:
@@ -217,27 +186,6 @@ def _differentiate(call, statistics, rows, params, d_params, backward):
     return losses, dict(zip(leaves, gradients, strict=False))
 
 
-def _named(statistics: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:
-    """The requested outputs out of softmax_rows' statistics."""
-    order = ("logprob", "entropy", "lse", "lse_error", "mean_logit", "sum_sq_prob", "is_top1")
-    named = dict(zip(order, statistics, strict=False))
-    if len(statistics) == len(order):
-        # good to eps times the largest logit: where all logits are near 1e4, to 1e-3
-        named["mean_logprob"] = named["mean_logit"] - named["lse"] - named["lse_error"]
-    return {name: named[name] for name in outputs}
-
-
-def _coefficients(statistics: Tensor, derivatives: dict[str, Tensor | None], vocabulary: int) -> Tensor:
-    """The (5, n) row coefficients of softmax_rows.gradient: dz = a + p (b + c log p + d p) + e 1[v = id]."""
-    zero = torch.zeros_like(statistics[0])
-    g = {name: zero if derivatives.get(name) is None else derivatives[name] for name in OUTPUTS}
-    a = (g["mean_logprob"] + g["mean_logit"]) / vocabulary
-    b = -g["logprob"] - g["entropy"] * statistics[1] - g["mean_logprob"]
-    if len(statistics) > 4:
-        b = b - 2 * g["sum_sq_prob"] * statistics[5]
-    return torch.stack([a, b, -g["entropy"], 2 * g["sum_sq_prob"], g["logprob"]])
-
-
 def _backpropagate(call, products, piece, rows, lse, coefficients):
     """Turn the chunk's logits into their gradient and add its products; rows without a gradient cost no product."""
     alive = None
@@ -249,11 +197,7 @@ def _backpropagate(call, products, piece, rows, lse, coefficients):
         _compact(logits, alive)
         logits, out, rows = logits[: len(alive)], out[: len(alive)], rows[alive]
         lse, coefficients = lse[:, alive], coefficients[:, alive]
-    temperatures = None if call.row_temperature is None else call.row_temperature[rows]
-    softmax_rows.gradient(
-        logits[None], call.ids[rows], lse.contiguous(), coefficients.contiguous(), call.temperature, temperatures,
-        out[None], call.backend,
-    )  # fmt: skip
+    call.head.gradient(logits, call.ids, rows, lse, coefficients, out, call.backend)
     products.accumulate(out, piece, alive)
 
 
@@ -264,16 +208,30 @@ def _compact(logits: Tensor, alive: Tensor) -> None:
             logits[k] = logits[row]
 
 
-def _as_autocast(operand: Tensor) -> Tensor:
-    """A float32 operand of a product in the dtype that autocast, where it is on, gives to products."""
-    device = operand.device.type
-    if not torch.is_autocast_enabled(device) or operand.dtype == torch.float64:
-        return operand
-    return operand.to(torch.get_autocast_dtype(device))
-
-
 def _cut(begin: int, end: int, chunk: int) -> list[slice]:
     return [slice(at, min(at + chunk, end)) for at in range(begin, end, chunk)]
+
+
+def _call(
+    hidden, weight, ids, token_loss, *, outputs, scope, offsets, live, grad_weight, chunk, backend, terms
+) -> Call:
+    """The arguments of linear_policy_loss, checked, as the implementations take them."""
+    loss_contract.check(
+        hidden, weight, ids, outputs=outputs, scope=scope, live=live, bias=terms["bias"], chunk=chunk,
+        grad_weight=grad_weight,
+    )  # fmt: skip
+    dtype, backward = softmax_rows.accumulator(hidden.dtype), torch.is_grad_enabled()
+    return Call(
+        ids, token_loss, outputs,
+        rows=None if live is None or bool(live.all()) else live.nonzero().squeeze(-1).to(ids.device),
+        spans=loss_contract.live_spans(scope, offsets, live, len(hidden)),
+        chunk=chunk or head_products.default_chunk(hidden, weight),
+        head=head_outputs.head_of(_NAME, ids, dtype, **terms),
+        grad_weight=grad_weight if backward else None,
+        backward=backward,
+        dtype=dtype,
+        backend=choose(_NAME, IMPLS, hidden.device, backend),
+    )  # fmt: skip
 
 
 IMPLS = {"triton": _OnePass.apply, "cpu": _OnePass.apply, "reference": reference}
@@ -291,13 +249,17 @@ def linear_policy_loss(
     live: Tensor | None = None,
     params: Sequence[Tensor] = (),
     grad_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
     temperature: float | Tensor = 1.0,
     chunk: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Outputs, dict[str, Tensor]]:
     """Sum of any per-token loss of the log-probs, from hidden states, with its gradients, in one pass.
 
-        loss = sum_n token_loss(out, rows)[n],    out.logprob = log_softmax(hidden @ weight.T / temperature)[ids]
+        loss = sum_n token_loss(out, rows)[n],    out.logprob = log_softmax(z / temperature)[ids]
+        z = logit_scale (hidden @ weight.T + bias);    with softcap c instead c tanh(z / c)
 
     Args:
         hidden: (N, D) float32, bfloat16, float16 or float64, the state that predicts each token of ids, (N,) int64.
@@ -308,13 +270,15 @@ def linear_policy_loss(
         outputs: what out holds: logprob, entropy, mean_logprob and mean_logit (over the vocabulary, of the scaled
             logits), sum_sq_prob, is_top1 (1.0 where the token has the largest logit). All but is_top1 carry gradient.
         scope: "token" when a row's loss depends on that row only (checked under FUSERL_DEBUG=1); "rollout" when on its
-            rollout's rows, which token_loss then sees together; a rollout longer than a chunk is computed twice.
+            rollout's rows, "batch" on all, which token_loss then sees together. Logits of what is longer than a chunk
+            are computed twice, all but the last chunk: four products instead of three.
         offsets: (B + 1,) int64 on the host, rollout b is rows offsets[b] to offsets[b + 1]; for scope "rollout".
         live: (N,) bool on the host; False marks a row whose loss and gradient are known to be zero: it costs nothing
             and token_loss never sees it. With scope "rollout", constant within a rollout.
         params: trainable tensors that token_loss uses besides out; their gradients are returned to them.
         grad_weight: (V, D) float32, to which d_weight is added during this call, instead of being returned.
-        temperature: positive number, or (N,); not differentiable.
+        bias: (V,), the head's; differentiable.
+        softcap, logit_scale, temperature: positive numbers, temperature also (N,); not differentiable.
         chunk: rows at a time; 512 on CPU; on GPU as many as make 512 MiB of logits.
         backend: "triton", "cpu" or "reference" (holds all logits); the fastest that runs here by default.
 
@@ -325,17 +289,11 @@ def linear_policy_loss(
     Raises:
         ValueError: on a wrong shape, dtype, device or name, and when token_loss captures a trainable tensor.
 
-    Memory: one chunk of float32 logits (on GPU its gradient too), the returned gradients. Sibling: `token_logprob`.
+    Memory: one chunk of float32 logits (on GPU its gradient too), the returned gradients. Sibling: `linear_logprob`.
     """
-    hidden, weight, outputs = _as_autocast(hidden), _as_autocast(weight), tuple(outputs)
-    loss_contract.check(hidden, weight, ids, outputs=outputs, scope=scope, live=live, grad_weight=grad_weight)
-    spans = loss_contract.live_spans(offsets, live, len(hidden)) if scope == "rollout" else None
-    row_temperature, temperature = split_temperature("linear_policy_loss", temperature, ids)
-    rows = None if live is None or bool(live.all()) else live.nonzero().squeeze(-1).to(ids.device)
-    call = Call(
-        ids, token_loss, outputs, rows, spans, chunk or head_products.default_chunk(hidden, weight), temperature,
-        row_temperature, grad_weight if torch.is_grad_enabled() else None, torch.is_grad_enabled(),
-        softmax_rows.accumulator(hidden.dtype), choose("linear_policy_loss", IMPLS, hidden.device, backend),
-    )  # fmt: skip
+    hidden, weight = head_outputs.as_autocast(hidden), head_outputs.as_autocast(weight)
+    terms = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "temperature": temperature}
+    given = {"scope": scope, "offsets": offsets, "live": live, "grad_weight": grad_weight, "chunk": chunk}
+    call = _call(hidden, weight, ids, token_loss, outputs=tuple(outputs), backend=backend, terms=terms, **given)
     with torch.autocast(hidden.device.type, enabled=False):
-        return IMPLS[call.backend](call, hidden, weight, *params), Outputs(**call.out), call.stats
+        return IMPLS[call.backend](call, hidden, weight, bias, *params), Outputs(**call.out), call.stats

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fuserl.kernels import head_outputs
 from fuserl.kernels.softmax_rows import accumulator
 
-OUTPUTS = ("logprob", "entropy", "mean_logprob", "sum_sq_prob", "mean_logit", "is_top1")
-SCOPES = ("token", "rollout")
+SCOPES = ("token", "rollout", "batch")
 
 
 def refuse_captured(losses: Tensor, known: Sequence[Tensor]) -> None:
@@ -57,8 +57,13 @@ def refuse_coupled(evaluate: Callable, losses: Tensor) -> None:
             )
 
 
-def live_spans(offsets: Tensor | None, live: Tensor | None, count: int) -> list[tuple[int, int]]:
-    """Each live rollout's [begin, end) among the live rows."""
+def live_spans(scope: str, offsets: Tensor | None, live: Tensor | None, count: int) -> list[tuple[int, int]] | None:
+    """[begin, end) among the live rows of what token_loss must see together; None where rows are independent."""
+    if scope == "token":
+        return None
+    if scope == "batch":
+        rows = count if live is None else int(live.sum())
+        return [(0, rows)] if rows else []
     if offsets is None or offsets.device.type != "cpu":
         raise ValueError(
             f"linear_policy_loss: offsets must be a host tensor for scope 'rollout'; got "
@@ -84,30 +89,11 @@ def live_spans(offsets: Tensor | None, live: Tensor | None, count: int) -> list[
     return spans
 
 
-def check(hidden, weight, ids, *, outputs, scope, live, grad_weight) -> None:
+def check(hidden, weight, ids, *, outputs, scope, live, bias, chunk, grad_weight) -> None:
     """Raise ValueError with the first broken contract of the arguments."""
-
-    def require(condition: bool, contract: str, got: object, cure: str) -> None:
-        if not condition:
-            raise ValueError(f"linear_policy_loss: {contract}; got {got}. {cure}")
-
+    require = head_outputs.requirer("linear_policy_loss")
     require(hidden.dim() == 2, "hidden must be (N, D)", tuple(hidden.shape), "Flatten (B, T, D) and drop padding.")
-    require(
-        weight.dim() == 2 and weight.shape[1] == hidden.shape[1],
-        f"weight must be (V, {hidden.shape[1]})", tuple(weight.shape), "Pass the head's weight, not its transpose.",
-    )  # fmt: skip
-    require(
-        weight.dtype == hidden.dtype and weight.device == hidden.device,
-        f"weight must be {hidden.dtype} on {hidden.device} like hidden", f"{weight.dtype} on {weight.device}",
-        "Convert one to the other.",
-    )  # fmt: skip
-    require(
-        ids.shape == hidden.shape[:1] and ids.dtype == torch.int64 and ids.device == hidden.device,
-        f"ids must be ({len(hidden)},) int64 on {hidden.device}", f"{tuple(ids.shape)} {ids.dtype} on {ids.device}",
-        "Pass one token per row of hidden.",
-    )  # fmt: skip
-    unknown = [name for name in outputs if name not in OUTPUTS]
-    require(not unknown and bool(outputs), f"outputs must be among {', '.join(OUTPUTS)}", outputs, "Correct the name.")
+    head_outputs.check("linear_policy_loss", hidden, weight, ids, outputs=outputs, bias=bias, chunk=chunk)
     require(scope in SCOPES, f"scope must be one of {SCOPES}", repr(scope), "Use 'rollout' for sequence-level losses.")
     if live is not None:
         require(

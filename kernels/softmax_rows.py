@@ -59,7 +59,12 @@ def reference(logits: Tensor, ids: Tensor, temperature: float | Tensor = 1.0) ->
 
 
 def reference_gradient(
-    logits: Tensor, ids: Tensor, lse: Tensor, coefficients: Tensor, temperature: float | Tensor = 1.0
+    logits: Tensor,
+    ids: Tensor,
+    lse: Tensor,
+    coefficients: Tensor,
+    temperature: float | Tensor = 1.0,
+    through_tanh: bool = False,
 ) -> Tensor:
     """(a + p (b + c log p + d p) + e [v == id]) / temperature, (A, R, V): the definition, in plain torch."""
     lse, error = lse if lse.dim() == 2 else (lse, torch.zeros_like(lse))
@@ -69,6 +74,8 @@ def reference_gradient(
     gradient = a + p * (b + c * logp.clamp_min(-1e4) + d * p)
     gradient.scatter_add_(-1, ids[:, None], e)
     gradient /= temperature[:, None] if isinstance(temperature, Tensor) else temperature
+    if through_tanh:
+        gradient *= 1 - logits.reshape(gradient.shape).to(gradient.dtype).square()
     return gradient.masked_fill((coefficients == 0).all(0)[:, None], 0.0).view(logits.shape)
 
 
@@ -195,7 +202,7 @@ def _merge_kernel(
 @triton.jit(**_SPECIALIZE)
 def _gradient_kernel(
     x_ptr, id_ptr, lse_ptr, coefficients_ptr, row_temperature_ptr, out_ptr, temperature, N, R, V, stride_a, stride_r,
-    out_stride_a, out_stride_r, ERROR: tl.constexpr, BLOCK: tl.constexpr,
+    out_stride_a, out_stride_r, ERROR: tl.constexpr, THROUGH_TANH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one block of one row; a row whose coefficients are all zero is written and not read."""
     blocks = tl.cdiv(V, BLOCK)
@@ -227,6 +234,9 @@ def _gradient_kernel(
     a *= scale
     constant = tl.where(v == tl.load(id_ptr + row).to(tl.int32), a + e * scale, a)
     gradient = constant + p * (b * scale + c * scale * logp + d * scale * p)
+    if THROUGH_TANH:
+        x = tl.maximum(x, -1.0)  # what was not read
+        gradient *= 1.0 - x * x
     out_ptr += _row_offset(row, R, out_stride_a, out_stride_r)
     tl.store(out_ptr + v, gradient.to(out_ptr.dtype.element_ty), v < V)
 
@@ -249,14 +259,14 @@ def _triton_statistics(logits, ids, temperature, row_temperature, rows):
     return statistics
 
 
-def _triton_gradient(logits, ids, lse, coefficients, temperature, row_temperature, out):
+def _triton_gradient(logits, ids, lse, coefficients, temperature, row_temperature, out, through_tanh):
     A, R, V = logits.shape
     row_temperature = _precise(temperature, row_temperature, logits, A * R)
     sizes = temperature, A * R, R, V, *_strides(logits), *_strides(out)
     with torch.cuda.device_of(logits):
         _gradient_kernel[(A * R * triton.cdiv(V, GRADIENT_LAUNCH["BLOCK"]),)](
             logits, ids, lse, coefficients, row_temperature, out, *sizes,
-            ERROR=lse.dim() == 2, **GRADIENT_LAUNCH,
+            ERROR=lse.dim() == 2, THROUGH_TANH=through_tanh, **GRADIENT_LAUNCH,
         )  # fmt: skip
 
 
@@ -280,20 +290,20 @@ def _cpu_statistics(logits, ids, temperature, row_temperature, rows):
     return statistics
 
 
-def _cpu_gradient(logits, ids, lse, coefficients, temperature, row_temperature, out):
+def _cpu_gradient(logits, ids, lse, coefficients, temperature, row_temperature, out, through_tanh):
     from fuserl import _C
 
     threads = torch.get_num_threads()
-    _C.softmax_rows_gradient(logits, ids, lse, coefficients, row_temperature, temperature, out, threads)
+    _C.softmax_rows_gradient(logits, ids, lse, coefficients, row_temperature, temperature, out, threads, through_tanh)
 
 
 def _reference_statistics(logits, ids, temperature, row_temperature, rows):
     return reference(logits, ids, temperature if row_temperature is None else row_temperature)[_CHOSEN_ROWS[rows]]
 
 
-def _reference_gradient(logits, ids, lse, coefficients, temperature, row_temperature, out):
+def _reference_gradient(logits, ids, lse, coefficients, temperature, row_temperature, out, through_tanh):
     temperature = temperature if row_temperature is None else row_temperature
-    out.copy_(reference_gradient(logits, ids, lse, coefficients, temperature))
+    out.copy_(reference_gradient(logits, ids, lse, coefficients, temperature, through_tanh))
 
 
 IMPLS = {
@@ -337,6 +347,8 @@ def gradient(
     row_temperature: Tensor | None,
     out: Tensor,
     backend: str,
+    *,
+    through_tanh: bool = False,
 ) -> None:
     """Write out = (a + p (b + c log p + d p) + e [v == id]) / temperature, where p == 0 contributes 0.
 
@@ -346,6 +358,7 @@ def gradient(
         coefficients: (5, N) rows a, b, c, d, e, contiguous, in the dtype of lse. A row of zeros is filled, not read.
         out: (A, R, V), stride 1 in V, floating; may be logits itself.
         backend: a key of IMPLS.
+        through_tanh: logits are tanh(u): write the gradient to u, (1 - logits^2) times that to logits.
     """
     if ids.numel() > 0:
-        IMPLS[backend][1](logits, ids, lse, coefficients, temperature, row_temperature, out)
+        IMPLS[backend][1](logits, ids, lse, coefficients, temperature, row_temperature, out, through_tanh)

@@ -32,7 +32,7 @@ def reference(logits: Tensor, ids: Tensor, temperature: float | Tensor = 1.0) ->
 def _forward(logits, ids, row_temperature, temperature, inplace, backend):
     backend = choose("token_logprob", IMPLS, logits.device, backend)
     flat = ids.reshape(-1).contiguous()
-    statistics = softmax_rows.forward(_rows(logits), flat, temperature, row_temperature, 4, backend)
+    statistics = softmax_rows.forward(rows_of(logits), flat, temperature, row_temperature, 4, backend)
     return statistics[0].view(ids.shape).clone(), statistics[1].view(ids.shape).clone(), statistics[1:].clone()
 
 
@@ -50,11 +50,11 @@ def _write_gradient(out, logits, ids, row_temperature, temperature, kept, g, bac
     backend = choose("token_logprob", IMPLS, logits.device, backend)
     (g_logprob, g_entropy), zero = g.flatten(1), torch.zeros_like(kept[0])
     coefficients = torch.stack([zero, -g_logprob - g_entropy * kept[0], -g_entropy, zero, g_logprob])
-    rows = _rows(logits), ids.reshape(-1).contiguous(), kept[1:], coefficients
-    softmax_rows.gradient(*rows, temperature, row_temperature, _rows(out), backend)
+    rows = rows_of(logits), ids.reshape(-1).contiguous(), kept[1:], coefficients
+    softmax_rows.gradient(*rows, temperature, row_temperature, rows_of(out), backend)
 
 
-def _rows(logits: Tensor) -> Tensor:
+def rows_of(logits: Tensor) -> Tensor:
     """A (A, R, V) view of logits with any leading dimensions; a copy only where strides allow no such view."""
     if logits.stride(-1) != 1:
         logits = logits.contiguous()

@@ -21,6 +21,7 @@ def softmax_rows_gradient(
     temperature: float,
     out: Tensor,
     threads: int,
+    through_tanh: bool,
 ) -> None: ...
 def group_advantage(
     rewards: Tensor, group: Tensor, out: Tensor, baseline: int, scale: int, ddof: int, eps: float

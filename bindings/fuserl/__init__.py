@@ -11,7 +11,13 @@ from importlib.metadata import version as _version
 
 __version__ = _version("fuserl")
 
-_OPS = ("group_advantage", "linear_policy_loss", "policy_loss", "token_logprob")
+_OPS = (
+    "group_advantage",
+    "linear_logprob",
+    "linear_policy_loss",
+    "policy_loss",
+    "token_logprob",
+)
 __all__ = [*_OPS, "backends"]
 
 

@@ -8,7 +8,7 @@
 #include "isa.h"
 #include "ops.h"
 #include "parallel.h"
-#include "softmax_rows_kernels.h"
+#include "rows.h"
 
 namespace fuserl {
 
@@ -35,21 +35,6 @@ const SoftmaxRowsKernels& kernels() {
 #endif
   return baseline::softmax_rows;
 }
-
-// The row kernels' index of a dtype; f64 has its own scalar path.
-int index_of(DType dtype) { return dtype == DType::f32 ? 0 : dtype == DType::bf16 ? 1 : 2; }
-int bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-
-struct Rows {
-  char* data;
-  std::int64_t inner, stride_outer, stride_inner;
-
-  explicit Rows(const TensorView& view)
-      : data(view.as<char>()), inner(view.shape[1]), stride_outer(view.stride[0] * bytes_of(view.dtype)),
-        stride_inner(view.stride[1] * bytes_of(view.dtype)) {}
-
-  char* operator[](std::int64_t n) const { return data + n / inner * stride_outer + n % inner * stride_inner; }
-};
 
 // Vectors are f32, or f64 when the logits are.
 struct Vector {
@@ -87,25 +72,6 @@ struct Problem {
 
 // ---- checks
 
-void check_temperature(const char* function, double value, const std::string& argument) {
-  if (!(value >= 1e-30 && value <= 1e30))
-    refuse(function, argument + " must be positive and finite (1e-30 to 1e30)", std::to_string(value),
-           "Use 1.0 for the model's own distribution.");
-}
-
-void check_logits(const char* function, const char* argument, const TensorView& view) {
-  check_device(function, argument, view, Device::cpu);
-  if (view.dtype != DType::f32 && view.dtype != DType::f64 && view.dtype != DType::bf16 && view.dtype != DType::f16)
-    refuse(function, std::string(argument) + " must be float32, float64, bfloat16 or float16", name(view.dtype),
-           "Convert it with .to().");
-  if (view.ndim != 3 || (view.shape[2] == 0 && view.shape[0] * view.shape[1] > 0))
-    refuse(function, std::string(argument) + " must have shape (A, R, V) with V > 0", shape_text(view),
-           "View it as three dimensions.");
-  if (view.stride[2] != 1 && view.shape[2] > 1)
-    refuse(function, std::string(argument) + " must have stride 1 in its last dimension",
-           "stride " + std::to_string(view.stride[2]), "Call .contiguous() first.");
-}
-
 Problem checked(const char* function, const TensorView& logits, const TensorView& ids,
                 const TensorView* row_temperature, double temperature) {
   check_logits(function, "logits", logits);
@@ -127,13 +93,6 @@ Problem checked(const char* function, const TensorView& logits, const TensorView
   }
   return {logits.dtype, &kernels(), index_of(logits.dtype), Rows(logits), vocab, rows, ids.as<std::int64_t>(),
           row_temperature, temperature};
-}
-
-// Rows a thread takes at once: 32k logits at least, for handing over costs; up to 256k where rows are many, for what
-// was prefetched beyond the last one is lost.
-std::int64_t grain(const Problem& problem, int threads) {
-  const std::int64_t least = 1 + 32768 / (problem.vocab + 1), most = 1 + 262144 / (problem.vocab + 1);
-  return std::max(least, std::min(most, problem.rows / (8 * std::max(threads, 1))));
 }
 
 // ---- forward
@@ -195,11 +154,7 @@ void forward_rows(void* context, std::int64_t begin, std::int64_t end) {
   for (std::int64_t n = begin; n < end; ++n) {
     const char* row = problem.logits[n];
     const double temperature = problem.temperature_of(n);
-    RowSums sums;
-    if (problem.dtype == DType::f64)
-      sums = sums_f64(reinterpret_cast<const double*>(row), problem.vocab, temperature);
-    else
-      problem.kernels->forward[problem.kernel](row, problem.vocab, exp2_scale(temperature), all, &sums);
+    const RowSums sums = softmax_row_sums(problem.dtype, row, problem.vocab, temperature, all);
     write_statistics(problem, n, sums, problem.logit(row, problem.ids[n]), temperature);
   }
 }
@@ -209,14 +164,17 @@ void forward_rows(void* context, std::int64_t begin, std::int64_t end) {
 struct Gradient : Problem {
   Rows out;
   TensorView lse, coefficients;
+  bool through_tanh;
 };
 
 struct Coefficients {
   double a, b, c, d, e;
+  bool through_tanh;
 
-  double at(double logp, double temperature, bool chosen) const {
+  double at(double x, double logp, double temperature, bool chosen) const {
     const double p = std::exp(logp), slope = p == 0 ? 0 : p * (b + c * logp + d * p);
-    return (a + slope + (chosen ? e : 0)) / temperature;
+    const double gradient = (a + slope + (chosen ? e : 0)) / temperature;
+    return through_tanh ? gradient * (1 - x * x) : gradient;
   }
 };
 
@@ -229,7 +187,7 @@ struct Lse {
 
 void gradient_f64(const double* x, double* out, std::int64_t vocab, std::int64_t id, const Lse& lse, double temperature,
                   const Coefficients& k) {
-  for (std::int64_t v = 0; v < vocab; ++v) out[v] = k.at(lse.logp(x[v], temperature), temperature, v == id);
+  for (std::int64_t v = 0; v < vocab; ++v) out[v] = k.at(x[v], lse.logp(x[v], temperature), temperature, v == id);
 }
 
 RowGradient row_gradient(const Coefficients& k, const Lse& parts, double temperature) {
@@ -245,6 +203,7 @@ RowGradient row_gradient(const Coefficients& k, const Lse& parts, double tempera
   g.b = static_cast<float>(k.b / temperature);
   g.c = static_cast<float>(k.c / temperature);
   g.d = static_cast<float>(k.d / temperature);
+  g.through_tanh = k.through_tanh;
   return g;
 }
 
@@ -255,7 +214,7 @@ void gradient_rows(void* context, std::int64_t begin, std::int64_t end) {
   for (std::int64_t n = begin; n < end; ++n) {
     char* out = problem.out[n];
     const auto k = [&](int i) { return coefficient.get(i * rows + n); };
-    const Coefficients c = {k(0), k(1), k(2), k(3), k(4)};
+    const Coefficients c = {k(0), k(1), k(2), k(3), k(4), problem.through_tanh};
     if (c.a == 0 && c.b == 0 && c.c == 0 && c.d == 0 && c.e == 0) {
       std::memset(out, 0, static_cast<std::size_t>(problem.vocab * size));
       continue;
@@ -270,13 +229,20 @@ void gradient_rows(void* context, std::int64_t begin, std::int64_t end) {
       continue;
     }
     // In double: 1 - p of a likely token would lose all its digits in float. Read first, for `out` may be `row`.
-    const double chosen = c.at(lse.logp(problem.logit(row, id), temperature), temperature, true);
+    const double x = problem.logit(row, id), chosen = c.at(x, lse.logp(x, temperature), temperature, true);
     problem.kernels->gradient[problem.kernel](row, out, problem.vocab, row_gradient(c, lse, temperature));
     problem.kernels->store[problem.kernel](out + id * size, static_cast<float>(chosen));
   }
 }
 
 }  // namespace
+
+RowSums softmax_row_sums(DType dtype, const void* row, std::int64_t vocab, double temperature, bool all) {
+  if (dtype == DType::f64) return sums_f64(static_cast<const double*>(row), vocab, temperature);
+  RowSums sums;
+  kernels().forward[index_of(dtype)](row, vocab, exp2_scale(temperature), all, &sums);
+  return sums;
+}
 
 namespace cpu {
 
@@ -289,15 +255,16 @@ void softmax_rows_forward(const TensorView& logits, const TensorView& ids, const
   if (kinds != 3 && kinds != 4 && kinds != 6 && kinds != 7)
     refuse(function, "statistics must have 3, 4, 6 or 7 rows", shape_text(statistics), "Allocate one of those.");
   check_dense(function, "statistics", statistics, dtype, Device::cpu, {kinds, problem.rows});
-  parallel_for(problem.rows, grain(problem, threads), threads, forward_rows, &problem);
+  parallel_for(problem.rows, rows_at_once(problem.rows, problem.vocab, threads), threads, forward_rows, &problem);
 }
 
 void softmax_rows_gradient(const TensorView& logits, const TensorView& ids, const TensorView& lse,
                            const TensorView& coefficients, const TensorView* row_temperature, double temperature,
-                           const TensorView& out, int threads) {
+                           const TensorView& out, int threads, bool through_tanh) {
   constexpr const char* function = "softmax_rows_gradient";
   check_logits(function, "out", out);
-  Gradient problem = {checked(function, logits, ids, row_temperature, temperature), Rows(out), lse, coefficients};
+  Gradient problem = {checked(function, logits, ids, row_temperature, temperature), Rows(out), lse, coefficients,
+                      through_tanh};
   const DType dtype = logits.dtype == DType::f64 ? DType::f64 : DType::f32;
   check_dtype(function, "out", out, logits.dtype);
   if (std::memcmp(out.shape, logits.shape, 3 * sizeof(out.shape[0])) != 0)
@@ -309,7 +276,7 @@ void softmax_rows_gradient(const TensorView& logits, const TensorView& ids, cons
   else
     check_dense(function, "lse", lse, dtype, Device::cpu, {problem.rows});
   check_dense(function, "coefficients", coefficients, dtype, Device::cpu, {5, problem.rows});
-  parallel_for(problem.rows, grain(problem, threads), threads, gradient_rows, &problem);
+  parallel_for(problem.rows, rows_at_once(problem.rows, problem.vocab, threads), threads, gradient_rows, &problem);
 }
 
 }  // namespace cpu

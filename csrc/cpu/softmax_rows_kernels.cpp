@@ -155,22 +155,24 @@ struct GradientConstants {
   Floats floor, floor_exp;
 };
 
-template <class T>
+template <bool ThroughTanh, class T>
 FUSERL_INLINE void gradient_group(const T* p, T* out, const GradientConstants& k) {
-  Floats d[4], prob[4];
-  for (int i = 0; i < 4; ++i) d[i] = maximum(k.floor, load(p + i * width) - k.g.reference);
+  Floats x[4], d[4], prob[4];
+  for (int i = 0; i < 4; ++i) {
+    x[i] = load(p + i * width);
+    d[i] = maximum(k.floor, x[i] - k.g.reference);
+  }
   exp2_scaled(prob, d, k.g.exp2_scale);
   for (int i = 0; i < 4; ++i) {
     prob[i] = (prob[i] - k.floor_exp) * k.g.p_factor;
     const Floats logp = d[i] * k.g.inverse_temperature - k.g.shift;
-    store(out + i * width, prob[i] * (k.g.d * prob[i] + (k.g.c * logp + k.g.b)) + k.g.a);
+    const Floats slope = prob[i] * (k.g.d * prob[i] + (k.g.c * logp + k.g.b)) + k.g.a;
+    store(out + i * width, ThroughTanh ? slope * (1.0f - x[i] * x[i]) : slope);
   }
 }
 
-template <class T>
-void gradient(const void* row, void* out_row, std::int64_t vocab, const RowGradient& row_gradient) {
-  const T* p = static_cast<const T*>(row);
-  T* out = static_cast<T*>(out_row);
+template <bool ThroughTanh, class T>
+void gradient_row(const T* p, T* out, std::int64_t vocab, const RowGradient& row_gradient) {
   GradientConstants k;
   k.g = row_gradient;
   k.floor = broadcast(floor_exponent / k.g.exp2_scale);
@@ -178,12 +180,18 @@ void gradient(const void* row, void* out_row, std::int64_t vocab, const RowGradi
   const std::int64_t whole = vocab / group * group;
   for (std::int64_t i = 0; i < whole; i += group) {
     prefetch_ahead(p + i);
-    gradient_group(p + i, out + i, k);
+    gradient_group<ThroughTanh>(p + i, out + i, k);
   }
   if (whole == vocab) return;
   Tail<T> tail(p + whole, vocab - whole);
-  gradient_group(tail.data, tail.data, k);
+  gradient_group<ThroughTanh>(tail.data, tail.data, k);
   for (std::int64_t i = whole; i < vocab; ++i) out[i] = tail.data[i - whole];
+}
+
+template <class T>
+void gradient(const void* row, void* out, std::int64_t vocab, const RowGradient& row_gradient) {
+  const auto f = row_gradient.through_tanh ? gradient_row<true, T> : gradient_row<false, T>;
+  f(static_cast<const T*>(row), static_cast<T*>(out), vocab, row_gradient);
 }
 
 template <class T>

@@ -13,7 +13,8 @@ struct RowSums {
   double squared_exp;   // sum e^2     (0 unless `all`)
 };
 
-// logp = (x - reference) inverse_temperature - shift,  p = exp(logp),  out = a + p (b + c logp + d p).
+// logp = (x - reference) inverse_temperature - shift,  p = exp(logp),  out = a + p (b + c logp + d p), times 1 - x^2 if
+// through_tanh: x is then tanh(u), and the gradient u's.
 struct RowGradient {
   float reference;  // lse in units of logits, rounded
   float inverse_temperature;
@@ -21,6 +22,7 @@ struct RowGradient {
   float shift;       // what rounding left out of `reference`
   float p_factor;    // exp(-shift)
   float a, b, c, d;
+  bool through_tanh;
 };
 
 // Arrays are indexed by 0 f32, 1 bf16, 2 f16.

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_models
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fuserl.engine import adapters
@@ -153,11 +154,50 @@ def test_update_lowers_the_loss_of_what_it_imitates():
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_head_that_is_more_than_a_product_is_refused():
-    model = tiny_model()
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match=r"one matrix product.*final_logit_softcapping"):
-        policy(model)
+FAMILIES = {
+    "Gemma2": dict(final_logit_softcapping=2.0, query_pre_attn_scalar=4, head_dim=4),
+    "Cohere": dict(logit_scale=0.4),
+    "Granite": dict(logits_scaling=3.0),
+    "Phi": dict(),  # its head has a bias
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_that_are_more_than_a_product(family):
+    torch.manual_seed(1)
+    settings = dict(
+        vocab_size=67, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    config = getattr(transformers, f"{family}Config")(**settings, **FAMILIES[family])
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for parameter in model.lm_head.parameters():
+        torch.nn.init.normal_(parameter)
+    plain, batch, taken = copy.deepcopy(model), tiny_batch(), []
+    plain.set_attn_implementation("eager")
+    logprobs = plain_logprobs(plain, batch)
+    (-(logprobs * batch.advantages / (6 * batch.lengths[batch.rollout])).sum()).backward()
+    actor = policy(model)
+    assert torch.allclose(actor.score(batch, ["old_logprobs"]).old_logprobs, logprobs, rtol=1e-5, atol=1e-5)
+    actor.optimizer.step = lambda: taken.append({n: p.grad.clone() for n, p in actor.parameters().items()}) or {}
+    actor.update(batch, clipped())
+    assert (model.lm_head.bias is not None) == (family == "Phi")
+    for name, parameter in plain.named_parameters():
+        if parameter.grad is not None:
+            assert torch.allclose(taken[0][name], parameter.grad, rtol=1e-4, atol=1e-6), name
+
+
+def test_the_terms_of_a_head_with_adapters():
+    model = adapters.lora(tiny_model(), rank=2, alpha=4.0, targets=("lm_head",))
+    assert adapters.head_terms(model) == dict.fromkeys(("bias", "softcap", "logit_scale"))
+    plain, bias = adapters.base(model), torch.nn.Parameter(torch.ones(67))
+    plain.lm_head.base_layer.bias = bias
+    plain.config.logit_scale, plain.config.logits_scaling, plain.config.lm_head_multiplier = 3.0, 4.0, 2.0
+    plain.config.final_logit_softcapping = 30.0
+    assert adapters.head_terms(model) == {"bias": bias, "softcap": 30.0, "logit_scale": 1.5}
+    plain.config.logit_scale = "inv_sqrt_d_model"
+    with pytest.raises(ValueError, match="logit_scale must be a positive number; LlamaForCausalLM has"):
+        adapters.head_terms(model)
 
 
 def pairs_batch():

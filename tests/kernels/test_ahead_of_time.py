@@ -28,8 +28,9 @@ def kernels(dtype):
     yield "merge", softmax_rows._merge_kernel, types, settings
     types = {**x, **ids, "lse_ptr": numbers, "coefficients_ptr": numbers, "out_ptr": f"*{dtype}", **SIZES}
     types |= {"out_stride_a": "i64", "out_stride_r": "i32"}
-    for error in (False, True):
-        yield "gradient", softmax_rows._gradient_kernel, types, {"ERROR": error, **softmax_rows.GRADIENT_LAUNCH}
+    for error, tanh in ((False, False), (True, False), (True, True)):
+        settings = {"ERROR": error, "THROUGH_TANH": tanh, **softmax_rows.GRADIENT_LAUNCH}
+        yield "gradient", softmax_rows._gradient_kernel, types, settings
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -2,57 +2,14 @@
 
 import pytest
 import torch
-from tolerance import check, check_rows
+from head_case import Case, compare, same
 
 from fuserl.kernels import linear_policy_loss as module
-from fuserl.kernels.linear_policy_loss import OUTPUTS, linear_policy_loss
+from fuserl.kernels.head_outputs import OUTPUTS
+from fuserl.kernels.linear_policy_loss import linear_policy_loss
 from fuserl.kernels.policy_loss import merged, policy_loss
 
 DEVICES = [pytest.param("cpu", "cpu"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
-
-
-class Case:
-    """A small head with peaky distributions, and a clipped-ratio loss with an entropy bonus on it."""
-
-    def __init__(self, rows=45, width=24, vocabulary=301, dtype=torch.float32, device="cpu", zero_half=False):
-        self.hidden = (torch.randn(rows, width) * 2).to(dtype).to(device)
-        self.weight = torch.randn(vocabulary, width).to(dtype).to(device)
-        self.ids = torch.randint(vocabulary, (rows,)).to(device)
-        self.advantages = torch.randn(rows).to(device)
-        if zero_half:
-            self.advantages[torch.rand(rows) < 0.5] = 0.0
-        z = self.hidden.double() @ self.weight.double().T
-        drift = 0.3 * torch.randn(rows).to(device)
-        self.old = z.log_softmax(-1).gather(1, self.ids[:, None]).squeeze(1).detach() + drift
-        self.rows = rows
-
-    def clipped(self, out, rows):
-        ratio = (out.logprob - self.old[rows].to(out.logprob.dtype)).exp()
-        a = self.advantages[rows].to(ratio.dtype)
-        loss = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a) / self.rows
-        return loss, {"ratio": ratio}
-
-    def run(self, loss=None, dtype=None, **options):
-        """(loss, d_hidden, d_weight, out, stats) of one call."""
-        hidden = self.hidden.to(dtype or self.hidden.dtype).clone().requires_grad_()
-        weight = self.weight.to(dtype or self.weight.dtype).clone().requires_grad_()
-        value, out, stats = linear_policy_loss(hidden, weight, self.ids, loss or self.clipped, **options)
-        value.backward()
-        return value.detach(), hidden.grad, weight.grad, out, stats
-
-
-def compare(case, loss=None, backend="cpu", **options):
-    truth = case.run(loss, torch.float64, backend="reference", **options)
-    plain = case.run(loss, torch.float32, backend="reference", **options)
-    got = case.run(loss, backend=backend, **options)
-    accumulator = torch.float64 if case.hidden.dtype == torch.float64 else torch.float32
-    check("loss", got[0][None], truth[0][None], plain[0][None], accumulator)
-    check_rows("d_hidden", got[1], truth[1], plain[1], case.hidden.dtype, accumulator)
-    check_rows("d_weight", got[2], truth[2], plain[2], case.weight.dtype, accumulator)
-    for name, value in vars(truth[3]).items():
-        check(name, getattr(got[3], name), value, getattr(plain[3], name), accumulator)
-    for name, value in truth[4].items():
-        check(name, got[4][name], value, plain[4][name], accumulator)
 
 
 @pytest.mark.parametrize("device,backend", DEVICES)
@@ -75,6 +32,36 @@ def test_all_outputs_together_with_temperature():
 
     compare(case, loss, outputs=OUTPUTS, chunk=20, temperature=0.8)
     compare(case, loss, outputs=OUTPUTS, chunk=20, temperature=torch.rand(45) + 0.5)
+
+
+HEADS = [{"bias": True}, {"logit_scale": 0.3}, {"softcap": 20.0}, {"bias": True, "logit_scale": 1.3, "softcap": 30.0}]
+
+
+@pytest.mark.parametrize("device,backend", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_heads_that_are_more_than_a_product(head, dtype, device, backend):
+    case = Case(dtype=dtype, device=device, zero_half=True)
+
+    def loss(out, rows):
+        return case.advantages[rows].to(out.logprob.dtype) * (out.logprob - out.entropy * out.logprob.exp())
+
+    for options in ({}, {"live": (case.advantages != 0).cpu(), "temperature": 0.8}):
+        compare(case, loss, backend, outputs=("logprob", "entropy"), chunk=20, **head, **options)
+
+
+@pytest.mark.parametrize("chunk", [4, 45, None])
+def test_batch_scope(chunk):
+    case, live = Case(), torch.rand(45) < 0.6
+
+    def loss(out, rows):
+        losses = (out.logprob - out.logprob.mean()).square() * out.logprob.softmax(0)
+        return losses, {"rows": torch.full((1, 1), len(rows)).to(losses)}
+
+    compare(case, loss, scope="batch", chunk=chunk, softcap=30.0, bias=True)
+    compare(case, loss, scope="batch", chunk=chunk, live=live)
+    assert case.run(loss, scope="batch", chunk=chunk, live=live)[4]["rows"].tolist() == [[live.sum()]]
+    assert case.run(loss, scope="batch", live=torch.zeros(45, dtype=torch.bool))[0] == 0
 
 
 def sequence_loss(case, offsets):
@@ -109,12 +96,6 @@ def test_rollout_scope_with_dead_rollouts():
     with pytest.raises(ValueError, match="live must be constant within a rollout"):
         dead[4] = False
         case.run(loss, scope="rollout", offsets=offsets, live=~dead)
-
-
-def same(whole, part):
-    """Loss and gradients of two float32 runs that differ in the order of their sums; the loss's terms add up to 1."""
-    for name, a, b in zip(("loss", "d_hidden", "d_weight"), whole, part, strict=False):
-        assert torch.allclose(a, b, rtol=1e-5, atol=2e-6 * float(a.abs().max() if a.dim() else 1)), name
 
 
 @pytest.mark.parametrize("chunk", [8, 45])
@@ -351,7 +332,9 @@ def test_ten_runs_are_bit_equal():
         ({"weight": torch.zeros(301, 24).bfloat16()}, "weight must be torch.float32"),
         ({"ids": torch.zeros(44, dtype=torch.int64)}, "ids must be"),
         ({"outputs": ("logprobs",)}, "outputs must be among"),
-        ({"scope": "batch"}, "scope must be one of"),
+        ({"scope": "group"}, "scope must be one of"),
+        ({"bias": torch.zeros(24)}, r"bias must be \(301,\)"),
+        ({"softcap": -30.0}, "softcap must be positive"),
         ({"scope": "rollout"}, "offsets must be a host tensor"),
         ({"scope": "rollout", "offsets": torch.tensor([0, 44])}, "offsets must rise from 0 to 45"),
         ({"live": torch.ones(45)}, "live must be"),

@@ -1,0 +1,105 @@
+"""linear_logprob: against the bare product (without gradient), and against its four products (with backward)."""
+
+import torch
+from measure import Provider, compare
+
+from fuserl.kernels.linear_logprob import linear_logprob, reference
+from fuserl.kernels.linear_policy_loss import linear_policy_loss
+
+OUTPUTS = ("logprob", "entropy")
+
+
+class Case:
+    """Hidden states and a head of the benchmark's shape, and a loss of log-probs and entropies."""
+
+    def __init__(self, device, smoke):
+        rows, width, vocabulary = (2048, 576, 49152) if device == "cpu" else (16384, 4096, 128256)
+        if smoke:
+            rows, width, vocabulary = 64, 16, 500
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.hidden = torch.randn(rows, width, device=device).to(dtype)
+        self.weight = (torch.randn(vocabulary, width, device=device) * 0.1).to(dtype)
+        self.ids = torch.randint(vocabulary, (rows,), device=device)
+        self.half = torch.arange(rows) % 2 == 0
+        self.logits = 4 * rows * vocabulary  # bytes
+        few = reference(self.hidden[:4].double(), self.weight.double(), self.ids[:4], outputs=OUTPUTS)
+        self.truth = torch.stack([few.logprob, few.entropy])
+
+    def trained(self):
+        """The same with leaves that want a gradient."""
+        self.hidden.requires_grad_()
+        self.weight.requires_grad_()
+        return self
+
+    def product(self):
+        """The bare library product; chunks of its result are not written over."""
+        with torch.no_grad():
+            return self.hidden @ self.weight.T
+
+    def four(self):
+        """The product twice, and those that give d_hidden and d_weight."""
+        self.product()
+        with torch.no_grad():
+            logits = self.product()
+            return logits @ self.weight, logits.T @ self.hidden
+
+    @torch.no_grad()
+    def scored(self, function=linear_logprob, **options):
+        """Log-probs and entropies, (2, N)."""
+        out = function(self.hidden, self.weight, self.ids, outputs=OUTPUTS, **options)
+        return torch.stack([out.logprob, out.entropy])
+
+    def gradient(self, function=linear_logprob, **options):
+        """Forward and backward; the hidden states' gradient."""
+        out = function(self.hidden, self.weight, self.ids, outputs=OUTPUTS, **options)
+        return torch.autograd.grad((out.logprob - 0.01 * out.entropy).sum(), (self.hidden, self.weight))[0]
+
+    def one_pass(self):
+        """The same loss by the op that knows it beforehand."""
+        loss, *_ = linear_policy_loss(
+            self.hidden, self.weight, self.ids, lambda out, rows: out.logprob - 0.01 * out.entropy, outputs=OUTPUTS
+        )
+        return torch.autograd.grad(loss, (self.hidden, self.weight))[0]
+
+    def right(self, scored):
+        """Compare a few rows with float64."""
+        torch.testing.assert_close(scored[:, :4].double(), self.truth, rtol=1e-4, atol=1e-4)
+
+    def right_gradient(self, gradient):
+        """Compare the gradient of a few rows with float64."""
+        hidden = self.hidden.detach()[:4].double().requires_grad_()
+        out = reference(hidden, self.weight.detach().double(), self.ids[:4], outputs=OUTPUTS)
+        (truth,) = torch.autograd.grad((out.logprob - 0.01 * out.entropy).sum(), hidden)
+        error = (gradient[:4].double() - truth).norm() / truth.norm()
+        assert error < (1e-2 if gradient.dtype == torch.bfloat16 else 1e-4), f"relative error {error:.1e}"
+
+
+def test_linear_logprob(benchmark, device, smoke):
+    case = Case(device, smoke)
+    compare(
+        benchmark,
+        Provider("the bare product", case.product),
+        Provider("fuserl", case.scored, case.right),
+        Provider("fuserl, half the rows masked", lambda: case.scored(mask=case.half)),
+        Provider("fuserl, soft cap", lambda: case.scored(softcap=30.0)),
+        Provider("fuserl, 256 rows a chunk", lambda: case.scored(chunk=256), case.right),
+        Provider("torch eager", lambda: case.scored(reference), case.right),
+        rounds=7,
+        smoke=smoke,
+    )
+
+
+def test_linear_logprob_forward_backward(benchmark, device, smoke):
+    case = Case(device, smoke).trained()
+    compare(
+        benchmark,
+        Provider("four bare products", case.four),
+        Provider("fuserl", case.gradient, case.right_gradient),
+        Provider("fuserl, half the rows masked", lambda: case.gradient(mask=case.half)),
+        Provider("fuserl, half the logits kept", lambda: case.gradient(memory=case.logits // 2), case.right_gradient),
+        Provider("fuserl, all logits kept", lambda: case.gradient(memory=case.logits), case.right_gradient),
+        Provider("fuserl, linear_policy_loss", case.one_pass, case.right_gradient),
+        Provider("torch eager", lambda: case.gradient(reference), case.right_gradient),
+        rounds=5,
+        smoke=smoke,
+    )

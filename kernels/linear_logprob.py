@@ -1,0 +1,254 @@
+"""Log-probability of the chosen token, and whatever else of its distribution, straight from hidden states.
+
+    z = head(hidden @ weight.T) / temperature         logprob[n] = log_softmax(z[n])[ids[n]], entropy[n], ...
+    d_hidden = du @ weight        d_weight = du.T @ hidden        d_bias = sum_n du[n]
+
+with du as `head_outputs` has it. Chunks of rows stream through one buffer of logits, forward and, computed again from
+the saved normalisers, backward: one product forward and three backward. `linear_policy_loss` needs three in all, as it
+knows the loss; here any graph may follow. Logits that fit in `memory` are kept instead of computed again, and rows
+without a gradient are left out of every product on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fuserl.kernels import head_outputs, softmax_rows
+from fuserl.kernels.dispatch import choose
+from fuserl.kernels.head_outputs import Head, Outputs
+from fuserl.kernels.head_products import HeadProducts, default_chunk
+
+__all__ = ["linear_logprob"]
+
+_NAME = "linear_logprob"
+
+
+def reference(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    outputs: Sequence[str] = ("logprob",),
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    mask: Tensor | None = None,
+) -> Outputs:
+    """The definition: all logits at once, and autograd through them."""
+    dtype, flat = softmax_rows.accumulator(hidden.dtype), ids.reshape(-1)
+    given = {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    head = head_outputs.head_of(_NAME, ids, dtype, **given)
+    every = head_outputs.definition(
+        hidden.reshape(-1, hidden.shape[-1]), weight, flat, torch.arange(len(flat), device=ids.device), head
+    )
+    found = {name: every[name].view(ids.shape) for name in outputs}
+    return Outputs(**{name: x if mask is None else torch.where(mask, x, 0.0) for name, x in found.items()})
+
+
+class _Call(NamedTuple):
+    """The arguments of the registered op, rows flat; the schema is below."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    ids: Tensor
+    mask: Tensor | None
+    row_temperature: Tensor | None
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+    outputs: Sequence[str]
+    chunk: int | None
+    memory: int
+    backend: str | None
+
+    def head(self) -> Head:
+        """What follows the product."""
+        return Head(self.bias, self.softcap, self.logit_scale, self.temperature, self.row_temperature)
+
+    def rows(self) -> tuple[Tensor | None, int, int]:
+        """The rows that the mask keeps, None for all; their number; how many of them run together."""
+        rows = None if self.mask is None else self.mask.nonzero().squeeze(-1).to(self.ids.device)
+        count = len(self.ids) if rows is None else len(rows)
+        return rows, count, max(1, min(self.chunk or default_chunk(self.hidden, self.weight), count))
+
+    def empty_kept(self) -> Tensor:
+        """As many rows of logits as `memory` holds, at most all."""
+        dtype = softmax_rows.accumulator(self.hidden.dtype)
+        size = torch.finfo(dtype).bits // 8 * self.weight.shape[0]
+        rows = min(self.hidden.shape[0], self.memory // size) if self.memory else 0
+        return self.hidden.new_empty((rows, self.weight.shape[0]), dtype=dtype)
+
+    def products(self, rows: Tensor | None, chunk: int, needs: Sequence[bool] = (False, False, False)) -> HeadProducts:
+        """The products of some rows."""
+        dtype, inner = softmax_rows.accumulator(self.hidden.dtype), self.head().inner
+        return HeadProducts(
+            self.hidden, self.weight, rows, chunk=chunk, dtype=dtype, bias=self.bias, inner=inner, needs=needs
+        )
+
+
+def _forward(*arguments):
+    call = _Call(*arguments)
+    backend, head = choose(_NAME, IMPLS, call.hidden.device, call.backend), call.head()
+    rows, count, chunk = call.rows()
+    products, kept = call.products(rows, chunk), call.empty_kept()
+    statistics = kept.new_zeros(head_outputs.kinds(call.outputs), len(call.ids))
+    for piece in _pieces(0, count, chunk):
+        at = products.row_numbers(piece)
+        x = products.logits(piece, kept[piece] if piece.stop <= len(kept) else None)
+        statistics[:, at] = head.statistics(x, call.ids, at, call.outputs, backend)
+    return torch.stack(list(head_outputs.named(statistics, call.outputs).values())), statistics, kept
+
+
+def _backward(g, statistics, kept, needs, *arguments):
+    call = _Call(*arguments)
+    backend, head = choose(_NAME, IMPLS, call.hidden.device, call.backend), call.head()
+    coefficients = head.coefficients(statistics, dict(zip(call.outputs, g, strict=True)), len(call.weight))
+    rows, count, chunk = call.rows()
+    stored = count if count <= len(kept) else len(kept) // chunk * chunk  # the forward kept whole chunks only
+    places = None  # in `rows` of those that have a gradient; None for all
+    if call.hidden.device.type == "cpu":  # elsewhere their number would have to be waited for
+        alive = (coefficients if rows is None else coefficients[:, rows]).any(dim=0)
+        if not alive.all():
+            places = alive.nonzero().squeeze(-1)
+            rows = places if rows is None else rows[places]
+            stored, count = int((places < stored).sum()), len(places)
+    products = call.products(rows, min(chunk, max(1, count)), needs)
+    for piece in (*_pieces(0, stored, chunk), *_pieces(stored, count, chunk)):
+        at = products.row_numbers(piece)
+        x, out = products.gradient_buffers(piece)
+        if piece.stop > stored:
+            products.logits(piece)
+        else:
+            x = kept[piece if places is None else places[piece]]
+        head.gradient(x, call.ids, at, statistics[2:4, at], coefficients[:, at], out, backend)
+        products.accumulate(out, piece, None)
+    return [gradient for gradient, need in zip(products.gradients(), needs, strict=True) if need]
+
+
+def _pieces(begin: int, end: int, chunk: int) -> Iterator[slice]:
+    for at in range(begin, end, chunk):
+        yield slice(at, min(at + chunk, end))
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, bias, ids, mask, row_temperature, *ctx.settings = inputs
+    ctx.save_for_backward(output[1], output[2], hidden, weight, bias, ids, mask, row_temperature)
+
+
+def _autograd(ctx, g, _g_statistics, _g_kept):
+    statistics, kept, *tensors = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    found = iter(torch.ops.fuserl.linear_logprob_backward(g, statistics, kept, needs, *tensors, *ctx.settings))
+    return *(next(found) if need else None for need in needs), *[None] * 10
+
+
+_CALL = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, Tensor? mask, Tensor? row_temperature, float temperature, "
+    "float? softcap, float logit_scale, str[] outputs, SymInt? chunk, SymInt memory, str? backend"
+)
+_library = torch.library.Library("fuserl", "FRAGMENT")
+_library.define(f"linear_logprob({_CALL}) -> (Tensor, Tensor, Tensor)")
+_library.define(f"linear_logprob_backward(Tensor g, Tensor statistics, Tensor kept, bool[] needs, {_CALL}) -> Tensor[]")
+_library.impl("linear_logprob", _forward, "CompositeExplicitAutograd")
+_library.impl("linear_logprob_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_autograd("fuserl::linear_logprob", _autograd, setup_context=_setup_context, lib=_library)
+
+
+@torch.library.register_fake("fuserl::linear_logprob", lib=_library)
+def _fake_forward(*arguments):
+    call = _Call(*arguments)
+    kept, count = call.empty_kept(), call.ids.shape[0]
+    values, statistics = (kept.new_empty((n, count)) for n in (len(call.outputs), head_outputs.kinds(call.outputs)))
+    return values, statistics, kept
+
+
+@torch.library.register_fake("fuserl::linear_logprob_backward", lib=_library)
+def _fake_backward(_g, _statistics, _kept, needs, *arguments):
+    return [torch.empty_like(x) for x, need in zip(arguments[:3], needs, strict=True) if need]
+
+
+IMPLS = softmax_rows.IMPLS
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    outputs: Sequence[str] = ("logprob",),
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    mask: Tensor | None = None,
+    chunk: int | None = None,
+    memory: int | None = None,
+    backend: str | None = None,
+) -> Outputs:
+    """Log-probability of each chosen token, entropy and more, from hidden states, without ever holding the logits.
+
+        out.logprob = log_softmax(z / temperature)[ids]
+        z = logit_scale (hidden @ weight.T + bias);    with softcap c instead c tanh(z / c)
+
+    Args:
+        hidden: (N, D) or (B, T, D), any (..., D), float32, bfloat16, float16 or float64: the state that predicts each
+            token. Logits are float32 whatever it is (float64 from float64).
+        weight: (V, D), the head, of hidden's dtype (autocast casts both); its gradient is skipped if it requires none.
+        ids: (...) int64 in [0, V), on hidden's device.
+        outputs: what is returned: logprob, entropy, mean_logprob and mean_logit (over the vocabulary, of the scaled
+            logits), sum_sq_prob, is_top1 (1.0 where the token has the largest logit). All but is_top1 carry gradient.
+        bias: (V,), the head's; differentiable.
+        temperature: positive number, or one per token, broadcastable to ids; not differentiable.
+        softcap, logit_scale: positive numbers of the model, as above; not differentiable.
+        mask: (...) bool; where False, as at padding, the outputs and gradients are 0 and no product is computed. On a
+            GPU the number of tokens left is waited for, unless the mask is on the host.
+        chunk: rows at a time; 512 on CPU; on GPU as many as make 512 MiB of logits.
+        memory: bytes of logits that may be kept from forward to backward, which then need not be computed again.
+        backend: "triton", "cpu" or "reference"; the fastest that runs here by default.
+
+    Returns:
+        The outputs by name, each of ids' shape, float32 (float64 from float64), differentiable in hidden, weight, bias.
+
+    Raises:
+        ValueError: on a wrong shape, dtype, device, name or number.
+
+    Memory: one chunk of float32 logits (on GPU its gradient too), and `memory`. Four matrix products forward and
+    backward, down to three where all logits are kept; one without gradient.
+    Siblings: `linear_policy_loss` for a loss known at the call, in three; `token_logprob` from logits.
+    """
+    hidden, weight, outputs = head_outputs.as_autocast(hidden), head_outputs.as_autocast(weight), tuple(outputs)
+    _check(hidden, weight, ids, outputs=outputs, bias=bias, mask=mask, chunk=chunk, memory=memory)
+    given = {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    head = head_outputs.head_of(_NAME, ids, softmax_rows.accumulator(hidden.dtype), **given)
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    found, _, _ = torch.ops.fuserl.linear_logprob(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, ids.reshape(-1).contiguous(),
+        None if mask is None else mask.reshape(-1), head.row_temperature, head.temperature, head.softcap,
+        head.logit_scale, outputs, chunk, memory or 0 if wanted else 0, backend,
+    )  # fmt: skip
+    return Outputs(**{
+        name: (row.detach() if name == "is_top1" else row).view(ids.shape)
+        for name, row in zip(outputs, found.unbind(), strict=True)
+    })  # fmt: skip
+
+
+def _check(hidden, weight, ids, *, outputs, bias, mask, chunk, memory) -> None:
+    require = head_outputs.requirer(_NAME)
+    require(
+        hidden.dim() >= 2 and hidden.is_floating_point(), "hidden must be (..., D) of a floating dtype",
+        f"{tuple(hidden.shape)} {hidden.dtype}", "Pass the states before the head.",
+    )  # fmt: skip
+    head_outputs.check(_NAME, hidden, weight, ids, outputs=outputs, bias=bias, chunk=chunk)
+    if mask is not None:
+        require(
+            mask.shape == ids.shape and mask.dtype == torch.bool and mask.device.type in ("cpu", ids.device.type),
+            f"mask must be {tuple(ids.shape)} bool on the host or {ids.device}",
+            f"{tuple(mask.shape)} {mask.dtype} on {mask.device}", "Use mask != 0.",
+        )  # fmt: skip
+    require(memory is None or memory >= 0, "memory must be bytes, at least 0", memory, "Leave it out to keep nothing.")
