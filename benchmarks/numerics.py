@@ -26,6 +26,7 @@ from fuserl.kernels import (
     linear_logprob,
     linear_policy_loss,
     policy_loss,
+    sample,
     token_logprob,
 )
 
@@ -190,6 +191,39 @@ def policy_loss_eager(logprobs, advantages, old, reference) -> dict[str, Tensor]
     return {"losses": losses, "gradient": gradient, "statistics": _stacked(statistics)}
 
 
+def draws_of(kind: str, rows: int) -> tuple[Tensor, ...]:
+    """Logits, and the tokens that are drawn from their float32 values."""
+    x, *_ = logits_of(kind, rows)
+    return x, torch.arange(rows)
+
+
+def sample_run(backend: str, logits: Tensor, names: Tensor) -> dict[str, Tensor]:
+    """The op's log-probs, at top-p 0.9 and temperature 0.8; in float64, the definition's of the same tokens."""
+    ids, logprob, full = _drawn(logits.float(), names, "cpu" if logits.dtype == torch.float64 else backend)
+    if logits.dtype == torch.float64:
+        logprob, full = _nucleus(logits, ids)
+    return {"logprob": logprob, "full_logprob": full}
+
+
+def sample_eager(logits: Tensor, names: Tensor) -> dict[str, Tensor]:
+    """The log-probs of the same tokens by softmax and a sort in the logits' dtype."""
+    ids = _drawn(logits.float(), names, None)[0]
+    return dict(zip(("logprob", "full_logprob"), _nucleus(logits, ids), strict=True))
+
+
+def _drawn(logits: Tensor, names: Tensor, backend: str | None) -> tuple[Tensor, ...]:
+    return sample.sample(
+        logits, temperature=0.8, top_p=0.9, seed=0, rollout_ids=names, positions=names, backend=backend
+    )
+
+
+def _nucleus(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    full = (logits / 0.8).log_softmax(-1)
+    p, order = full.exp().sort(descending=True, stable=True)
+    cut = full.masked_fill(torch.zeros_like(full).bool().scatter(-1, order, p.cumsum(-1) - p >= 0.9), -torch.inf)
+    return tuple(x.gather(-1, ids[:, None])[:, 0] for x in (cut.log_softmax(-1), full))
+
+
 _LOGITS = {
     "usual": "logits of standard deviation 4",
     "peaky": "the same, and one token of each row at 30; in every second row it is the chosen one",
@@ -210,6 +244,10 @@ SUBJECTS = {
     "policy_loss": Subject(
         tokens_of, policy_loss_run, policy_loss_eager, policy_loss.IMPLS,
         {"usual": "log-ratios of standard deviation 0.1", "near": "of 1e-4", "far": "of 3"}, (torch.float32,),
+    ),
+    "sample": Subject(
+        draws_of, sample_run, sample_eager, sample.IMPLS,
+        {"usual": _LOGITS["usual"], "peaky": "the same, and one token of each row at 30"},
     ),
     "group_advantage": Subject(
         rewards_of, group_advantage_run, group_advantage_eager, group_advantage.IMPLS,

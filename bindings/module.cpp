@@ -65,6 +65,14 @@ void policy_loss(const TensorView& logprobs, const TensorView& advantages, const
                            rule, threads);
 }
 
+void sample(const TensorView& logits, const std::optional<TensorView>& row_temperature, double temperature,
+            std::int64_t top_k, double top_p, double log_min_p, std::int64_t seed, const TensorView& rollout_ids,
+            const TensorView& positions, const TensorView& ids, const TensorView& logprobs, int threads) {
+  share_torch_threads();
+  fuserl::cpu::sample({logits, pointer(row_temperature), rollout_ids, positions, ids, logprobs},
+                      {temperature, top_k, top_p, log_min_p, seed}, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -79,6 +87,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("policy_loss", policy_loss, "logprobs"_a, "advantages"_a, "old_logprobs"_a, "ref_logprobs"_a, "weights"_a,
         "mask"_a, "low"_a, "high"_a, "dual"_a, "beta"_a, "kl"_a, "losses"_a, "derivative"_a, "statistics"_a,
         "threads"_a, no_gil());
+  m.def("sample", sample, "logits"_a, "row_temperature"_a, "temperature"_a, "top_k"_a, "top_p"_a, "log_min_p"_a,
+        "seed"_a, "rollout_ids"_a, "positions"_a, "ids"_a, "logprobs"_a, "threads"_a, no_gil());
   m.def("isa", [] { return fuserl::name(fuserl::isa()); }, "The instruction set in use: avx512, avx2 or baseline.");
   m.def("set_isa", fuserl::set_isa, "name"_a, "For tests: run the copy for this instruction set from now on.");
   m.attr("compiler") = FUSERL_COMPILER;

@@ -71,6 +71,27 @@ struct PolicyTensors {
 };
 void policy_loss(const PolicyTensors& tensors, const PolicyRule& rule, int threads);
 
+// Draws a token per row; equations: kernels/sample. A row's result depends on its own logits and numbers only, and every
+// backend draws the same.
+//   logits       (N, V) f32 | bf16 | f16, stride 1 in V, any other between rows
+//   temperature  (N,) f32, or null for the rule's; 0 takes the first of the largest logits
+//   rollout_ids, positions  (N,) i64: with the seed, what fixes the random number of a row
+//   ids          (N,) i64; -1 where the row has NaN, +inf, or -inf only
+//   logprobs     (2, N) f32: under what the cuts left, renormalised; under the whole distribution
+struct SampleTensors {
+  const TensorView& logits;
+  const TensorView* temperature;
+  const TensorView &rollout_ids, &positions, &ids, &logprobs;
+};
+// top_k 0, top_p 1 and log_min_p -infinity cut nothing.
+struct SampleRule {
+  double temperature;
+  std::int64_t top_k;
+  double top_p, log_min_p;
+  std::int64_t seed;
+};
+void sample(const SampleTensors& tensors, const SampleRule& rule, int threads);
+
 }  // namespace cpu
 
 namespace cuda {

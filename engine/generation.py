@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ from fuserl.engine import attention
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.kv_cache import PROMPT_BLOCK, KVCache, Rows
 from fuserl.engine.prompts import Prompt
-from fuserl.engine.sampling import Sampling, uniforms
+from fuserl.engine.sampling import Sampling, stream_of
 
 
 @torch.no_grad()
@@ -51,7 +50,7 @@ def generate(
         stop: texts that end a completion ("stop") as soon as it contains one; cut from its text, not from its tokens.
         stop_ids: token ids that end a completion; None is the end-of-text ids of the model's generation config.
         seed: with `streams`, fixes every random draw.
-        streams: one integer per prompt, naming its random stream; None is 0, 1, 2, ...
+        streams: one integer of 32 bits per prompt, naming its random stream; None is 0, 1, 2, ...
         rows: token rows of one pass and rollouts decoded at once; None is 64 on a CPU and 256 on a GPU. Part of what
             fixes the bits of a rollout.
 
@@ -61,7 +60,7 @@ def generate(
     Raises:
         ValueError: an empty prompt, an argument out of range, or a model that cannot take the layout.
     """
-    sampling = Sampling(temperature, top_k, top_p, min_p)
+    sampling = Sampling(temperature, top_k, top_p, min_p, seed)
     device = next(model.parameters()).device
     rows = rows or (64 if device.type == "cpu" else 256)
     streams = range(len(prompts)) if streams is None else streams
@@ -70,7 +69,7 @@ def generate(
     stop_ids = _eos_ids(model) if stop_ids is None else frozenset(stop_ids)
     ending = Ending(tokenizer, tuple(stop), stop_ids, max_new_tokens)
     rollouts = [
-        Rollout(prompt, uniforms(seed, streams[prompt], member, max_new_tokens))
+        Rollout(prompt, stream_of(streams[prompt], member))
         for prompt in range(len(prompts))
         for member in range(group_size)
     ]
@@ -98,7 +97,7 @@ class Rollout:
     """One completion in the making."""
 
     prompt: int
-    uniforms: np.ndarray  # (max_new_tokens,) float64
+    stream: int  # with the seed, names its random numbers
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: str | None = None
@@ -169,8 +168,8 @@ class Decoder:
             else:
                 slots, logits = list(self.live), self._step()
             drawn = [self.live[slot] for slot in slots]
-            uniform = torch.tensor([r.uniforms[len(r.tokens)] for r in drawn], dtype=torch.float64)
-            ids, logprobs = sampling.draw(logits, uniform.to(self.device))
+            names = torch.tensor([[r.stream for r in drawn], [len(r.tokens) for r in drawn]]).to(self.device)
+            ids, logprobs = sampling.draw(logits, *names)
             for slot, rollout, token, logprob in zip(slots, drawn, ids.tolist(), logprobs.tolist(), strict=True):
                 rollout.tokens.append(token)
                 rollout.logprobs.append(logprob)

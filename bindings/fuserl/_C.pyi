@@ -43,5 +43,19 @@ def policy_loss(
     statistics: Tensor,
     threads: int,
 ) -> None: ...
+def sample(
+    logits: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    log_min_p: float,
+    seed: int,
+    rollout_ids: Tensor,
+    positions: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    threads: int,
+) -> None: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...

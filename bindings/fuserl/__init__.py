@@ -16,6 +16,7 @@ _OPS = (
     "linear_logprob",
     "linear_policy_loss",
     "policy_loss",
+    "sample",
     "token_logprob",
 )
 __all__ = [*_OPS, "backends"]
