@@ -17,17 +17,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import divergence_subjects as divergences
 import torch
 from torch import Tensor
 
 from fuserl.engine import bench, machine
 from fuserl.kernels import (
+    divergence,
     group_advantage,
     linear_logprob,
     linear_policy_loss,
     policy_loss,
     sample,
+    sampled_divergence,
     token_logprob,
+    topk_divergence,
 )
 
 RESULTS = Path(__file__).parent / "results" / "numerics.jsonl"
@@ -228,6 +232,11 @@ _LOGITS = {
     "usual": "logits of standard deviation 4",
     "peaky": "the same, and one token of each row at 30; in every second row it is the chosen one",
 }
+_NEAR = {
+    "usual": "logits of standard deviation 4, of a student and a teacher at a distance of 1",
+    "near": "the same at a distance of 0.001",
+    "large": "the same at a distance of 1, where the student's is above 4 both moved up by 1e4",
+}  # fmt: skip
 SUBJECTS = {
     "token_logprob": Subject(
         logits_of, token_logprob_run, token_logprob_eager, token_logprob.IMPLS,
@@ -248,6 +257,18 @@ SUBJECTS = {
     "sample": Subject(
         draws_of, sample_run, sample_eager, sample.IMPLS,
         {"usual": _LOGITS["usual"], "peaky": "the same, and one token of each row at 30"},
+    ),
+    "divergence": Subject(
+        lambda kind, rows: divergences.students(kind, rows, VOCABULARY), divergences.divergence_run,
+        divergences.divergence_eager, divergence.IMPLS, _NEAR,
+    ),
+    "topk_divergence": Subject(
+        lambda kind, rows: divergences.listed(kind, rows, VOCABULARY), divergences.topk_run,
+        divergences.topk_eager, topk_divergence.IMPLS, {"usual": f"{_NEAR['usual']}, whose 64 best tokens are known"},
+    ),
+    "sampled_divergence": Subject(
+        divergences.samples, divergences.sampled_run, divergences.sampled_eager, sampled_divergence.IMPLS,
+        {"usual": "log-ratios of standard deviation 0.1", "near": "of 1e-4", "far": "of 3"}, (torch.float32,),
     ),
     "group_advantage": Subject(
         rewards_of, group_advantage_run, group_advantage_eager, group_advantage.IMPLS,

@@ -73,6 +73,38 @@ void sample(const TensorView& logits, const std::optional<TensorView>& row_tempe
                       {temperature, top_k, top_p, log_min_p, seed}, threads);
 }
 
+fuserl::DivergenceRule divergence_rule(int kind, double parameter, double scale) {
+  fuserl::check_divergence_code("divergence", kind);
+  return {static_cast<fuserl::DivergenceKind>(kind), parameter, scale};
+}
+
+void divergence_forward(const TensorView& logits_p, const TensorView& logits_q, const TensorView& temperatures,
+                        int kind, double parameter, double scale, const TensorView& statistics, int threads) {
+  share_torch_threads();
+  fuserl::cpu::divergence_forward(logits_p, logits_q, temperatures, divergence_rule(kind, parameter, scale),
+                                  statistics, threads);
+}
+
+void divergence_gradient(const TensorView& logits_p, const TensorView& logits_q, const TensorView& temperatures,
+                         int kind, double parameter, double scale, const TensorView& statistics, const TensorView& g,
+                         const std::optional<TensorView>& out_p, const std::optional<TensorView>& out_q, int threads) {
+  share_torch_threads();
+  fuserl::cpu::divergence_gradient(logits_p, logits_q, temperatures, divergence_rule(kind, parameter, scale),
+                                   statistics, g, pointer(out_p), pointer(out_q), threads);
+}
+
+void sampled_divergence(const TensorView& logprobs, const TensorView& ref_logprobs, int estimator, bool score, int kind,
+                        double parameter, double scale, double clamp, const TensorView& values,
+                        const std::optional<TensorView>& derivative, int threads) {
+  share_torch_threads();
+  fuserl::check_kl_code("sampled_divergence", estimator);
+  fuserl::check_divergence_code("sampled_divergence", kind);
+  const auto sampled = estimator ? fuserl::Sampled::from_policy : fuserl::Sampled::from_reference;
+  const fuserl::SampledRule rule{sampled, static_cast<fuserl::KlEstimator>(estimator), score,
+                                 static_cast<fuserl::DivergenceKind>(kind), parameter, scale, clamp};
+  fuserl::cpu::sampled_divergence(logprobs, ref_logprobs, rule, values, pointer(derivative), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -89,6 +121,12 @@ PYBIND11_MODULE(_C, m) {
         "threads"_a, no_gil());
   m.def("sample", sample, "logits"_a, "row_temperature"_a, "temperature"_a, "top_k"_a, "top_p"_a, "log_min_p"_a,
         "seed"_a, "rollout_ids"_a, "positions"_a, "ids"_a, "logprobs"_a, "threads"_a, no_gil());
+  m.def("divergence_forward", divergence_forward, "logits_p"_a, "logits_q"_a, "temperatures"_a, "kind"_a, "parameter"_a,
+        "scale"_a, "statistics"_a, "threads"_a, no_gil());
+  m.def("divergence_gradient", divergence_gradient, "logits_p"_a, "logits_q"_a, "temperatures"_a, "kind"_a,
+        "parameter"_a, "scale"_a, "statistics"_a, "g"_a, "out_p"_a, "out_q"_a, "threads"_a, no_gil());
+  m.def("sampled_divergence", sampled_divergence, "logprobs"_a, "ref_logprobs"_a, "estimator"_a, "score"_a, "kind"_a,
+        "parameter"_a, "scale"_a, "clamp"_a, "values"_a, "derivative"_a, "threads"_a, no_gil());
   m.def("isa", [] { return fuserl::name(fuserl::isa()); }, "The instruction set in use: avx512, avx2 or baseline.");
   m.def("set_isa", fuserl::set_isa, "name"_a, "For tests: run the copy for this instruction set from now on.");
   m.attr("compiler") = FUSERL_COMPILER;

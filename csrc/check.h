@@ -67,4 +67,9 @@ inline void check_kl_code(const char* function, int kl) {
     refuse(function, "kl must be 0 (none), 1 (k1), 2 (k2) or 3 (k3)", std::to_string(kl), "Pass one of them.");
 }
 
+inline void check_divergence_code(const char* function, int kind) {
+  if (kind < 0 || kind > 4)
+    refuse(function, "kind must be 0 to 4, a DivergenceKind", std::to_string(kind), "Pass one of them.");
+}
+
 }  // namespace fuserl

@@ -23,6 +23,29 @@ struct PolicyStatistic {
   };
 };
 
+// kernels/divergence.py has the summand of each; p is the policy (student), q the reference (teacher).
+enum class DivergenceKind : int { forward_kl, reverse_kl, jensen_shannon, alpha, total_variation };
+struct DivergenceRule {
+  DivergenceKind kind;
+  double parameter;  // beta of jensen_shannon, alpha of alpha
+  double scale;      // of the divergence and its gradients
+};
+// How an estimate of one follows from log-probs of samples, and which: `estimator` of KL(policy || reference) for samples
+// of the policy, with the gradient of k2 where `score`; else the generator of `kind` for samples of the reference.
+enum class Sampled : int { from_policy, from_reference };
+struct SampledRule {
+  Sampled sampled;
+  KlEstimator estimator;
+  bool score;
+  DivergenceKind kind;
+  double parameter, scale;
+  double clamp;  // the log-ratio is held to [-clamp, clamp]; infinity for none
+};
+// Places in divergence's statistics.
+struct DivergenceStatistic {
+  enum : int { divergence, entropy, lse_p, lse_error_p, lse_q, lse_error_q, slope_p, slope_q, all };
+};
+
 namespace cpu {
 
 // Row statistics of softmax(z), z = logits / temperature. Row n = (n / R, n % R), N = A R.
@@ -91,6 +114,28 @@ struct SampleRule {
   std::int64_t seed;
 };
 void sample(const SampleTensors& tensors, const SampleRule& rule, int threads);
+
+// The divergence of p = softmax(logits_p / temperature) from q, row by row, and the entropy of p.
+//   logits_p, logits_q  (A, R, V) as in softmax_rows_forward, of a dtype each; f64 only together
+//   temperatures        (2, N) f32 (f64 when logits are f64): of p, of q
+//   statistics          (DivergenceStatistic::all, N) of that dtype; slope_p = sum p dF/dp, slope_q = sum q dF/dq
+// A row never depends on its neighbours or on `threads`.
+void divergence_forward(const TensorView& logits_p, const TensorView& logits_q, const TensorView& temperatures,
+                        const DivergenceRule& rule, const TensorView& statistics, int threads);
+
+// Gradients of g[0] . divergence + g[1] . entropy.
+//   statistics  as divergence_forward wrote them; g (2, N) of their dtype
+//   out_p       as logits_p, may be its memory, or null
+//   out_q       as logits_q, or null
+// Rows whose g is 0 are filled with 0, logits unread. An infinite divergence has no part in the gradient.
+void divergence_gradient(const TensorView& logits_p, const TensorView& logits_q, const TensorView& temperatures,
+                         const DivergenceRule& rule, const TensorView& statistics, const TensorView& g,
+                         const TensorView* out_p, const TensorView* out_q, int threads);
+
+// An estimate per sample, and its derivative to logprobs; equations: kernels/sampled_divergence.
+//   logprobs, ref_logprobs, values, derivative  (N,) f32 | f64, the same; derivative null where it is not wanted
+void sampled_divergence(const TensorView& logprobs, const TensorView& ref_logprobs, const SampledRule& rule,
+                        const TensorView& values, const TensorView* derivative, int threads);
 
 }  // namespace cpu
 

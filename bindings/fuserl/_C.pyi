@@ -57,5 +57,41 @@ def sample(
     logprobs: Tensor,
     threads: int,
 ) -> None: ...
+def divergence_forward(
+    logits_p: Tensor,
+    logits_q: Tensor,
+    temperatures: Tensor,
+    kind: int,
+    parameter: float,
+    scale: float,
+    statistics: Tensor,
+    threads: int,
+) -> None: ...
+def divergence_gradient(
+    logits_p: Tensor,
+    logits_q: Tensor,
+    temperatures: Tensor,
+    kind: int,
+    parameter: float,
+    scale: float,
+    statistics: Tensor,
+    g: Tensor,
+    out_p: Tensor | None,
+    out_q: Tensor | None,
+    threads: int,
+) -> None: ...
+def sampled_divergence(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    estimator: int,
+    score: bool,
+    kind: int,
+    parameter: float,
+    scale: float,
+    clamp: float,
+    values: Tensor,
+    derivative: Tensor | None,
+    threads: int,
+) -> None: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...

@@ -12,12 +12,15 @@ from importlib.metadata import version as _version
 __version__ = _version("fuserl")
 
 _OPS = (
+    "divergence",
     "group_advantage",
     "linear_logprob",
     "linear_policy_loss",
     "policy_loss",
     "sample",
+    "sampled_divergence",
     "token_logprob",
+    "topk_divergence",
 )
 __all__ = [*_OPS, "backends"]
 

@@ -10,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from ahead_of_time import TARGETS, compile_ahead, resources
 
-from fuserl.kernels import policy_loss, sample, softmax_rows
+from fuserl.kernels import divergence_rows, policy_loss, sample, sampled_divergence, softmax_rows
 
 SIZES = {"temperature": "fp32", "N": "i32", "R": "i32", "V": "i32", "stride_a": "i64", "stride_r": "i32"}
 ALIGNED = ("x_ptr", "out_ptr", "V", "stride_a", "stride_r", "out_stride_a", "out_stride_r")
@@ -133,3 +133,55 @@ def test_sample_reads_widely_and_fuses_no_product():
     kernel, types, settings = sample_kernel("bf16", True, True)
     ptx = compile_ahead(kernel, "sm_90", types, settings, ["x_ptr", "V", "stride"]).asm["ptx"]
     assert "ld.global.v4.b32" in ptx and "fma.rn.f32" not in ptx
+
+
+def divergence_kernels(dtype, kind):
+    """As `kernels`, of divergence for logits of `dtype`; a gradient to p, and one to both."""
+    number = "fp64" if dtype == "fp64" else "fp32"
+    terms = {"KIND": kind, "TERMS": 17, "LOG_TERMS": 26} if number == "fp64" else {"TERMS": 9, "LOG_TERMS": 12}
+    logits, rows = {"p_ptr": f"*{dtype}", "q_ptr": f"*{dtype}"}, ("temperature_ptr", "statistics_ptr", "partial_ptr")
+    sizes = {"N": "i32", "V": "i32"} | {f"{name}_{side}": "i64" for side in "pq" for name in ("stride_a", "stride_r")}
+    sizes |= {"R_p": "i32", "R_q": "i32", "parameter": "fp64"}
+    settings = {**terms, "KIND": kind, **divergence_rows.SUMS_LAUNCH}
+    yield "sums", divergence_rows._sums_kernel, {**logits, **dict.fromkeys(rows, f"*{number}"), **sizes}, settings
+    types = {**dict.fromkeys(rows[1:], f"*{number}"), "N": "i32", "segments": "i32", "scale": "fp64"}
+    yield "merge", divergence_rows._merge_kernel, types, {"SEGMENTS": 16, **divergence_rows.MERGE_LAUNCH}
+    types = {**logits, **dict.fromkeys((*rows[:2], "g_ptr"), f"*{number}"), "out_p_ptr": f"*{dtype}", **sizes}
+    types |= {"out_stride_a": "i64", "out_stride_r": "i64", "scale": "fp64"}
+    settings = {**terms, "KIND": kind, **divergence_rows.GRADIENT_LAUNCH}
+    yield "gradient", divergence_rows._gradient_kernel, types, {**settings, "out_q_ptr": None}
+    yield "gradient", divergence_rows._gradient_kernel, {**types, "out_q_ptr": f"*{dtype}"}, settings
+
+
+WIDE = ("p_ptr", "q_ptr", "out_p_ptr", "out_q_ptr", "V", "stride_a_p", "stride_r_p", "stride_a_q", "stride_r_q")
+WIDE += ("out_stride_a", "out_stride_r")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", range(5))
+def test_divergence_spills_nothing(target, kind):
+    for name, kernel, types, settings in divergence_kernels("bf16", kind):
+        divisible = [argument for argument in types if argument in WIDE]
+        compiled = compile_ahead(kernel, target, types, settings, divisible)
+        used = resources(compiled)
+        assert used["spills"] == 0, f"{name} {settings}: {used}"
+        assert target != "sm_90" or name == "merge" or "ld.global.v4.b32" in compiled.asm["ptx"], f"{name} {settings}"
+        print(f"{target:7} {name} {settings}: {used}")
+
+
+@pytest.mark.parametrize("kind", range(5))
+def test_divergence_of_the_other_dtypes_compiles(kind):
+    for dtype in ("fp32", "fp16", "fp64"):
+        for _, kernel, types, settings in divergence_kernels(dtype, kind):
+            assert compile_ahead(kernel, "sm_90", types, settings).asm["cubin"]
+
+
+@pytest.mark.parametrize("number", ["fp32", "fp64"])
+def test_sampled_divergence_spills_nothing(number):
+    terms = {"TERMS": 17, "LOG_TERMS": 26} if number == "fp64" else {"TERMS": 9, "LOG_TERMS": 12}
+    pointers = ("logprob_ptr", "ref_ptr", "value_ptr", "derivative_ptr")
+    types = {**dict.fromkeys(pointers, f"*{number}"), "N": "i32", "parameter": "fp64", "scale": "fp64", "clamp": "fp64"}
+    for estimator, kind in [(0, kind) for kind in range(5)] + [(1, 0), (2, 0), (3, 0)]:
+        settings = {"ESTIMATOR": estimator, "SCORE": estimator == 3, "KIND": kind, **terms, **sampled_divergence.LAUNCH}
+        used = resources(compile_ahead(sampled_divergence._kernel, "sm_90", types, settings, pointers))
+        assert used["spills"] == 0, f"{settings}: {used}"

@@ -1,0 +1,114 @@
+"""What the divergence ops are tried on for the numerics page, and how a trainer writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fuserl.kernels.divergence import divergence
+from fuserl.kernels.sampled_divergence import sampled_divergence
+from fuserl.kernels.topk_divergence import topk_divergence
+
+LISTED = 64
+
+
+def students(kind: str, rows: int, vocabulary: int) -> tuple[Tensor, ...]:
+    """Logits of a student and of a teacher, and the gradients that come from above."""
+    student = 4 * torch.randn(rows, vocabulary)
+    teacher = student + (1e-3 if kind == "near" else 1.0) * torch.randn(rows, vocabulary)
+    moved = torch.where(student > 4, 1e4, 0.0) if kind == "large" else 0.0
+    return student + moved, teacher + moved, 0.5 + torch.rand(rows)
+
+
+def listed(kind: str, rows: int, vocabulary: int) -> tuple[Tensor, ...]:
+    """Logits of a student, a teacher's best tokens and their log-probs, and the gradients that come from above."""
+    student, teacher, g = students(kind, rows, vocabulary)
+    logprobs, ids = teacher.log_softmax(-1).topk(LISTED)
+    return student, ids, logprobs, g
+
+
+def samples(kind: str, rows: int) -> tuple[Tensor, ...]:
+    """Log-probs of the policy and of the reference."""
+    old = -3 * torch.rand(rows)
+    return old + {"usual": 0.1, "near": 1e-4, "far": 3.0}[kind] * torch.randn(rows), old
+
+
+def divergence_run(backend: str, student: Tensor, teacher: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """The op for three kinds, and autograd through it."""
+    kinds = ("forward_kl", "reverse_kl", "jensen_shannon")
+    return _each(kinds, student, g, lambda leaf, kind: divergence(leaf, teacher, kind, backend=backend)[0])
+
+
+def divergence_eager(student: Tensor, teacher: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """log_softmax and kl_div in the logits' dtype."""
+    log_q = teacher.log_softmax(-1)
+
+    def plain(leaf, kind):
+        log_p = leaf.log_softmax(-1)
+        if kind == "jensen_shannon":
+            mixture = torch.logsumexp(torch.stack([log_p, log_q]), 0) - 0.6931471805599453
+            return 0.5 * (_kl(mixture, log_p) + _kl(mixture, log_q))
+        return _kl(log_p, log_q) if kind == "forward_kl" else _kl(log_q, log_p)
+
+    return _each(("forward_kl", "reverse_kl", "jensen_shannon"), student, g, plain)
+
+
+def topk_run(backend: str, student: Tensor, ids: Tensor, teacher: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """The op for both KLs, and autograd through it."""
+
+    def ours(leaf, kind):
+        return topk_divergence(leaf, ids, teacher, kind, backend=backend)[0]
+
+    return _each(("forward_kl", "reverse_kl"), student, g, ours)
+
+
+def topk_eager(student: Tensor, ids: Tensor, teacher: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """log_softmax in the logits' dtype, and a bucket for the rest of both in the teacher's."""
+
+    def plain(leaf, kind):
+        buckets = [leaf.log_softmax(-1).gather(-1, ids).to(teacher.dtype), teacher]
+        rest = [torch.log((1 - x.exp().sum(-1, keepdim=True)).clamp_min(1e-7)) for x in buckets]
+        log_p, log_q = (torch.cat(pair, -1) for pair in zip(buckets, rest, strict=True))
+        return _kl(log_p, log_q) if kind == "forward_kl" else _kl(log_q, log_p)
+
+    return _each(("forward_kl", "reverse_kl"), student, g, plain)
+
+
+def sampled_run(backend: str, logprobs: Tensor, reference: Tensor) -> dict[str, Tensor]:
+    """The op for three kinds, and autograd through it."""
+
+    def ours(leaf, kind):
+        return sampled_divergence(leaf, reference, kind, backend=backend)
+
+    return _each(("k3", "forward_kl", "jensen_shannon"), logprobs, None, ours)
+
+
+def sampled_eager(logprobs: Tensor, reference: Tensor) -> dict[str, Tensor]:
+    """The estimates as they are read."""
+
+    def plain(leaf, kind):
+        d = leaf - reference
+        if kind == "jensen_shannon":
+            mixture = torch.log(0.5 * (1 + d.exp()))
+            return 0.5 * (d.exp() * (d - mixture) - mixture)
+        return (-d).exp() - 1 + d if kind == "k3" else d.exp() - 1 - d
+
+    return _each(("k3", "forward_kl", "jensen_shannon"), logprobs, None, plain)
+
+
+def _each(kinds: tuple[str, ...], logits: Tensor, g: Tensor | None, function: Callable) -> dict[str, Tensor]:
+    """Values and gradients by kind."""
+    found = {}
+    for kind in kinds:
+        leaf = logits.detach().clone().requires_grad_()
+        value = function(leaf, kind)
+        found[kind] = value.detach()
+        (found[f"d_{kind}"],) = torch.autograd.grad(value, leaf, torch.ones_like(value) if g is None else g.to(value))
+    return found
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(q || p) as torch names it."""
+    return torch.nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
