@@ -57,12 +57,17 @@ class Head:
         """Factor of u inside the tanh that gives x; None where x = u."""
         return None if self.softcap is None else self.logit_scale / self.softcap
 
-    def temperatures(self, rows: Tensor) -> tuple[float, Tensor | None]:
+    def temperatures(self, rows: Tensor | slice) -> tuple[float, Tensor | None]:
         """The number, or one per row, that turns x into z."""
         outer = self.logit_scale if self.softcap is None else self.softcap
         if self.row_temperature is None:
             return self.temperature / outer, None
         return 1.0, self.row_temperature[rows] / outer
+
+    def each_temperature(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """What turns x into z in each of all rows, (N,)."""
+        number, rows = self.temperatures(slice(None))
+        return torch.full((count,), number, dtype=dtype, device=device) if rows is None else rows
 
     def statistics(self, x: Tensor, ids: Tensor, rows: Tensor, outputs: Sequence[str], backend: str) -> Tensor:
         """(K, n) rows of softmax_rows.forward of a chunk, K from `kinds`; ids (N,) and rows (n,) of the whole."""
@@ -124,13 +129,18 @@ def named(statistics: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:
     return {name: rows[name] for name in outputs}
 
 
-def definition(hidden: Tensor, weight: Tensor, ids: Tensor, rows: Tensor, head: Head) -> dict[str, Tensor]:
-    """Every output at some rows in plain torch, through all logits at once."""
+def scaled_logits(hidden: Tensor, weight: Tensor, rows: Tensor, head: Head) -> Tensor:
+    """z of some rows, (n, V), in plain torch."""
     dtype = softmax_rows.accumulator(hidden.dtype)
     z = hidden[rows].to(dtype) @ weight.to(dtype).T
     z = head.logit_scale * (z if head.bias is None else z + head.bias.to(dtype))
     z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
-    z = z / (head.temperature if head.row_temperature is None else head.row_temperature[rows, None])
+    return z / (head.temperature if head.row_temperature is None else head.row_temperature[rows, None])
+
+
+def definition(hidden: Tensor, weight: Tensor, ids: Tensor, rows: Tensor, head: Head) -> dict[str, Tensor]:
+    """Every output at some rows in plain torch, through all logits at once."""
+    z = scaled_logits(hidden, weight, rows, head)
     logp, chosen = z.log_softmax(-1), ids[rows, None]
     p, finite = logp.exp(), logp.masked_fill(logp == -torch.inf, 0.0)
     return {
@@ -164,15 +174,7 @@ def check(
     """Raise ValueError with the first broken contract of the arguments that both ops have."""
     require = requirer(op)
     shape = tuple(hidden.shape[:-1])
-    require(
-        weight.dim() == 2 and weight.shape[1] == hidden.shape[-1],
-        f"weight must be (V, {hidden.shape[-1]})", tuple(weight.shape), "Pass the head's weight, not its transpose.",
-    )  # fmt: skip
-    require(
-        weight.dtype == hidden.dtype and weight.device == hidden.device,
-        f"weight must be {hidden.dtype} on {hidden.device} like hidden", f"{weight.dtype} on {weight.device}",
-        "Convert one to the other.",
-    )  # fmt: skip
+    check_head(op, hidden, weight, bias)
     require(
         ids.shape == shape and ids.dtype == torch.int64 and ids.device == hidden.device,
         f"ids must be {shape} int64 on {hidden.device}", f"{tuple(ids.shape)} {ids.dtype} on {ids.device}",
@@ -181,11 +183,41 @@ def check(
     unknown = [name for name in outputs if name not in OUTPUTS]
     require(not unknown and bool(outputs), f"outputs must be among {', '.join(OUTPUTS)}", outputs, "Correct the name.")
     require(chunk is None or chunk > 0, "chunk must be a positive number of rows", chunk, "Leave it out.")
+
+
+def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, side: str = "") -> None:
+    """As `check`, of the operands of one product; `side` is what their names end in."""
+    require = requirer(op)
+    require(
+        hidden.dim() >= 2 and hidden.is_floating_point(), f"hidden{side} must be (..., D) of a floating dtype",
+        f"{tuple(hidden.shape)} {hidden.dtype}", "Pass the states before the head.",
+    )  # fmt: skip
+    require(
+        weight.dim() == 2 and weight.shape[1] == hidden.shape[-1],
+        f"weight{side} must be (V, {hidden.shape[-1]})", tuple(weight.shape),
+        "Pass the head's weight, not its transpose.",
+    )  # fmt: skip
+    require(
+        weight.dtype == hidden.dtype and weight.device == hidden.device,
+        f"weight{side} must be {hidden.dtype} on {hidden.device} like hidden{side}",
+        f"{weight.dtype} on {weight.device}", "Convert one to the other.",
+    )  # fmt: skip
     if bias is not None:
         require(
             bias.shape == weight.shape[:1] and bias.is_floating_point() and bias.device == weight.device,
-            f"bias must be ({weight.shape[0]},) of a floating dtype on {weight.device}",
+            f"bias{side} must be ({weight.shape[0]},) of a floating dtype on {weight.device}",
             f"{tuple(bias.shape)} {bias.dtype} on {bias.device}", "Pass the head's own.",
+        )  # fmt: skip
+
+
+def check_mask(op: str, mask: Tensor | None, hidden: Tensor) -> None:
+    """As `check`, of the mask of tokens."""
+    tokens = tuple(hidden.shape[:-1])
+    if mask is not None:
+        requirer(op)(
+            mask.shape == tokens and mask.dtype == torch.bool and mask.device.type in ("cpu", hidden.device.type),
+            f"mask must be {tokens} bool on the host or {hidden.device}",
+            f"{tuple(mask.shape)} {mask.dtype} on {mask.device}", "Use mask != 0.",
         )  # fmt: skip
 
 

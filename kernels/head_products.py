@@ -25,6 +25,25 @@ def default_chunk(hidden: Tensor, weight: Tensor) -> int:
     return max(256, (512 << 20) // (4 * weight.shape[0]) // 128 * 128)
 
 
+def taken_rows(
+    mask: Tensor | None, hidden: Tensor, weight: Tensor, chunk: int | None
+) -> tuple[Tensor | None, int, int]:
+    """The rows that the mask keeps, None for all; their number; how many of them run together."""
+    rows = None if mask is None else mask.nonzero().squeeze(-1).to(hidden.device)
+    count = len(hidden) if rows is None else len(rows)
+    return rows, count, max(1, min(chunk or default_chunk(hidden, weight), count))
+
+
+def rows_alive(coefficients: Tensor, rows: Tensor | None) -> Tensor | None:
+    """Those of `rows`, or of all, that (K, N) coefficients give a gradient; on a GPU their number would be waited for."""
+    if coefficients.device.type != "cpu":
+        return rows
+    alive = (coefficients if rows is None else coefficients[:, rows]).any(dim=0)
+    if alive.all():
+        return rows
+    return alive.nonzero().squeeze(-1) if rows is None else rows[alive]
+
+
 class HeadProducts:
     """Logits of chunks of (live) rows, and the accumulation of the gradients that come back.
 
@@ -96,6 +115,10 @@ class HeadProducts:
         """The chunk's logits, and where their gradient goes: the same memory, or 16-bit memory for device products."""
         logits = self.buffer[: piece.stop - piece.start]
         return logits, torch.empty_like(logits, dtype=self.hidden.dtype) if self.device_products else logits
+
+    def through_tanh(self, gradient: Tensor, x: Tensor, out: Tensor) -> None:
+        """Write the gradient to u, `inner` apart, from that to x = tanh(inner u); out may be either."""
+        torch.ops.aten.tanh_backward.grad_input(gradient, x, grad_input=out)
 
     def accumulate(self, gradient: Tensor, piece: slice, alive: Tensor | None) -> None:
         """Add the products of a chunk's logit gradient (n, V), whose rows are `alive` of the piece, or all of it."""

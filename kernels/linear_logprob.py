@@ -20,7 +20,7 @@ from torch import Tensor
 from fuserl.kernels import head_outputs, softmax_rows
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.head_outputs import Head, Outputs
-from fuserl.kernels.head_products import HeadProducts, default_chunk
+from fuserl.kernels.head_products import HeadProducts, taken_rows
 
 __all__ = ["linear_logprob"]
 
@@ -73,9 +73,7 @@ class _Call(NamedTuple):
 
     def rows(self) -> tuple[Tensor | None, int, int]:
         """The rows that the mask keeps, None for all; their number; how many of them run together."""
-        rows = None if self.mask is None else self.mask.nonzero().squeeze(-1).to(self.ids.device)
-        count = len(self.ids) if rows is None else len(rows)
-        return rows, count, max(1, min(self.chunk or default_chunk(self.hidden, self.weight), count))
+        return taken_rows(self.mask, self.hidden, self.weight, self.chunk)
 
     def empty_kept(self) -> Tensor:
         """As many rows of logits as `memory` holds, at most all."""
@@ -240,15 +238,6 @@ def linear_logprob(
 
 def _check(hidden, weight, ids, *, outputs, bias, mask, chunk, memory) -> None:
     require = head_outputs.requirer(_NAME)
-    require(
-        hidden.dim() >= 2 and hidden.is_floating_point(), "hidden must be (..., D) of a floating dtype",
-        f"{tuple(hidden.shape)} {hidden.dtype}", "Pass the states before the head.",
-    )  # fmt: skip
     head_outputs.check(_NAME, hidden, weight, ids, outputs=outputs, bias=bias, chunk=chunk)
-    if mask is not None:
-        require(
-            mask.shape == ids.shape and mask.dtype == torch.bool and mask.device.type in ("cpu", ids.device.type),
-            f"mask must be {tuple(ids.shape)} bool on the host or {ids.device}",
-            f"{tuple(mask.shape)} {mask.dtype} on {mask.device}", "Use mask != 0.",
-        )  # fmt: skip
+    head_outputs.check_mask(_NAME, mask, hidden)
     require(memory is None or memory >= 0, "memory must be bytes, at least 0", memory, "Leave it out to keep nothing.")

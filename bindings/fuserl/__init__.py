@@ -14,6 +14,7 @@ __version__ = _version("fuserl")
 _OPS = (
     "divergence",
     "group_advantage",
+    "linear_divergence",
     "linear_logprob",
     "linear_policy_loss",
     "policy_loss",

@@ -1,0 +1,310 @@
+"""Divergence of each token's whole distribution from another's, straight from the hidden states of two models.
+
+    z_p = head_p(hidden_p @ weight_p.T) / temperature         p = softmax(z_p)
+    z_q = head_q(hidden_q @ weight_q.T) / temperature_q       q = softmax(z_q)
+    divergence[n] = sum_v F(p, q)                             entropy[n] = -sum_v p log p
+    d_hidden = du @ weight      d_weight = du.T @ hidden      d_bias = sum_n du[n]      of either side
+
+with F and dz as in `divergence`. Chunks of rows stream through two buffers of logits, forward and, computed again from
+the saved normalisers, backward: two products forward, four backward where q is data. Where a soft cap's tanh is still to
+be passed, the gradient to the logits of p takes the place of those of q, which are no longer needed then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fuserl.kernels import head_outputs
+from fuserl.kernels.dispatch import choose
+from fuserl.kernels.divergence import divergence
+from fuserl.kernels.divergence_rows import IMPLS, STATISTICS
+from fuserl.kernels.divergence_terms import Rule, rule
+from fuserl.kernels.head_outputs import Head
+from fuserl.kernels.head_products import HeadProducts, rows_alive, taken_rows
+from fuserl.kernels.softmax_rows import accumulator
+
+__all__ = ["IMPLS", "linear_divergence"]
+
+_NAME = "linear_divergence"
+
+
+def reference(
+    hidden_p: Tensor,
+    weight_p: Tensor,
+    hidden_q: Tensor,
+    weight_q: Tensor,
+    kind: str,
+    *,
+    beta: float = 0.5,
+    alpha: float = 0.5,
+    mask: Tensor | None = None,
+    detach_q: bool = True,
+    **given,
+) -> tuple[Tensor, Tensor]:
+    """The definition: all logits of both at once, and autograd through them."""
+    shape, heads = hidden_p.shape[:-1], _heads(hidden_p, **given)
+    rows = torch.arange(shape.numel(), device=hidden_p.device)
+    z_p, z_q = (
+        head_outputs.scaled_logits(hidden.reshape(-1, hidden.shape[-1]), weight, rows, head)
+        for hidden, weight, head in zip((hidden_p, hidden_q), (weight_p, weight_q), heads, strict=True)
+    )
+    found = divergence(z_p, z_q, kind, beta=beta, alpha=alpha, detach_q=detach_q, backend="reference")
+    found = [x.view(shape) for x in found]
+    return tuple(found) if mask is None else tuple(torch.where(mask, x, 0.0) for x in found)
+
+
+class _Call(NamedTuple):
+    """The arguments of the registered op, rows flat; the schema is below."""
+
+    hidden_p: Tensor
+    weight_p: Tensor
+    bias_p: Tensor | None
+    hidden_q: Tensor
+    weight_q: Tensor
+    bias_q: Tensor | None
+    mask: Tensor | None
+    temperatures: Tensor  # (2, N), that turn x into z
+    inner_p: float | None
+    inner_q: float | None
+    kind: int
+    parameter: float
+    scale: float
+    chunk: int | None
+    backend: str | None
+
+    def rule(self) -> Rule:
+        """The kind as the row kernels take it."""
+        return Rule(self.kind, self.parameter, self.scale)
+
+    def rows(self) -> tuple[Tensor | None, int, int]:
+        """The rows that the mask keeps, None for all; their number; how many of them run together."""
+        return taken_rows(self.mask, self.hidden_p, self.weight_p, self.chunk)
+
+    def products(
+        self, rows: Tensor | None, chunk: int, needs: Sequence[bool] = (False,) * 6
+    ) -> tuple[HeadProducts, HeadProducts]:
+        """The products of some rows, of p and of q."""
+        given = {"chunk": chunk, "dtype": self.temperatures.dtype}
+        return (
+            HeadProducts(*self[:2], rows, bias=self.bias_p, inner=self.inner_p, needs=needs[:3], **given),
+            HeadProducts(*self[3:5], rows, bias=self.bias_q, inner=self.inner_q, needs=needs[3:], **given),
+        )
+
+
+def _forward(*arguments):
+    call = _Call(*arguments)
+    backend, rows = choose(_NAME, IMPLS, call.hidden_p.device, call.backend), call.rows()
+    kept = call.temperatures.new_zeros(STATISTICS, len(call.hidden_p))
+    p, q = call.products(rows[0], rows[2])
+    for piece in _pieces(*rows[1:]):
+        at = p.row_numbers(piece)
+        logits = p.logits(piece)[None], q.logits(piece)[None]
+        kept[:, at] = IMPLS[backend][0](*logits, call.temperatures[:, at], call.rule())
+    return kept[0].clone(), kept[1].clone(), kept
+
+
+def _backward(g, kept, needs, *arguments):
+    call = _Call(*arguments)
+    backend, (rows, _, chunk) = choose(_NAME, IMPLS, call.hidden_p.device, call.backend), call.rows()
+    rows = rows_alive(g, rows)
+    count = len(call.hidden_p) if rows is None else len(rows)
+    p, q = call.products(rows, max(1, min(chunk, count)), needs)
+    both, g = any(needs[3:]), g * p.factor
+    for piece in _pieces(count, chunk):
+        at = p.row_numbers(piece)
+        logits = p.logits(piece), q.logits(piece)
+        d_p, d_q = _destination(p, piece, None if both else logits[1]), _destination(q, piece) if both else None
+        rows_of = [None if x is None else x[None] for x in (*logits, d_p, d_q)]
+        kept_of = call.temperatures[:, at], kept[:, at], g[:, at], call.rule()
+        IMPLS[backend][1](*rows_of[:2], *kept_of, *rows_of[2:])
+        _accumulate(p, d_p, piece)
+        if both:
+            _accumulate(q, d_q if q.factor == p.factor else d_q.mul_(q.factor / p.factor), piece)
+    return [gradient for gradient, need in zip((*p.gradients(), *q.gradients()), needs, strict=True) if need]
+
+
+def _destination(products: HeadProducts, piece: slice, spare: Tensor | None = None) -> Tensor:
+    """Where the gradient to x goes: over x, unless that is a tanh, which its own gradient needs."""
+    logits, out = products.gradient_buffers(piece)
+    if products.inner is None:
+        return out
+    return torch.empty_like(logits) if spare is None else spare
+
+
+def _accumulate(products: HeadProducts, gradient: Tensor, piece: slice) -> None:
+    if products.inner is not None:
+        x, out = products.gradient_buffers(piece)
+        products.through_tanh(gradient, x, out)
+        gradient = out
+    products.accumulate(gradient, piece, None)
+
+
+def _pieces(count: int, chunk: int) -> list[slice]:
+    return [slice(at, min(at + chunk, count)) for at in range(0, count, chunk)]
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.settings = *inputs[:8], inputs[8:]
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(output[2], *tensors)
+
+
+def _autograd(ctx, g_divergence, g_entropy, _g_kept):
+    kept, *tensors = ctx.saved_tensors
+    needs, g = list(ctx.needs_input_grad[:6]), torch.stack([g_divergence, g_entropy])
+    found = iter(torch.ops.fuserl.linear_divergence_backward(g, kept, needs, *tensors, *ctx.settings))
+    return *(next(found) if need else None for need in needs), *[None] * 9
+
+
+_CALL = (
+    "Tensor hidden_p, Tensor weight_p, Tensor? bias_p, Tensor hidden_q, Tensor weight_q, Tensor? bias_q, Tensor? mask, "
+    "Tensor temperatures, float? inner_p, float? inner_q, int kind, float parameter, float scale, SymInt? chunk, "
+    "str? backend"
+)
+_library = torch.library.Library("fuserl", "FRAGMENT")
+_library.define(f"linear_divergence({_CALL}) -> (Tensor, Tensor, Tensor)")
+_library.define(f"linear_divergence_backward(Tensor g, Tensor kept, bool[] needs, {_CALL}) -> Tensor[]")
+_library.impl("linear_divergence", _forward, "CompositeExplicitAutograd")
+_library.impl("linear_divergence_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_autograd("fuserl::linear_divergence", _autograd, setup_context=_setup_context, lib=_library)
+
+
+@torch.library.register_fake("fuserl::linear_divergence", lib=_library)
+def _fake_forward(*arguments):
+    temperatures = _Call(*arguments).temperatures
+    count = temperatures.shape[1]
+    return *(temperatures.new_empty(count) for _ in range(2)), temperatures.new_empty((STATISTICS, count))
+
+
+@torch.library.register_fake("fuserl::linear_divergence_backward", lib=_library)
+def _fake_backward(_g, _kept, needs, *arguments):
+    return [torch.empty_like(x) for x, need in zip(arguments[:6], needs, strict=True) if need]
+
+
+def linear_divergence(
+    hidden_p: Tensor,
+    weight_p: Tensor,
+    hidden_q: Tensor,
+    weight_q: Tensor,
+    kind: str,
+    *,
+    beta: float = 0.5,
+    alpha: float = 0.5,
+    bias_p: Tensor | None = None,
+    bias_q: Tensor | None = None,
+    softcap_p: float | None = None,
+    softcap_q: float | None = None,
+    logit_scale_p: float | None = None,
+    logit_scale_q: float | None = None,
+    temperature: float | Tensor = 1.0,
+    temperature_q: float | Tensor | None = None,
+    detach_q: bool = True,
+    mask: Tensor | None = None,
+    chunk: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Divergence of each token's whole distribution p from another's, q, and the entropy of p, from hidden states.
+
+        p = softmax(z_p / temperature),    z_p = logit_scale_p (hidden_p @ weight_p.T + bias_p)
+        with softcap_p c instead c tanh(z_p / c);    q from its own;    divergence(p, q) as in `divergence`, by kind
+
+    p is the student or policy, q the teacher or reference; no logits of either are ever held.
+
+    Args:
+        hidden_p: (N, D) or (B, T, D), any (..., D), float32, bfloat16, float16 or float64: the student's states. Logits
+            are float32 whatever it is (float64 from float64).
+        weight_p: (V, D), the student's head, of hidden_p's dtype (autocast casts both); its gradient is skipped if it
+            requires none.
+        hidden_q: (..., D_q), the teacher's states at the same tokens, of any width; its dtype may be another, but
+            float64 goes with float64 only.
+        weight_q: (V, D_q), the teacher's head, of hidden_q's dtype, over the same vocabulary.
+        kind: forward_kl, reverse_kl, jensen_shannon, alpha, total_variation, squared_hellinger or chi_squared.
+        beta, alpha: of jensen_shannon and of alpha, as in `divergence`.
+        bias_p, bias_q: (V,), the heads'; differentiable.
+        softcap_p, softcap_q, logit_scale_p, logit_scale_q: positive numbers of the models; not differentiable.
+        temperature: of p; positive number, or one per token, broadcastable to them; not differentiable.
+        temperature_q: of q; None for the same.
+        detach_q: take hidden_q, weight_q and bias_q as data; False for their gradients, too.
+        mask: (...) bool; where False, as at padding, the results and gradients are 0 and no product is computed. On a
+            GPU the number of tokens left is waited for, unless the mask is on the host.
+        chunk: rows at a time; 512 on CPU; on GPU as many as make 512 MiB of logits.
+        backend: "triton", "cpu" or "reference"; the fastest that runs here by default.
+
+    Returns:
+        (divergence, entropy), each (...), float32 (float64 from float64), differentiable once.
+
+    Raises:
+        ValueError: on a wrong shape, dtype, device, name or number.
+
+    What is infinite and what is NaN: as in `divergence`. Rows without a gradient from above cost no product on a CPU.
+    Memory: two chunks of float32 logits (on GPU the gradient's in 16 bits, too), eight numbers a row. Products of N rows
+    with a head: two forward, and where q is data four backward, three if the student's head is frozen, too.
+    Source: GKD (arXiv:2306.13649, eq. 1). Siblings: `divergence` from logits, `linear_topk_divergence` where only the
+    teacher's best tokens are known, `linear_policy_loss` where the divergence is a term of a loss of log-probs.
+    """
+    hidden_p, weight_p, hidden_q, weight_q = map(head_outputs.as_autocast, (hidden_p, weight_p, hidden_q, weight_q))
+    if detach_q:
+        hidden_q, weight_q, bias_q = (None if x is None else x.detach() for x in (hidden_q, weight_q, bias_q))
+    sides = {"p": (hidden_p, weight_p, bias_p), "q": (hidden_q, weight_q, bias_q)}
+    _check(sides, mask, chunk)
+    chosen = rule(_NAME, kind, beta, alpha)
+    heads = _heads(
+        hidden_p, bias_p=bias_p, bias_q=bias_q, softcap_p=softcap_p, softcap_q=softcap_q, logit_scale_p=logit_scale_p,
+        logit_scale_q=logit_scale_q, temperature=temperature, temperature_q=temperature_q,
+    )  # fmt: skip
+    tokens, dtype = hidden_p.shape[:-1], accumulator(hidden_p.dtype)
+    value, entropy, _ = torch.ops.fuserl.linear_divergence(
+        hidden_p.reshape(-1, hidden_p.shape[-1]), weight_p, bias_p,
+        hidden_q.reshape(-1, hidden_q.shape[-1]), weight_q, bias_q,
+        None if mask is None else mask.reshape(-1),
+        torch.stack([head.each_temperature(tokens.numel(), dtype, hidden_p.device) for head in heads]),
+        *(head.inner for head in heads), *chosen, chunk, backend,
+    )  # fmt: skip
+    return value.view(tokens), entropy.view(tokens)
+
+
+def _heads(
+    hidden: Tensor,
+    *,
+    bias_p: Tensor | None = None,
+    bias_q: Tensor | None = None,
+    softcap_p: float | None = None,
+    softcap_q: float | None = None,
+    logit_scale_p: float | None = None,
+    logit_scale_q: float | None = None,
+    temperature: float | Tensor = 1.0,
+    temperature_q: float | Tensor | None = None,
+) -> tuple[Head, Head]:
+    """What follows the products, of p and of q."""
+    given = hidden[..., 0], accumulator(hidden.dtype)
+    temperature_q = temperature if temperature_q is None else temperature_q
+    p = {"bias": bias_p, "softcap": softcap_p, "logit_scale": logit_scale_p, "temperature": temperature}
+    q = {"bias": bias_q, "softcap": softcap_q, "logit_scale": logit_scale_q, "temperature": temperature_q}
+    return head_outputs.head_of(_NAME, *given, **p), head_outputs.head_of(_NAME, *given, **q)
+
+
+def _check(sides, mask, chunk) -> None:
+    require, (hidden, weight, _) = head_outputs.requirer(_NAME), sides["p"]
+    require(chunk is None or chunk > 0, "chunk must be a positive number of rows", chunk, "Leave it out.")
+    tokens, vocabulary = tuple(hidden.shape[:-1]), len(weight)
+    for name, (states, head, bias) in sides.items():
+        head_outputs.check_head(_NAME, states, head, bias, f"_{name}")
+        require(
+            tuple(states.shape[:-1]) == tokens and states.device == hidden.device,
+            f"hidden_{name} must be {tokens} tokens on {hidden.device} like hidden_p",
+            f"{tuple(states.shape[:-1])} on {states.device}", "Take both models' states at the same tokens.",
+        )  # fmt: skip
+        require(
+            len(head) == vocabulary, f"weight_{name} must have {vocabulary} rows like weight_p", len(head),
+            "Cut both to the vocabulary that they share.",
+        )  # fmt: skip
+    head_outputs.check_mask(_NAME, mask, hidden)
+    double = [states.dtype == torch.float64 for states, _, _ in sides.values()]
+    require(
+        double[0] == double[1], "hidden_p and hidden_q must both be float64 or neither",
+        f"{hidden.dtype} and {sides['q'][0].dtype}", "Convert one model with .to().",
+    )  # fmt: skip
