@@ -35,8 +35,8 @@ def taken_rows(
 
 
 def rows_alive(coefficients: Tensor, rows: Tensor | None) -> Tensor | None:
-    """Those of `rows`, or of all, that (K, N) coefficients give a gradient; on a GPU their number would be waited for."""
-    if coefficients.device.type != "cpu":
+    """Those of `rows`, or of all, to which (K, N) coefficients give a gradient."""
+    if coefficients.device.type != "cpu":  # elsewhere their number would have to be waited for
         return rows
     alive = (coefficients if rows is None else coefficients[:, rows]).any(dim=0)
     if alive.all():

@@ -5,9 +5,9 @@
     divergence[n] = sum_v F(p, q)                             entropy[n] = -sum_v p log p
     d_hidden = du @ weight      d_weight = du.T @ hidden      d_bias = sum_n du[n]      of either side
 
-with F and dz as in `divergence`. Chunks of rows stream through two buffers of logits, forward and, computed again from
-the saved normalisers, backward: two products forward, four backward where q is data. Where a soft cap's tanh is still to
-be passed, the gradient to the logits of p takes the place of those of q, which are no longer needed then.
+with F and dz as in `divergence`. Chunks of rows stream through two buffers of logits, forward and, computed again,
+backward: two products forward, four backward where q is data. A gradient takes the place of its logits; where a soft
+cap's tanh is still to be passed, which needs those, that of p takes the place of q's.
 """
 
 from __future__ import annotations
@@ -241,8 +241,8 @@ def linear_divergence(
         ValueError: on a wrong shape, dtype, device, name or number.
 
     What is infinite and what is NaN: as in `divergence`. Rows without a gradient from above cost no product on a CPU.
-    Memory: two chunks of float32 logits (on GPU the gradient's in 16 bits, too), eight numbers a row. Products of N rows
-    with a head: two forward, and where q is data four backward, three if the student's head is frozen, too.
+    Memory: two chunks of float32 logits (on GPU a gradient's, too), eight numbers a row. Products of the rows with a
+    head: two forward; backward four where q is data, three if the student's head is frozen as well.
     Source: GKD (arXiv:2306.13649, eq. 1). Siblings: `divergence` from logits, `linear_topk_divergence` where only the
     teacher's best tokens are known, `linear_policy_loss` where the divergence is a term of a loss of log-probs.
     """

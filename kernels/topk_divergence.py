@@ -40,12 +40,13 @@ def _log_of_rest(listed: Tensor, dtype: torch.dtype) -> Tensor:
     return rest.clamp_min(torch.finfo(dtype).eps).log().to(dtype)
 
 
-def _forward(logits, ids, temperature, backend):
-    backend = choose("topk_divergence", IMPLS, logits.device, backend)
+def buckets_of(logits, ids, temperature, backend, op="topk_divergence"):
+    """Logarithms of the buckets of p, the entropy of p, and what is kept of the rows for the gradient, (4, N)."""
+    backend = choose(op, IMPLS, logits.device, backend)
     rows, flat = rows_of(logits), ids.reshape(-1, ids.shape[-1])
     if flat.device.type == "cpu" and flat.numel() and not (flat.min() >= 0 and flat.max() < logits.shape[-1]):
         raise ValueError(
-            f"topk_divergence: ids must lie in [0, {logits.shape[-1]}); got {int(flat.min())} to {int(flat.max())}. "
+            f"{op}: ids must lie in [0, {logits.shape[-1]}); got {int(flat.min())} to {int(flat.max())}. "
             "Cut the lists to tokens that the student has."
         )
     statistics = softmax_rows.forward(rows, flat[:, 0].contiguous(), 1.0, temperature, 4, backend)
@@ -58,8 +59,14 @@ def _forward(logits, ids, temperature, backend):
     return buckets.view(*shape, buckets.shape[-1]), entropy.reshape(shape).clone(), statistics
 
 
-def _backward(logits, ids, temperature, buckets, statistics, g, g_entropy, backend):
-    """Every token as one of the rest, then the listed ones as they are."""
+def _backward(logits, *arguments):
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    write_gradient(out, logits, *arguments)
+    return out
+
+
+def write_gradient(out, logits, ids, temperature, buckets, statistics, g, g_entropy, backend, *, through_tanh=False):
+    """Every token as one of the rest, then the listed ones as they are; out may be logits, which may be tanh(u)."""
     backend = choose("topk_divergence", IMPLS, logits.device, backend)
     k = ids.shape[-1]
     flat, g, buckets = (x.reshape(-1, x.shape[-1]) for x in (ids, g, buckets))
@@ -67,18 +74,20 @@ def _backward(logits, ids, temperature, buckets, statistics, g, g_entropy, backe
     p = buckets.exp()
     # To the logits by way of the buckets, whose logarithms are relative to their sum; then the entropy's part.
     g = g - p * g.sum(-1, keepdim=True) + p * of_entropy * (buckets + entropy).masked_fill(p == 0, 0.0)
-    whole = k == logits.shape[-1]
-    out = (torch.zeros_like if whole else torch.empty_like)(logits, memory_format=torch.contiguous_format)
-    if not whole:
+    values = (g[:, :k] / temperature[:, None]).view(ids.shape)
+    if through_tanh:
+        values = values * (1 - logits.gather(-1, ids).to(values.dtype).square())
+    if k == logits.shape[-1]:
+        out.zero_()
+    else:
         lse = statistics[2:].double().sum(0) + buckets[:, k].double()
         parts = torch.stack([lse.to(buckets.dtype), (lse - lse.to(buckets.dtype)).to(buckets.dtype)])
         weight = (p[:, k:] * of_entropy)[:, 0]
         zero = torch.zeros_like(weight)
         coefficients = torch.stack([zero, g[:, k], weight, zero, zero])
         rows = rows_of(logits), flat[:, 0].contiguous(), parts, coefficients
-        softmax_rows.gradient(*rows, 1.0, temperature, rows_of(out), backend)
-    values = (g[:, :k] / temperature[:, None]).to(out.dtype)
-    return out.scatter_(-1, ids, values.view(ids.shape))
+        softmax_rows.gradient(*rows, 1.0, temperature, rows_of(out), backend, through_tanh=through_tanh)
+    out.scatter_(-1, ids, values.to(out.dtype))
 
 
 def _setup_context(ctx, inputs, output):
@@ -98,7 +107,7 @@ _library.define(
     "topk_buckets_backward(Tensor logits, Tensor ids, Tensor temperature, Tensor buckets, Tensor statistics, Tensor g, "
     "Tensor g_entropy, str? backend) -> Tensor"
 )
-_library.impl("topk_buckets", _forward, "CompositeExplicitAutograd")
+_library.impl("topk_buckets", buckets_of, "CompositeExplicitAutograd")
 _library.impl("topk_buckets_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_autograd("fuserl::topk_buckets", _autograd, setup_context=_setup_context, lib=_library)
 
@@ -160,10 +169,16 @@ def topk_divergence(
     if rows is None:
         rows = torch.full((logits[..., 0].numel(),), number, dtype=dtype, device=logits.device)
     buckets, entropy, _ = torch.ops.fuserl.topk_buckets(logits, ids, rows.to(dtype), backend)
-    teacher = teacher_logprobs.detach().to(dtype)
-    if ids.shape[-1] < logits.shape[-1]:
-        teacher = torch.cat([teacher, _log_of_rest(teacher, dtype)], -1)
-    return divergence(buckets, teacher, kind, beta=beta, alpha=alpha, backend=backend)[0], entropy
+    given = {"kind": kind, "beta": beta, "alpha": alpha, "backend": backend}
+    return from_teacher(buckets, teacher_logprobs, **given), entropy
+
+
+def from_teacher(buckets: Tensor, teacher_logprobs: Tensor, **given) -> Tensor:
+    """Divergence of the buckets, (..., k + 1) or k where that is V, from those of the teacher's (..., k) log-probs."""
+    teacher = teacher_logprobs.detach().to(buckets.dtype)
+    if buckets.shape[-1] > teacher.shape[-1]:
+        teacher = torch.cat([teacher, _log_of_rest(teacher, buckets.dtype)], -1)
+    return divergence(buckets, teacher, **given)[0]
 
 
 def _check(logits: Tensor, ids: Tensor, teacher_logprobs: Tensor) -> None:
@@ -172,14 +187,19 @@ def _check(logits: Tensor, ids: Tensor, teacher_logprobs: Tensor) -> None:
             f"topk_divergence: logits must be (..., V) of a floating dtype; got {tuple(logits.shape)} {logits.dtype}. "
             "Pass the student's raw logits."
         )
-    fits = ids.dim() == logits.dim() and ids.shape[:-1] == logits.shape[:-1] and 0 < ids.shape[-1] <= logits.shape[-1]
-    if not fits or ids.dtype != torch.int64 or ids.device != logits.device:
+    check_lists("topk_divergence", ids, teacher_logprobs, logits[..., 0], logits.shape[-1])
+
+
+def check_lists(op: str, ids: Tensor, teacher_logprobs: Tensor, rows: Tensor, vocabulary: int) -> None:
+    """Raise ValueError unless each of `rows` has a list of tokens of the vocabulary, and as many log-probs."""
+    fits = ids.dim() == rows.dim() + 1 and ids.shape[:-1] == rows.shape and 0 < ids.shape[-1] <= vocabulary
+    if not fits or ids.dtype != torch.int64 or ids.device != rows.device:
         raise ValueError(
-            f"topk_divergence: ids must be {tuple(logits.shape[:-1])} with 1 to {logits.shape[-1]} in a row, int64 on "
-            f"{logits.device}; got {tuple(ids.shape)} {ids.dtype} on {ids.device}. Give each row its own list."
+            f"{op}: ids must be {tuple(rows.shape)} with 1 to {vocabulary} in a row, int64 on {rows.device}; got "
+            f"{tuple(ids.shape)} {ids.dtype} on {ids.device}. Give each row its own list."
         )
     if teacher_logprobs.shape != ids.shape or not teacher_logprobs.is_floating_point():
         raise ValueError(
-            f"topk_divergence: teacher_logprobs must be {tuple(ids.shape)} of a floating dtype, like ids; got "
+            f"{op}: teacher_logprobs must be {tuple(ids.shape)} of a floating dtype, like ids; got "
             f"{tuple(teacher_logprobs.shape)} {teacher_logprobs.dtype}. Pass the teacher's log-probs of those ids."
         )

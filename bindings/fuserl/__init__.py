@@ -17,6 +17,7 @@ _OPS = (
     "linear_divergence",
     "linear_logprob",
     "linear_policy_loss",
+    "linear_topk_divergence",
     "policy_loss",
     "sample",
     "sampled_divergence",
