@@ -32,6 +32,32 @@ __all__ = ["IMPLS", "linear_divergence"]
 _NAME = "linear_divergence"
 
 
+class _Side(NamedTuple):
+    """One of the two models as the caller describes it."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float | None
+    temperature: float | Tensor
+
+    def head(self) -> Head:
+        """What follows the product."""
+        given = {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        tokens = self.hidden[..., 0]
+        return head_outputs.head_of(_NAME, tokens, accumulator(tokens.dtype), temperature=self.temperature, **given)
+
+    def flat(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The operands of the product, a row per token."""
+        return self.hidden.reshape(-1, self.hidden.shape[-1]), self.weight, self.bias
+
+    def detached(self) -> _Side:
+        """The same as data."""
+        bias = None if self.bias is None else self.bias.detach()
+        return self._replace(hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
+
+
 def reference(
     hidden_p: Tensor,
     weight_p: Tensor,
@@ -46,14 +72,13 @@ def reference(
     **given,
 ) -> tuple[Tensor, Tensor]:
     """The definition: all logits of both at once, and autograd through them."""
-    shape, heads = hidden_p.shape[:-1], _heads(hidden_p, **given)
-    rows = torch.arange(shape.numel(), device=hidden_p.device)
+    rows = torch.arange(hidden_p.shape[:-1].numel(), device=hidden_p.device)
     z_p, z_q = (
-        head_outputs.scaled_logits(hidden.reshape(-1, hidden.shape[-1]), weight, rows, head)
-        for hidden, weight, head in zip((hidden_p, hidden_q), (weight_p, weight_q), heads, strict=True)
+        head_outputs.scaled_logits(*side.flat()[:2], rows, side.head())
+        for side in _sides(hidden_p, weight_p, hidden_q, weight_q, **given)
     )
     found = divergence(z_p, z_q, kind, beta=beta, alpha=alpha, detach_q=detach_q, backend="reference")
-    found = [x.view(shape) for x in found]
+    found = [x.view(hidden_p.shape[:-1]) for x in found]
     return tuple(found) if mask is None else tuple(torch.where(mask, x, 0.0) for x in found)
 
 
@@ -212,22 +237,16 @@ def linear_divergence(
         p = softmax(z_p / temperature),    z_p = logit_scale_p (hidden_p @ weight_p.T + bias_p)
         with softcap_p c instead c tanh(z_p / c);    q from its own;    divergence(p, q) as in `divergence`, by kind
 
-    p is the student or policy, q the teacher or reference; no logits of either are ever held.
-
     Args:
-        hidden_p: (N, D) or (B, T, D), any (..., D), float32, bfloat16, float16 or float64: the student's states. Logits
-            are float32 whatever it is (float64 from float64).
-        weight_p: (V, D), the student's head, of hidden_p's dtype (autocast casts both); its gradient is skipped if it
-            requires none.
-        hidden_q: (..., D_q), the teacher's states at the same tokens, of any width; its dtype may be another, but
-            float64 goes with float64 only.
-        weight_q: (V, D_q), the teacher's head, of hidden_q's dtype, over the same vocabulary.
-        kind: forward_kl, reverse_kl, jensen_shannon, alpha, total_variation, squared_hellinger or chi_squared.
-        beta, alpha: of jensen_shannon and of alpha, as in `divergence`.
+        hidden_p: (N, D) or (B, T, D), any (..., D), float32, bfloat16, float16 or float64: the states of the student or
+            policy. Logits are float32 whatever it is (float64 from float64).
+        weight_p: (V, D), its head, of hidden_p's dtype (autocast casts both); no gradient where it requires none.
+        hidden_q, weight_q: (..., D_q) and (V, D_q) of the teacher or reference, at the same tokens, over the same
+            vocabulary, of any width and another dtype if need be, but float64 goes with float64 only.
+        kind, beta, alpha: forward_kl, reverse_kl, jensen_shannon, alpha, ... and its number, as in `divergence`.
         bias_p, bias_q: (V,), the heads'; differentiable.
         softcap_p, softcap_q, logit_scale_p, logit_scale_q: positive numbers of the models; not differentiable.
-        temperature: of p; positive number, or one per token, broadcastable to them; not differentiable.
-        temperature_q: of q; None for the same.
+        temperature, temperature_q: of p, and of q, None for the same; positive number or (...); not differentiable.
         detach_q: take hidden_q, weight_q and bias_q as data; False for their gradients, too.
         mask: (...) bool; where False, as at padding, the results and gradients are 0 and no product is computed. On a
             GPU the number of tokens left is waited for, unless the mask is on the host.
@@ -235,76 +254,75 @@ def linear_divergence(
         backend: "triton", "cpu" or "reference"; the fastest that runs here by default.
 
     Returns:
-        (divergence, entropy), each (...), float32 (float64 from float64), differentiable once.
+        (divergence, entropy of p), each (...), float32 (float64 from float64), infinite or NaN as in `divergence`.
 
     Raises:
         ValueError: on a wrong shape, dtype, device, name or number.
 
-    What is infinite and what is NaN: as in `divergence`. Rows without a gradient from above cost no product on a CPU.
     Memory: two chunks of float32 logits (on GPU a gradient's, too), eight numbers a row. Products of the rows with a
-    head: two forward; backward four where q is data, three if the student's head is frozen as well.
-    Source: GKD (arXiv:2306.13649, eq. 1). Siblings: `divergence` from logits, `linear_topk_divergence` where only the
-    teacher's best tokens are known, `linear_policy_loss` where the divergence is a term of a loss of log-probs.
+    head: two forward; four backward where q is data, three with a frozen head, none on a CPU for rows that get no
+    gradient. Siblings: `divergence`, `linear_topk_divergence`, `linear_policy_loss` with a reference. Source: GKD.
     """
-    hidden_p, weight_p, hidden_q, weight_q = map(head_outputs.as_autocast, (hidden_p, weight_p, hidden_q, weight_q))
-    if detach_q:
-        hidden_q, weight_q, bias_q = (None if x is None else x.detach() for x in (hidden_q, weight_q, bias_q))
-    sides = {"p": (hidden_p, weight_p, bias_p), "q": (hidden_q, weight_q, bias_q)}
-    _check(sides, mask, chunk)
-    chosen = rule(_NAME, kind, beta, alpha)
-    heads = _heads(
-        hidden_p, bias_p=bias_p, bias_q=bias_q, softcap_p=softcap_p, softcap_q=softcap_q, logit_scale_p=logit_scale_p,
-        logit_scale_q=logit_scale_q, temperature=temperature, temperature_q=temperature_q,
+    sides = _sides(
+        hidden_p, weight_p, hidden_q, weight_q, bias_p, bias_q, softcap_p=softcap_p, softcap_q=softcap_q,
+        logit_scale_p=logit_scale_p, logit_scale_q=logit_scale_q, temperature=temperature, temperature_q=temperature_q,
     )  # fmt: skip
-    tokens, dtype = hidden_p.shape[:-1], accumulator(hidden_p.dtype)
-    value, entropy, _ = torch.ops.fuserl.linear_divergence(
-        hidden_p.reshape(-1, hidden_p.shape[-1]), weight_p, bias_p,
-        hidden_q.reshape(-1, hidden_q.shape[-1]), weight_q, bias_q,
-        None if mask is None else mask.reshape(-1),
-        torch.stack([head.each_temperature(tokens.numel(), dtype, hidden_p.device) for head in heads]),
-        *(head.inner for head in heads), *chosen, chunk, backend,
-    )  # fmt: skip
-    return value.view(tokens), entropy.view(tokens)
+    operands = _operands(sides, mask, detach_q, chunk)
+    found = torch.ops.fuserl.linear_divergence(*operands, *rule(_NAME, kind, beta, alpha), chunk, backend)
+    return found[0].view(hidden_p.shape[:-1]), found[1].view(hidden_p.shape[:-1])
 
 
-def _heads(
-    hidden: Tensor,
-    *,
+def _sides(
+    hidden_p: Tensor,
+    weight_p: Tensor,
+    hidden_q: Tensor,
+    weight_q: Tensor,
     bias_p: Tensor | None = None,
     bias_q: Tensor | None = None,
+    *,
     softcap_p: float | None = None,
     softcap_q: float | None = None,
     logit_scale_p: float | None = None,
     logit_scale_q: float | None = None,
     temperature: float | Tensor = 1.0,
     temperature_q: float | Tensor | None = None,
-) -> tuple[Head, Head]:
-    """What follows the products, of p and of q."""
-    given = hidden[..., 0], accumulator(hidden.dtype)
-    temperature_q = temperature if temperature_q is None else temperature_q
-    p = {"bias": bias_p, "softcap": softcap_p, "logit_scale": logit_scale_p, "temperature": temperature}
-    q = {"bias": bias_q, "softcap": softcap_q, "logit_scale": logit_scale_q, "temperature": temperature_q}
-    return head_outputs.head_of(_NAME, *given, **p), head_outputs.head_of(_NAME, *given, **q)
+) -> tuple[_Side, _Side]:
+    hidden_p, weight_p, hidden_q, weight_q = map(head_outputs.as_autocast, (hidden_p, weight_p, hidden_q, weight_q))
+    p = _Side(hidden_p, weight_p, bias_p, softcap_p, logit_scale_p, temperature)
+    other = temperature if temperature_q is None else temperature_q
+    return p, _Side(hidden_q, weight_q, bias_q, softcap_q, logit_scale_q, other)
 
 
-def _check(sides, mask, chunk) -> None:
-    require, (hidden, weight, _) = head_outputs.requirer(_NAME), sides["p"]
-    require(chunk is None or chunk > 0, "chunk must be a positive number of rows", chunk, "Leave it out.")
-    tokens, vocabulary = tuple(hidden.shape[:-1]), len(weight)
-    for name, (states, head, bias) in sides.items():
-        head_outputs.check_head(_NAME, states, head, bias, f"_{name}")
-        require(
-            tuple(states.shape[:-1]) == tokens and states.device == hidden.device,
-            f"hidden_{name} must be {tokens} tokens on {hidden.device} like hidden_p",
-            f"{tuple(states.shape[:-1])} on {states.device}", "Take both models' states at the same tokens.",
-        )  # fmt: skip
-        require(
-            len(head) == vocabulary, f"weight_{name} must have {vocabulary} rows like weight_p", len(head),
-            "Cut both to the vocabulary that they share.",
-        )  # fmt: skip
-    head_outputs.check_mask(_NAME, mask, hidden)
-    double = [states.dtype == torch.float64 for states, _, _ in sides.values()]
-    require(
-        double[0] == double[1], "hidden_p and hidden_q must both be float64 or neither",
-        f"{hidden.dtype} and {sides['q'][0].dtype}", "Convert one model with .to().",
+def _operands(sides: tuple[_Side, _Side], mask: Tensor | None, detach_q: bool, chunk: int | None) -> tuple:
+    """What the registered op is given of both models, checked."""
+    _check(sides, mask, chunk)
+    p, q = sides[0], sides[1].detached() if detach_q else sides[1]
+    heads, tokens = (p.head(), q.head()), p.hidden[..., 0]
+    given = tokens.numel(), accumulator(tokens.dtype), tokens.device
+    return (
+        *p.flat(), *q.flat(), None if mask is None else mask.reshape(-1),
+        torch.stack([head.each_temperature(*given) for head in heads]), *(head.inner for head in heads),
     )  # fmt: skip
+
+
+def _check(sides: tuple[_Side, _Side], mask: Tensor | None, chunk: int | None) -> None:
+    require, (p, q) = head_outputs.requirer(_NAME), sides
+    require(chunk is None or chunk > 0, "chunk must be a positive number of rows", chunk, "Leave it out.")
+    for side, name in ((p, "_p"), (q, "_q")):
+        head_outputs.check_head(_NAME, side.hidden, side.weight, side.bias, name)
+    tokens = tuple(p.hidden.shape[:-1])
+    require(
+        q.hidden.shape[:-1] == tokens and q.hidden.device == p.hidden.device,
+        f"hidden_q must be {tokens} tokens on {p.hidden.device} like hidden_p",
+        f"{tuple(q.hidden.shape[:-1])} on {q.hidden.device}", "Take both models' states at the same tokens.",
+    )  # fmt: skip
+    require(
+        len(q.weight) == len(p.weight), f"weight_q must have {len(p.weight)} rows like weight_p", len(q.weight),
+        "Cut both to the vocabulary that they share.",
+    )  # fmt: skip
+    require(
+        (p.hidden.dtype == torch.float64) == (q.hidden.dtype == torch.float64),
+        "hidden_p and hidden_q must both be float64 or neither", f"{p.hidden.dtype} and {q.hidden.dtype}",
+        "Convert one model with .to().",
+    )  # fmt: skip
+    head_outputs.check_mask(_NAME, mask, p.hidden)

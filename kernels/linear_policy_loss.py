@@ -5,7 +5,7 @@
 
 The loss is a function of a few numbers per row, so for each chunk of rows it is evaluated and differentiated by
 autograd on those numbers alone; what they make of the logits' gradient (`head_outputs`) takes the logits' place before
-the two products that give d_hidden and d_weight.
+the two products that give d_hidden and d_weight. Divergences from a reference are outputs, too (`second_head`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fuserl.kernels import head_outputs, head_products, loss_contract, softmax_rows
+from fuserl.kernels import head_outputs, head_products, loss_contract, second_head, softmax_rows
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.head_outputs import Head, Outputs
 
@@ -32,6 +32,8 @@ def reference(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None, *
         raise ValueError("linear_policy_loss: the reference cannot add to grad_weight; got one. Use another backend.")
     rows = call.rows if call.rows is not None else torch.arange(len(hidden), device=hidden.device)
     every = head_outputs.definition(hidden, weight, call.ids, rows, call.head)
+    if call.second is not None:
+        every |= call.second.definition(hidden, weight, call.head, rows)
     losses = call.evaluate(Outputs(**{name: every[name] for name in call.outputs}), rows)
     return losses.sum().to(call.dtype)
 
@@ -47,6 +49,7 @@ class Call:
     spans: list[tuple[int, int]] | None  # rollouts as [begin, end) among the live rows; None when rows are independent
     chunk: int
     head: Head
+    second: second_head.SecondHead | None
     grad_weight: Tensor | None
     backward: bool  # whether gradients are wanted at all; inside autograd's forward nothing tells
     dtype: torch.dtype
@@ -84,9 +87,26 @@ class Call:
                 self.stats.setdefault(name, self._unknown())[rows] = value
         return losses
 
-    def statistics(self, x: Tensor, rows: Tensor) -> Tensor:
-        """(4 or 7, n) statistics of a chunk."""
-        return self.head.statistics(x, self.ids, rows, self.outputs, self.backend)
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The outputs that are no divergence from a reference."""
+        return second_head.split(self.outputs)[0]
+
+    def statistics(self, x: Tensor, rows: Tensor, piece: slice) -> Tensor:
+        """(4 or 7, n) statistics of a chunk, and those of the divergences."""
+        statistics = self.head.statistics(x, self.ids, rows, self.own, self.backend)
+        return statistics if self.second is None else torch.cat([statistics, self.second.statistics(x, rows, piece)])
+
+    def named(self, statistics: Tensor) -> dict[str, Tensor]:
+        """The outputs out of the statistics."""
+        count = head_outputs.kinds(self.own)
+        found = head_outputs.named(statistics[:count], self.own)
+        return found if self.second is None else found | self.second.named(statistics[count:])
+
+    def coefficients(self, statistics: Tensor, derivatives: dict[str, Tensor | None], vocabulary: int) -> Tensor:
+        """(5, n) coefficients of softmax_rows.gradient, and those of the divergences."""
+        own = self.head.coefficients(statistics[: head_outputs.kinds(self.own)], derivatives, vocabulary)
+        return own if self.second is None else torch.cat([own, self.second.coefficients(own[0], derivatives)])
 
     def pieces(self, count: int) -> Iterator[list[slice]]:
         """Slices of the `count` live rows to run together: one per chunk, several for a rollout longer than a chunk."""
@@ -138,6 +158,8 @@ def _run(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None, params
         hidden, weight, call.rows, chunk=min(call.chunk, count), dtype=call.dtype, bias=bias, inner=call.head.inner,
         needs=needs[:3], grad_weight=call.grad_weight,
     )  # fmt: skip
+    if call.second is not None:
+        call.second.start(call.rows, min(call.chunk, count))
     backward = any(needs) or call.grad_weight is not None
     d_params = [
         torch.zeros_like(p, dtype=call.dtype) if need else None for p, need in zip(params, needs[3:], strict=True)
@@ -145,24 +167,26 @@ def _run(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None, params
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for pieces in call.pieces(count):
         rows = products.row_numbers(slice(pieces[0].start, pieces[-1].stop))
-        statistics = [call.statistics(products.logits(piece), products.row_numbers(piece)) for piece in pieces]
+        statistics = [call.statistics(products.logits(piece), products.row_numbers(piece), piece) for piece in pieces]
         joined = statistics[0] if len(pieces) == 1 else torch.cat(statistics, dim=1)
         losses, derivatives = _differentiate(call, joined, rows, params, d_params, backward)
         total += losses.detach().sum(dtype=torch.float64)
         if not backward:
             continue
-        coefficients = call.head.coefficients(joined, derivatives, weight.shape[0])
+        coefficients = call.coefficients(joined, derivatives, weight.shape[0])
         for piece in reversed(pieces):  # the last piece's logits are still in the buffer
             if piece is not pieces[-1]:
                 products.logits(piece)
+                if call.second is not None:
+                    call.second.products.logits(piece)
             at = slice(piece.start - pieces[0].start, piece.stop - pieces[0].start)
-            _backpropagate(call, products, piece, rows[at], joined[2:4, at], coefficients[:, at])
+            _backpropagate(call, products, piece, rows[at], joined[:, at], coefficients[:, at])
     return total.to(call.dtype), [*products.gradients(), *d_params]
 
 
 def _differentiate(call, statistics, rows, params, d_params, backward):
     """Evaluate token_loss on leaves that hold the outputs; return its losses and its derivative to each output."""
-    values = head_outputs.named(statistics, call.outputs)
+    values = call.named(statistics)
     leaves = {name: value.detach().requires_grad_(backward) for name, value in values.items()}
     with torch.set_grad_enabled(backward):
         losses = call.evaluate(Outputs(**leaves), rows)
@@ -186,7 +210,7 @@ def _differentiate(call, statistics, rows, params, d_params, backward):
     return losses, dict(zip(leaves, gradients, strict=False))
 
 
-def _backpropagate(call, products, piece, rows, lse, coefficients):
+def _backpropagate(call, products, piece, rows, statistics, coefficients):
     """Turn the chunk's logits into their gradient and add its products; rows without a gradient cost no product."""
     alive = None
     if rows.device.type == "cpu":  # elsewhere the count would have to be waited for
@@ -195,9 +219,17 @@ def _backpropagate(call, products, piece, rows, lse, coefficients):
     logits, out = products.gradient_buffers(piece)
     if alive is not None:
         _compact(logits, alive)
+        if call.second is not None:
+            _compact(call.second.products.buffer, alive)
         logits, out, rows = logits[: len(alive)], out[: len(alive)], rows[alive]
-        lse, coefficients = lse[:, alive], coefficients[:, alive]
-    call.head.gradient(logits, call.ids, rows, lse, coefficients, out, call.backend)
+        statistics, coefficients = statistics[:, alive], coefficients[:, alive]
+    beside = None
+    if call.second is not None:
+        beside = call.second.gradient(logits, rows, statistics[head_outputs.kinds(call.own) :], coefficients[5:])
+    into = out if beside is None else logits  # in full precision until both are added
+    call.head.gradient(logits, call.ids, rows, statistics[2:4], coefficients[:5], into, call.backend)
+    if beside is not None:
+        torch.add(logits, beside, out=out)
     products.accumulate(out, piece, alive)
 
 
@@ -213,7 +245,7 @@ def _cut(begin: int, end: int, chunk: int) -> list[slice]:
 
 
 def _call(
-    hidden, weight, ids, token_loss, *, outputs, scope, offsets, live, grad_weight, chunk, backend, terms
+    hidden, weight, ids, token_loss, outputs, terms, *, scope, offsets, live, grad_weight, reference, chunk, backend
 ) -> Call:
     """The arguments of linear_policy_loss, checked, as the implementations take them."""
     loss_contract.check(
@@ -221,16 +253,18 @@ def _call(
         grad_weight=grad_weight,
     )  # fmt: skip
     dtype, backward = softmax_rows.accumulator(hidden.dtype), torch.is_grad_enabled()
+    backend, head = choose(_NAME, IMPLS, hidden.device, backend), head_outputs.head_of(_NAME, ids, dtype, **terms)
     return Call(
         ids, token_loss, outputs,
         rows=None if live is None or bool(live.all()) else live.nonzero().squeeze(-1).to(ids.device),
         spans=loss_contract.live_spans(scope, offsets, live, len(hidden)),
         chunk=chunk or head_products.default_chunk(hidden, weight),
-        head=head_outputs.head_of(_NAME, ids, dtype, **terms),
+        head=head,
+        second=second_head.second_head((hidden, weight, head), reference, outputs, backend),
         grad_weight=grad_weight if backward else None,
         backward=backward,
         dtype=dtype,
-        backend=choose(_NAME, IMPLS, hidden.device, backend),
+        backend=backend,
     )  # fmt: skip
 
 
@@ -253,6 +287,7 @@ def linear_policy_loss(
     softcap: float | None = None,
     logit_scale: float | None = None,
     temperature: float | Tensor = 1.0,
+    reference: Sequence | None = None,
     chunk: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Outputs, dict[str, Tensor]]:
@@ -264,21 +299,20 @@ def linear_policy_loss(
     Args:
         hidden: (N, D) float32, bfloat16, float16 or float64, the state that predicts each token of ids, (N,) int64.
         weight: (V, D), the head, of hidden's dtype (autocast casts both); its gradient is skipped if it requires none.
-        token_loss: called as token_loss(out, rows) with out.<output> (n,) float32 for each requested output and rows
-            (n,) int64, their indices in hidden. Returns one loss per row, already normalised, or that and a dict of
-            statistics, each (n,), or (1, K) for numbers of the chunk. Evaluated once per chunk under autograd.
+        token_loss: (out, rows) -> one normalised loss per row, or that and a dict of statistics, each (n,), or (1, K)
+            for numbers of the chunk; out.<output> are (n,) float32, rows (n,) int64 indices in hidden. Under autograd.
         outputs: what out holds: logprob, entropy, mean_logprob and mean_logit (over the vocabulary, of the scaled
-            logits), sum_sq_prob, is_top1 (1.0 where the token has the largest logit). All but is_top1 carry gradient.
+            logits), sum_sq_prob, is_top1 (1.0 where the token has the largest logit; without gradient), and, with a
+            reference, kinds of `divergence` from it over the whole vocabulary: forward_kl, reverse_kl, ...
         scope: "token" when a row's loss depends on that row only (checked under FUSERL_DEBUG=1); "rollout" when on its
-            rollout's rows, "batch" on all, which token_loss then sees together. Logits of what is longer than a chunk
-            are computed twice, all but the last chunk: four products instead of three.
+            rollout's rows, "batch" on all, which token_loss then sees together: beyond a chunk, for one product more.
         offsets: (B + 1,) int64 on the host, rollout b is rows offsets[b] to offsets[b + 1]; for scope "rollout".
-        live: (N,) bool on the host; False marks a row whose loss and gradient are known to be zero: it costs nothing
-            and token_loss never sees it. With scope "rollout", constant within a rollout.
+        live: (N,) bool on the host, constant within a "rollout"; False where loss and gradient are known to be 0: the
+            row costs nothing and token_loss never sees it.
         params: trainable tensors that token_loss uses besides out; their gradients are returned to them.
         grad_weight: (V, D) float32, to which d_weight is added during this call, instead of being returned.
-        bias: (V,), the head's; differentiable.
-        softcap, logit_scale, temperature: positive numbers, temperature also (N,); not differentiable.
+        bias, softcap, logit_scale, temperature: (V,), differentiable; positive numbers, temperature also (N,).
+        reference: hidden (N, D_q) and weight (V, D_q) of a reference or teacher, or a `second_head.Reference`; as data.
         chunk: rows at a time; 512 on CPU; on GPU as many as make 512 MiB of logits.
         backend: "triton", "cpu" or "reference" (holds all logits); the fastest that runs here by default.
 
@@ -289,11 +323,11 @@ def linear_policy_loss(
     Raises:
         ValueError: on a wrong shape, dtype, device or name, and when token_loss captures a trainable tensor.
 
-    Memory: one chunk of float32 logits (on GPU its gradient too), the returned gradients. Sibling: `linear_logprob`.
+    Memory: a chunk of float32 logits (on GPU its gradient too), with a reference another. Sibling: `linear_logprob`.
     """
     hidden, weight = head_outputs.as_autocast(hidden), head_outputs.as_autocast(weight)
     terms = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "temperature": temperature}
-    given = {"scope": scope, "offsets": offsets, "live": live, "grad_weight": grad_weight, "chunk": chunk}
-    call = _call(hidden, weight, ids, token_loss, outputs=tuple(outputs), backend=backend, terms=terms, **given)
+    given = {"scope": scope, "offsets": offsets, "live": live, "grad_weight": grad_weight, "reference": reference}
+    call = _call(hidden, weight, ids, token_loss, tuple(outputs), terms, chunk=chunk, backend=backend, **given)
     with torch.autocast(hidden.device.type, enabled=False):
         return IMPLS[call.backend](call, hidden, weight, bias, *params), Outputs(**call.out), call.stats

@@ -190,8 +190,7 @@ def linear_topk_divergence(
         backend: "triton", "cpu" or "reference"; the fastest that runs here by default.
 
     Returns:
-        (divergence, entropy), each (...), float32 (float64 from float64), differentiable in hidden, weight and bias;
-        the entropy is that over the whole vocabulary.
+        (divergence, entropy over the whole vocabulary), each (...), float32 (float64 from float64), differentiable.
 
     Raises:
         ValueError: on a wrong shape, dtype, device, name, number or id.
@@ -201,20 +200,26 @@ def linear_topk_divergence(
     gradient. Siblings: `topk_divergence` from logits, `linear_divergence` where the teacher's states are at hand.
     """
     hidden, weight = head_outputs.as_autocast(hidden), head_outputs.as_autocast(weight)
-    require = head_outputs.requirer(_NAME)
-    head_outputs.check_head(_NAME, hidden, weight, bias)
-    require(chunk is None or chunk > 0, "chunk must be a positive number of rows", chunk, "Leave it out.")
+    terms = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "temperature": temperature}
+    buckets, entropy = _buckets(hidden, weight, ids, teacher_logprobs, mask, chunk=chunk, backend=backend, terms=terms)
+    given = {"kind": kind, "beta": beta, "alpha": alpha, "backend": backend}
+    value = topk_divergence.from_teacher(buckets, teacher_logprobs, **given)
+    return value if mask is None else torch.where(mask.to(value.device), value, 0.0), entropy
+
+
+def _buckets(hidden, weight, ids, teacher_logprobs, mask, *, chunk, backend, terms) -> tuple[Tensor, Tensor]:
+    """The buckets of p, (..., k + 1), and its entropy, of arguments that are checked here."""
+    head_outputs.check_head(_NAME, hidden, weight, terms["bias"])
+    head_outputs.requirer(_NAME)(
+        chunk is None or chunk > 0, "chunk must be a positive number of rows", chunk, "Leave it out."
+    )  # fmt: skip
     head_outputs.check_mask(_NAME, mask, hidden)
     rows, dtype = hidden[..., 0], accumulator(hidden.dtype)
     topk_divergence.check_lists(_NAME, ids, teacher_logprobs, rows, len(weight))
-    terms = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "temperature": temperature}
     head = head_outputs.head_of(_NAME, rows, dtype, **terms)
     buckets, entropy, _ = torch.ops.fuserl.linear_topk_buckets(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, ids.reshape(-1, ids.shape[-1]),
+        hidden.reshape(-1, hidden.shape[-1]), weight, terms["bias"], ids.reshape(-1, ids.shape[-1]),
         None if mask is None else mask.reshape(-1), head.each_temperature(rows.numel(), dtype, rows.device),
         head.inner, chunk, backend,
     )  # fmt: skip
-    buckets = buckets.view(*rows.shape, buckets.shape[-1])
-    given = {"kind": kind, "beta": beta, "alpha": alpha, "backend": backend}
-    value = topk_divergence.from_teacher(buckets, teacher_logprobs, **given)
-    return value if mask is None else torch.where(mask.to(value.device), value, 0.0), entropy.view(rows.shape)
+    return buckets.view(*rows.shape, buckets.shape[-1]), entropy.view(rows.shape)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fuserl.kernels import head_outputs
+from fuserl.kernels import head_outputs, second_head
 from fuserl.kernels.softmax_rows import accumulator
 
 SCOPES = ("token", "rollout", "batch")
@@ -93,7 +93,9 @@ def check(hidden, weight, ids, *, outputs, scope, live, bias, chunk, grad_weight
     """Raise ValueError with the first broken contract of the arguments."""
     require = head_outputs.requirer("linear_policy_loss")
     require(hidden.dim() == 2, "hidden must be (N, D)", tuple(hidden.shape), "Flatten (B, T, D) and drop padding.")
-    head_outputs.check("linear_policy_loss", hidden, weight, ids, outputs=outputs, bias=bias, chunk=chunk)
+    own, divergences = second_head.split(outputs)
+    own = own or (divergences and head_outputs.OUTPUTS)  # divergences alone are enough
+    head_outputs.check("linear_policy_loss", hidden, weight, ids, outputs=own, bias=bias, chunk=chunk)
     require(scope in SCOPES, f"scope must be one of {SCOPES}", repr(scope), "Use 'rollout' for sequence-level losses.")
     if live is not None:
         require(

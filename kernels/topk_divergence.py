@@ -65,8 +65,9 @@ def _backward(logits, *arguments):
     return out
 
 
-def write_gradient(out, logits, ids, temperature, buckets, statistics, g, g_entropy, backend, *, through_tanh=False):
+def write_gradient(out, logits, ids, temperature, buckets, statistics, *upstream, through_tanh=False):
     """Every token as one of the rest, then the listed ones as they are; out may be logits, which may be tanh(u)."""
+    g, g_entropy, backend = upstream
     backend = choose("topk_divergence", IMPLS, logits.device, backend)
     k = ids.shape[-1]
     flat, g, buckets = (x.reshape(-1, x.shape[-1]) for x in (ids, g, buckets))
