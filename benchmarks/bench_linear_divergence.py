@@ -1,4 +1,4 @@
-"""linear_divergence: against its bare products, without gradient and with backward to a student whose teacher is data."""
+"""linear_divergence against its bare products: without gradient, and with backward to a student alone."""
 
 import torch
 from measure import Provider, compare

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from fuserl.kernels.divergence import divergence
+from fuserl.kernels.linear_divergence import linear_divergence
+from fuserl.kernels.linear_topk_divergence import linear_topk_divergence
 from fuserl.kernels.sampled_divergence import sampled_divergence
 from fuserl.kernels.topk_divergence import topk_divergence
 
@@ -29,6 +31,21 @@ def listed(kind: str, rows: int, vocabulary: int) -> tuple[Tensor, ...]:
     return student, ids, logprobs, g
 
 
+def pairs(kind: str, rows: int, vocabulary: int, width: int) -> tuple[Tensor, ...]:
+    """States and heads of a student and of a teacher, and the gradients that come from above."""
+    hidden, weight = torch.randn(rows, width), torch.randn(vocabulary, width) * 4 / width**0.5
+    apart = 1e-3 if kind == "near" else 0.25
+    other = hidden + apart * torch.randn_like(hidden), weight
+    return hidden, weight, *other, 0.5 + torch.rand(rows)
+
+
+def listed_pairs(kind: str, rows: int, vocabulary: int, width: int) -> tuple[Tensor, ...]:
+    """States and a head of a student, a teacher's best tokens and their log-probs, and the gradients from above."""
+    hidden, weight, states, head, g = pairs(kind, rows, vocabulary, width)
+    logprobs, ids = (states @ head.T).log_softmax(-1).topk(LISTED)
+    return hidden, weight, ids, logprobs, g
+
+
 def samples(kind: str, rows: int) -> tuple[Tensor, ...]:
     """Log-probs of the policy and of the reference."""
     old = -3 * torch.rand(rows)
@@ -43,16 +60,8 @@ def divergence_run(backend: str, student: Tensor, teacher: Tensor, g: Tensor) ->
 
 def divergence_eager(student: Tensor, teacher: Tensor, g: Tensor) -> dict[str, Tensor]:
     """log_softmax and kl_div in the logits' dtype."""
-    log_q = teacher.log_softmax(-1)
-
-    def plain(leaf, kind):
-        log_p = leaf.log_softmax(-1)
-        if kind == "jensen_shannon":
-            mixture = torch.logsumexp(torch.stack([log_p, log_q]), 0) - 0.6931471805599453
-            return 0.5 * (_kl(mixture, log_p) + _kl(mixture, log_q))
-        return _kl(log_p, log_q) if kind == "forward_kl" else _kl(log_q, log_p)
-
-    return _each(("forward_kl", "reverse_kl", "jensen_shannon"), student, g, plain)
+    kinds = ("forward_kl", "reverse_kl", "jensen_shannon")
+    return _each(kinds, student, g, lambda leaf, kind: _plain(leaf, teacher, kind))
 
 
 def topk_run(backend: str, student: Tensor, ids: Tensor, teacher: Tensor, g: Tensor) -> dict[str, Tensor]:
@@ -66,14 +75,43 @@ def topk_run(backend: str, student: Tensor, ids: Tensor, teacher: Tensor, g: Ten
 
 def topk_eager(student: Tensor, ids: Tensor, teacher: Tensor, g: Tensor) -> dict[str, Tensor]:
     """log_softmax in the logits' dtype, and a bucket for the rest of both in the teacher's."""
+    return _each(("forward_kl", "reverse_kl"), student, g, lambda leaf, kind: _plain_buckets(leaf, ids, teacher, kind))
 
-    def plain(leaf, kind):
-        buckets = [leaf.log_softmax(-1).gather(-1, ids).to(teacher.dtype), teacher]
-        rest = [torch.log((1 - x.exp().sum(-1, keepdim=True)).clamp_min(1e-7)) for x in buckets]
-        log_p, log_q = (torch.cat(pair, -1) for pair in zip(buckets, rest, strict=True))
-        return _kl(log_p, log_q) if kind == "forward_kl" else _kl(log_q, log_p)
 
-    return _each(("forward_kl", "reverse_kl"), student, g, plain)
+def linear_run(backend: str, hidden: Tensor, weight: Tensor, states: Tensor, head: Tensor, g) -> dict[str, Tensor]:
+    """The op for three kinds, and autograd through it."""
+
+    def ours(hidden, weight, kind):
+        return linear_divergence(hidden, weight, states, head, kind, backend=backend)[0]
+
+    return _each_of_states(("forward_kl", "reverse_kl", "jensen_shannon"), hidden, weight, g, ours)
+
+
+def linear_eager(hidden: Tensor, weight: Tensor, states: Tensor, head: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Logits by a product in the dtype, log_softmax and kl_div in the dtype."""
+
+    def plain(hidden, weight, kind):
+        return _plain(hidden @ weight.T, states @ head.T, kind)
+
+    return _each_of_states(("forward_kl", "reverse_kl", "jensen_shannon"), hidden, weight, g, plain)
+
+
+def linear_topk_run(backend: str, hidden: Tensor, weight: Tensor, ids: Tensor, teacher, g) -> dict[str, Tensor]:
+    """The op for both KLs, and autograd through it."""
+
+    def ours(hidden, weight, kind):
+        return linear_topk_divergence(hidden, weight, ids, teacher, kind, backend=backend)[0]
+
+    return _each_of_states(("forward_kl", "reverse_kl"), hidden, weight, g, ours)
+
+
+def linear_topk_eager(hidden: Tensor, weight: Tensor, ids: Tensor, teacher: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Logits by a product in the dtype, then as from logits."""
+
+    def plain(hidden, weight, kind):
+        return _plain_buckets(hidden @ weight.T, ids, teacher, kind)
+
+    return _each_of_states(("forward_kl", "reverse_kl"), hidden, weight, g, plain)
 
 
 def sampled_run(backend: str, logprobs: Tensor, reference: Tensor) -> dict[str, Tensor]:
@@ -107,6 +145,30 @@ def _each(kinds: tuple[str, ...], logits: Tensor, g: Tensor | None, function: Ca
         found[kind] = value.detach()
         (found[f"d_{kind}"],) = torch.autograd.grad(value, leaf, torch.ones_like(value) if g is None else g.to(value))
     return found
+
+
+def _each_of_states(kinds: tuple[str, ...], hidden: Tensor, weight: Tensor, g: Tensor, function: Callable) -> dict:
+    """Values by kind, and the gradients of their sum."""
+    leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
+    found = {kind: function(*leaves, kind) for kind in kinds}
+    total = sum((value * g.to(value)).sum() for value in found.values())
+    d_hidden, d_weight = torch.autograd.grad(total, leaves)
+    return {**{kind: x.detach() for kind, x in found.items()}, "d_hidden": d_hidden, "d_weight": d_weight}
+
+
+def _plain(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
+    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+    if kind == "jensen_shannon":
+        mixture = torch.logsumexp(torch.stack([log_p, log_q]), 0) - 0.6931471805599453
+        return 0.5 * (_kl(mixture, log_p) + _kl(mixture, log_q))
+    return _kl(log_p, log_q) if kind == "forward_kl" else _kl(log_q, log_p)
+
+
+def _plain_buckets(student: Tensor, ids: Tensor, teacher: Tensor, kind: str) -> Tensor:
+    buckets = [student.log_softmax(-1).gather(-1, ids).to(teacher.dtype), teacher]
+    rest = [torch.log((1 - x.exp().sum(-1, keepdim=True)).clamp_min(1e-7)) for x in buckets]
+    log_p, log_q = (torch.cat(pair, -1) for pair in zip(buckets, rest, strict=True))
+    return _kl(log_p, log_q) if kind == "forward_kl" else _kl(log_q, log_p)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -25,8 +25,10 @@ from fuserl.engine import bench, machine
 from fuserl.kernels import (
     divergence,
     group_advantage,
+    linear_divergence,
     linear_logprob,
     linear_policy_loss,
+    linear_topk_divergence,
     policy_loss,
     sample,
     sampled_divergence,
@@ -265,6 +267,16 @@ SUBJECTS = {
     "topk_divergence": Subject(
         lambda kind, rows: divergences.listed(kind, rows, VOCABULARY), divergences.topk_run,
         divergences.topk_eager, topk_divergence.IMPLS, {"usual": f"{_NEAR['usual']}, whose 64 best tokens are known"},
+    ),
+    "linear_divergence": Subject(
+        lambda kind, rows: divergences.pairs(kind, rows, VOCABULARY, WIDTH), divergences.linear_run,
+        divergences.linear_eager, linear_divergence.IMPLS,
+        {"usual": f"{_NEAR['usual']}, from their states", "near": "the same at a distance of 0.004"},
+    ),
+    "linear_topk_divergence": Subject(
+        lambda kind, rows: divergences.listed_pairs(kind, rows, VOCABULARY, WIDTH), divergences.linear_topk_run,
+        divergences.linear_topk_eager, linear_topk_divergence.IMPLS,
+        {"usual": f"{_NEAR['usual']}, from the student's states and the teacher's 64 best tokens"},
     ),
     "sampled_divergence": Subject(
         divergences.samples, divergences.sampled_run, divergences.sampled_eager, sampled_divergence.IMPLS,
