@@ -125,7 +125,7 @@ void divergence_forward(const TensorView& logits_p, const TensorView& logits_q, 
 
 // Gradients of g[0] . divergence + g[1] . entropy.
 //   statistics  as divergence_forward wrote them; g (2, N) of their dtype
-//   out_p       as logits_p, may be its memory, or null
+//   out_p       as logits_p, may be its memory, or null; where there is no out_q, the memory of logits_q as well
 //   out_q       as logits_q, or null
 // Rows whose g is 0 are filled with 0, logits unread. An infinite divergence has no part in the gradient.
 void divergence_gradient(const TensorView& logits_p, const TensorView& logits_q, const TensorView& temperatures,

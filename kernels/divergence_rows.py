@@ -161,7 +161,10 @@ def _gradient_kernel(
     R_q, stride_a_q, stride_r_q, out_stride_a, out_stride_r, parameter: tl.float64, scale: tl.float64,
     KIND: tl.constexpr, TERMS: tl.constexpr, LOG_TERMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one block of one row; out_q is dense, or None. A row whose g is zero is written and not read."""
+    """Gradients of one block of one row; out_q is dense, or None. A row whose g is zero is written and not read.
+
+    All of a block is read before any of it is written: out_p may be the memory of either side, where out_q is None.
+    """
     dtype: tl.constexpr = statistics_ptr.dtype.element_ty
     blocks = tl.cdiv(V, BLOCK)
     program = tl.program_id(0)

@@ -41,7 +41,7 @@ template <class T>
 struct DivergenceKernels {
   void (*forward)(const void* p, const void* q, DType dtype_p, DType dtype_q, std::int64_t vocab,
                   const DivergenceRow<T>& row, const DivergenceRule& rule, DivergenceSums* sums);
-  // A null out_p or out_q is not written; either may be the row that it is the gradient of.
+  // A null out_p or out_q is not written; either may be the row that it is the gradient of, and one alone either row.
   void (*gradient)(const void* p, const void* q, DType dtype_p, DType dtype_q, void* out_p, void* out_q,
                    std::int64_t vocab, const DivergenceRow<T>& row, const DivergenceSlopes<T>& slopes,
                    const DivergenceRule& rule);

@@ -43,16 +43,16 @@ HEADS = {
 NAMES = ("hidden_p", "weight_p", "bias_p", "hidden_q", "weight_q", "bias_q")
 
 
-def operands(dtype=torch.float32, dtype_q=None, device="cpu", rows=ROWS):
+def operands(dtype=torch.float32, dtype_q=None, device="cpu", rows=ROWS, vocabulary=VOCABULARY):
     """States, heads and biases of a student and of a wider teacher, whose peaky distributions are not far apart."""
     common = torch.randn(rows, WIDTHS[0]) * 2
     hidden_q = torch.cat([common + 0.3 * torch.randn_like(common), torch.randn(rows, WIDTHS[1] - WIDTHS[0])], 1)
-    weight_p = torch.randn(VOCABULARY, WIDTHS[0])
-    weight_q = torch.cat([weight_p, 0.3 * torch.randn(VOCABULARY, WIDTHS[1] - WIDTHS[0])], 1)
-    bias = 3 * torch.randn(VOCABULARY)
+    weight_p = torch.randn(vocabulary, WIDTHS[0])
+    weight_q = torch.cat([weight_p, 0.3 * torch.randn(vocabulary, WIDTHS[1] - WIDTHS[0])], 1)
+    bias = 3 * torch.randn(vocabulary)
     made = {
         "hidden_p": common, "weight_p": weight_p, "bias_p": bias, "hidden_q": hidden_q, "weight_q": weight_q,
-        "bias_q": bias + torch.randn(VOCABULARY),
+        "bias_q": bias + torch.randn(vocabulary),
     }  # fmt: skip
     return {name: x.to(dtype_q or dtype if name.endswith("q") else dtype).to(device) for name, x in made.items()}
 
@@ -134,6 +134,14 @@ def test_two_dtypes_and_a_temperature_per_token(device, backend):
     head = {"temperature": (torch.rand(ROWS) + 0.5).to(device), "bias": True, "softcap_p": 32.0}
     compare(given, "jensen_shannon", backend, head=head, chunk=20)
     compare(operands(torch.float16, torch.float32, device), "forward_kl", backend, chunk=20)
+
+
+@each_backend
+@pytest.mark.parametrize("detach_q", [False, True])
+def test_rows_of_many_blocks(detach_q, device, backend):
+    """Whole vectors are written where they were read, the last ones by way of a buffer."""
+    given = operands(device=device, rows=9, vocabulary=4100)
+    compare(given, "reverse_kl", backend, head=HEADS["caps"], detach_q=detach_q, chunk=5)
 
 
 @cpu_only

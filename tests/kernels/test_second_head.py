@@ -90,6 +90,13 @@ def test_every_kind_alone_and_with_others(kind, device, backend):
 
 
 @each_backend
+def test_rows_of_many_blocks(device, backend):
+    """Whole vectors are written where they were read, the last ones by way of a buffer."""
+    case = Pair(9, vocabulary=4100, device=device)
+    compare(case, case.penalised("forward_kl"), backend, outputs=("logprob", "forward_kl"), chunk=5, softcap=32.0)
+
+
+@each_backend
 def test_a_reference_of_another_dtype(device, backend):
     case = Pair(reference_dtype=torch.bfloat16, device=device)
     compare(case, case.penalised("forward_kl"), backend, outputs=("logprob", "forward_kl"), chunk=20)
