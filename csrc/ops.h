@@ -66,7 +66,7 @@ void softmax_rows_forward(const TensorView& logits, const TensorView& ids, const
 //   coefficients  (5, N) rows a, b, c, d, e in the dtype of lse
 //   out           (A, R, V) in the dtype of logits, stride 1 in V; may be the memory of logits
 // p == 0 contributes 0 even where logp = -inf. A row whose five coefficients are 0 is filled with 0, logits unread.
-// through_tanh: logits are tanh(u), and out is the gradient to u, 1 - logits^2 times the above.
+// through_tanh: logits are tanh(u), or -inf, and out is the gradient to u, 1 - logits^2 times the above, 0 at -inf.
 void softmax_rows_gradient(const TensorView& logits, const TensorView& ids, const TensorView& lse,
                            const TensorView& coefficients, const TensorView* row_temperature, double temperature,
                            const TensorView& out, int threads, bool through_tanh);

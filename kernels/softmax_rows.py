@@ -75,7 +75,7 @@ def reference_gradient(
     gradient.scatter_add_(-1, ids[:, None], e)
     gradient /= temperature[:, None] if isinstance(temperature, Tensor) else temperature
     if through_tanh:
-        gradient *= 1 - logits.reshape(gradient.shape).to(gradient.dtype).square()
+        gradient *= 1 - logits.reshape(gradient.shape).to(gradient.dtype).clamp_min(-1).square()
     return gradient.masked_fill((coefficients == 0).all(0)[:, None], 0.0).view(logits.shape)
 
 
@@ -235,7 +235,7 @@ def _gradient_kernel(
     constant = tl.where(v == tl.load(id_ptr + row).to(tl.int32), a + e * scale, a)
     gradient = constant + p * (b * scale + c * scale * logp + d * scale * p)
     if THROUGH_TANH:
-        x = tl.maximum(x, -1.0)  # what was not read
+        x = tl.maximum(x, -1.0)  # what was not read, and -inf
         gradient *= 1.0 - x * x
     out_ptr += _row_offset(row, R, out_stride_a, out_stride_r)
     tl.store(out_ptr + v, gradient.to(out_ptr.dtype.element_ty), v < V)
@@ -358,7 +358,7 @@ def gradient(
         coefficients: (5, N) rows a, b, c, d, e, contiguous, in the dtype of lse. A row of zeros is filled, not read.
         out: (A, R, V), stride 1 in V, floating; may be logits itself.
         backend: a key of IMPLS.
-        through_tanh: logits are tanh(u): write the gradient to u, (1 - logits^2) times that to logits.
+        through_tanh: logits are tanh(u): write the gradient to u, (1 - logits^2) times that to logits, and 0 at -inf.
     """
     if ids.numel() > 0:
         IMPLS[backend][1](logits, ids, lse, coefficients, temperature, row_temperature, out, through_tanh)

@@ -172,9 +172,9 @@ struct Coefficients {
   bool through_tanh;
 
   double at(double x, double logp, double temperature, bool chosen) const {
-    const double p = std::exp(logp), slope = p == 0 ? 0 : p * (b + c * logp + d * p);
+    const double p = std::exp(logp), slope = p == 0 ? 0 : p * (b + c * logp + d * p), y = x < -1 ? -1 : x;
     const double gradient = (a + slope + (chosen ? e : 0)) / temperature;
-    return through_tanh ? gradient * (1 - x * x) : gradient;
+    return through_tanh ? gradient * (1 - y * y) : gradient;
   }
 };
 

@@ -167,7 +167,9 @@ FUSERL_INLINE void gradient_group(const T* p, T* out, const GradientConstants& k
     prob[i] = (prob[i] - k.floor_exp) * k.g.p_factor;
     const Floats logp = d[i] * k.g.inverse_temperature - k.g.shift;
     const Floats slope = prob[i] * (k.g.d * prob[i] + (k.g.c * logp + k.g.b)) + k.g.a;
-    store(out + i * width, ThroughTanh ? slope * (1.0f - x[i] * x[i]) : slope);
+    // A tanh is at least -1; -inf stands there for a token that is not allowed, and its slope is 0.
+    const Floats y = ThroughTanh ? maximum(broadcast(-1.0f), x[i]) : x[i];
+    store(out + i * width, ThroughTanh ? slope * (1.0f - y * y) : slope);
   }
 }
 

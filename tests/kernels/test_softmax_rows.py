@@ -242,14 +242,16 @@ def test_a_single_coefficient_keeps_a_row_alive(device, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [17, TILE + 9])
 def test_gradient_through_tanh(columns, dtype, device, backend):
-    """Of u where the logits are tanh(u), saturated ones among them; a dead row stays 0."""
+    """Of u where the logits are tanh(u), saturated ones and barred tokens among them; a dead row stays 0."""
     logits = torch.tanh(torch.randn(1, 3, columns)).to(device, dtype)
-    logits[0, 0, 0], logits[0, 2, 3] = torch.nan, 1.0
+    logits[0, 0, 0], logits[0, 2, 3], logits[0, 1, 1:9], logits[0, 1, -1] = torch.nan, 1.0, -torch.inf, -torch.inf
     ids, lse = some_ids(logits), (logits.double() / 0.1).logsumexp(-1)[0].to(accumulator(dtype))
     coefficients, out = torch.randn(5, 3).to(device, accumulator(dtype)), torch.full_like(logits, torch.nan)
     coefficients[:, 0] = 0.0
     softmax_rows.gradient(logits, ids, lse, coefficients, 0.1, None, out, backend, through_tanh=True)
     assert (out[0, 0] == 0).all() and out[0, 2, 3] == 0
+    assert (out[0, 1, 1:9] == 0).all() and out[0, 1, -1] == 0
+    logits[0, 1, 1:9] = logits[0, 1, -1] = -1.0  # where 1 - x^2 makes the formula 0 as well
     live, out, x = (ids[1:], lse[1:], coefficients[:, 1:], 0.1), out[:, 1:], logits[:, 1:]
     truth = true_gradient(x, *live) * (1 - x.double().square())
     check_rows("gradient", out, truth, reference_gradient(x, *live, True), dtype, accumulator(dtype), ids=ids[1:])
