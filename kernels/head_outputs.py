@@ -1,14 +1,17 @@
 """What a vocabulary head makes of a product, and what is read of it: the outputs that both ops of the head share.
 
-    u = hidden @ weight.T + bias
+    u = hidden @ weight.T + bias, with an adapter + scale (hidden @ down.T) @ up.T
     z = logit_scale u / temperature                                  softcap tanh(logit_scale u / softcap) / temperature
-    logprob, entropy, mean_logprob, sum_sq_prob, mean_logit, is_top1 of softmax(z), per row
+    logprob, entropy, mean_logprob, sum_sq_prob, mean_logit, is_top1, extra_logprob of softmax(z), per row
 
 A chunk's buffer holds x = u, or x = tanh(logit_scale u / softcap), so that z is x over a temperature that the row
 kernels divide by anyway. Its gradient is, elementwise, with g the derivatives of the loss to the outputs
 
     dz[v] = g_logprob (1[v = id] - p) - g_entropy p (log p + entropy) + g_mean_logprob (1/V - p)
-          + 2 g_sum_sq p (p - sum_sq) + g_mean_logit / V
+          + 2 g_sum_sq p (p - sum_sq) + g_mean_logit / V + g_extra (1[v = extra_id] - p)
+
+Where lists of allowed tokens are given, z is -inf everywhere else; the log-prob of a token that is not in its row's
+list is -inf, a constant, and its gradient 0.
 """
 
 from __future__ import annotations
@@ -20,9 +23,13 @@ import torch
 from torch import Tensor
 
 from fuserl.kernels import softmax_rows
+from fuserl.kernels.allowed import Allowed, check_form
+from fuserl.kernels.head_products import Lora
 from fuserl.kernels.token_logprob import split_temperature
 
 OUTPUTS = ("logprob", "entropy", "mean_logprob", "sum_sq_prob", "mean_logit", "is_top1")
+EXTRA = "extra_logprob"  # the output that extra_ids adds to these
+_MEANS = ("mean_logprob", "mean_logit")
 
 
 class Outputs:
@@ -51,11 +58,19 @@ class Head:
     logit_scale: float
     temperature: float
     row_temperature: Tensor | None  # (N,), in place of the one temperature
+    lora: Lora | None = None
+    extra_ids: Tensor | None = None  # (N,), the tokens of extra_logprob
+    allowed: Allowed | None = None  # lists for all N rows
 
     @property
     def inner(self) -> float | None:
         """Factor of u inside the tanh that gives x; None where x = u."""
         return None if self.softcap is None else self.logit_scale / self.softcap
+
+    @property
+    def terms(self) -> int:
+        """How many coefficients a row's gradient has."""
+        return 5 + (self.extra_ids is not None)
 
     def temperatures(self, rows: Tensor | slice) -> tuple[float, Tensor | None]:
         """The number, or one per row, that turns x into z."""
@@ -70,28 +85,76 @@ class Head:
         return torch.full((count,), number, dtype=dtype, device=device) if rows is None else rows
 
     def statistics(self, x: Tensor, ids: Tensor, rows: Tensor, outputs: Sequence[str], backend: str) -> Tensor:
-        """(K, n) rows of softmax_rows.forward of a chunk, K from `kinds`; ids (N,) and rows (n,) of the whole."""
-        return softmax_rows.forward(x[None], ids[rows], *self.temperatures(rows), kinds(outputs), backend)
+        """(K, n) rows of softmax_rows.forward of a chunk, and extra_logprob as the last; K from `kinds`.
+
+        ids is (N,) and rows (n,), the chunk's rows of the whole.
+        """
+        temperatures, count = self.temperatures(rows), kinds(outputs) - (EXTRA in outputs)
+        statistics = softmax_rows.forward(x[None], ids[rows], *temperatures, count, backend)
+        if EXTRA not in outputs:
+            return statistics
+        logprob = self._logprob(x, self._extra(rows, x.shape[1]), statistics[2:4], temperatures)
+        return torch.cat([statistics, logprob.to(statistics.dtype)[None]])
 
     def coefficients(self, statistics: Tensor, derivatives: dict[str, Tensor | None], vocabulary: int) -> Tensor:
-        """The (5, n) row coefficients of softmax_rows.gradient: dz = a + p (b + c log p + d p) + e 1[v = id]."""
+        """The (5, n) row coefficients of softmax_rows.gradient, dz = a + p (b + c log p + d p) + e 1[v = id].
+
+        With extra_ids a sixth row, f of + f 1[v = extra_id].
+        """
         zero = torch.zeros_like(statistics[0])
-        g = {name: zero if derivatives.get(name) is None else derivatives[name] for name in OUTPUTS}
+        g = {name: zero if derivatives.get(name) is None else derivatives[name] for name in (*OUTPUTS, EXTRA)}
+        if self.allowed is not None:
+            for name, logprob in (("logprob", statistics[0]), (EXTRA, statistics[-1])):
+                if derivatives.get(name) is not None:
+                    g[name] = torch.where(logprob == -torch.inf, zero, g[name])
         a = (g["mean_logprob"] + g["mean_logit"]) / vocabulary
-        b = -g["logprob"] - g["entropy"] * statistics[1] - g["mean_logprob"]
-        if len(statistics) > 4:
+        b = -g["logprob"] - g["entropy"] * statistics[1] - g["mean_logprob"] - g[EXTRA]
+        if len(statistics) >= 7:
             b = b - 2 * g["sum_sq_prob"] * statistics[5]
-        coefficients = torch.stack([a, b, -g["entropy"], 2 * g["sum_sq_prob"], g["logprob"]])
+        extra = [] if self.extra_ids is None else [g[EXTRA]]
+        coefficients = torch.stack([a, b, -g["entropy"], 2 * g["sum_sq_prob"], g["logprob"], *extra])
         return coefficients if self.inner is None else coefficients * self.inner
 
     def gradient(
         self, x: Tensor, ids: Tensor, rows: Tensor, lse: Tensor, coefficients: Tensor, out: Tensor, backend: str
     ) -> None:
-        """Write the gradient to u of a chunk, (n, V), from its lse (2, n) and coefficients (5, n); out may be x."""
+        """Write the gradient to u of a chunk, (n, V), from its lse (2, n) and coefficients; out may be x."""
+        extra = None
+        if self.extra_ids is not None:
+            extra = self._extra(rows, x.shape[1])[:, None]
+            column = self._column(x, ids[rows], extra, rows, lse, coefficients)  # before x is overwritten
         softmax_rows.gradient(
-            x[None], ids[rows], lse.contiguous(), coefficients.contiguous(), *self.temperatures(rows), out[None],
+            x[None], ids[rows], lse.contiguous(), coefficients[:5].contiguous(), *self.temperatures(rows), out[None],
             backend, through_tanh=self.inner is not None,
         )  # fmt: skip
+        if extra is not None:
+            out.scatter_(1, extra, column[:, None].to(out.dtype))
+
+    def _extra(self, rows: Tensor, vocabulary: int) -> Tensor:
+        extra = self.extra_ids[rows]
+        if extra.device.type == "cpu" and not ((extra >= 0) & (extra < vocabulary)).all():
+            raise ValueError(
+                f"extra_ids: each must lie in [0, {vocabulary}); got {extra.amin().item()} to {extra.amax().item()}. "
+                "Give every row a token."
+            )
+        return extra
+
+    def _logprob(self, x: Tensor, tokens: Tensor, lse: Tensor, temperatures) -> Tensor:
+        """log p of one token per row, float64: a rounded difference from lse would hide what lse's error corrects."""
+        one, per_row = temperatures
+        z = x.gather(1, tokens[:, None])[:, 0].double() / (one if per_row is None else per_row.double())
+        return (z - lse[0].double()) - lse[1].double()
+
+    def _column(self, x, ids, extra, rows, lse, coefficients) -> Tensor:
+        """The gradient to u at each row's extra token, float64: g (1 - p) of a likely one would lose all its digits."""
+        one, per_row = temperatures = self.temperatures(rows)
+        a, b, c, d, e, f = coefficients.double()
+        logp = self._logprob(x, extra[:, 0], lse, temperatures).clamp_min(-1e4)
+        p = logp.exp()
+        column = (a + p * (b + c * logp + d * p) + torch.where(ids == extra[:, 0], e, 0.0) + f) / (
+            one if per_row is None else per_row.double()
+        )
+        return column if self.inner is None else column * (1 - x.gather(1, extra)[:, 0].double().clamp_min(-1).square())
 
 
 def head_of(
@@ -103,6 +166,9 @@ def head_of(
     softcap: float | None,
     logit_scale: float | None,
     temperature: float | Tensor,
+    lora: Sequence | None = None,
+    extra_ids: Tensor | None = None,
+    allowed: Allowed | None = None,
 ) -> Head:
     """The head that a caller of `op` describes; a temperature per token comes out flat, in `dtype`."""
     for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
@@ -111,19 +177,23 @@ def head_of(
     row_temperature, temperature = split_temperature(op, temperature, ids)
     if row_temperature is not None:
         row_temperature = row_temperature.to(dtype)
-    return Head(bias, softcap, 1.0 if logit_scale is None else float(logit_scale), temperature, row_temperature)
+    extra_ids = None if extra_ids is None else extra_ids.reshape(-1)
+    return Head(
+        bias, softcap, 1.0 if logit_scale is None else float(logit_scale), temperature, row_temperature,
+        None if lora is None else Lora(lora[0], lora[1], float(lora[2])), extra_ids, allowed,
+    )  # fmt: skip
 
 
 def kinds(outputs: Sequence[str]) -> int:
-    """How many statistics of softmax_rows the outputs need."""
-    return 4 if {"logprob", "entropy"}.issuperset(outputs) else 7
+    """How many statistics the outputs need."""
+    return (4 if {"logprob", "entropy", EXTRA}.issuperset(outputs) else 7) + (EXTRA in outputs)
 
 
 def named(statistics: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:
     """The requested outputs out of softmax_rows' statistics."""
     order = ("logprob", "entropy", "lse", "lse_error", "mean_logit", "sum_sq_prob", "is_top1")
-    rows = dict(zip(order, statistics, strict=False))
-    if len(statistics) == len(order):
+    rows = {**dict(zip(order, statistics, strict=False)), EXTRA: statistics[-1]}
+    if len(statistics) >= len(order):
         # good to eps times the largest logit: where all logits are near 1e4, to 1e-3
         rows["mean_logprob"] = rows["mean_logit"] - rows["lse"] - rows["lse_error"]
     return {name: rows[name] for name in outputs}
@@ -133,9 +203,13 @@ def scaled_logits(hidden: Tensor, weight: Tensor, rows: Tensor, head: Head) -> T
     """z of some rows, (n, V), in plain torch."""
     dtype = softmax_rows.accumulator(hidden.dtype)
     z = hidden[rows].to(dtype) @ weight.to(dtype).T
+    if head.lora is not None:
+        down, up, scale = head.lora
+        z = z + scale * (hidden[rows].to(dtype) @ down.to(dtype).T) @ up.to(dtype).T
     z = head.logit_scale * (z if head.bias is None else z + head.bias.to(dtype))
     z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
-    return z / (head.temperature if head.row_temperature is None else head.row_temperature[rows, None])
+    z = z / (head.temperature if head.row_temperature is None else head.row_temperature[rows, None])
+    return z if head.allowed is None else z.masked_fill(head.allowed.barred(z.shape[1])[rows], -torch.inf)
 
 
 def definition(hidden: Tensor, weight: Tensor, ids: Tensor, rows: Tensor, head: Head) -> dict[str, Tensor]:
@@ -143,8 +217,15 @@ def definition(hidden: Tensor, weight: Tensor, ids: Tensor, rows: Tensor, head: 
     z = scaled_logits(hidden, weight, rows, head)
     logp, chosen = z.log_softmax(-1), ids[rows, None]
     p, finite = logp.exp(), logp.masked_fill(logp == -torch.inf, 0.0)
+
+    def logprob(tokens: Tensor) -> Tensor:
+        found = logp.gather(-1, tokens).squeeze(-1)
+        return found if head.allowed is None else torch.where(found == -torch.inf, found.detach(), found)
+
+    extra = {} if head.extra_ids is None else {EXTRA: logprob(head.extra_ids[rows, None])}
     return {
-        "logprob": logp.gather(-1, chosen).squeeze(-1),
+        **extra,
+        "logprob": logprob(chosen),
         "entropy": -(p * finite).sum(-1),
         "mean_logprob": logp.mean(-1),
         "sum_sq_prob": p.square().sum(-1),
@@ -170,6 +251,9 @@ def check(
     outputs: Sequence[str],
     bias: Tensor | None,
     chunk: int | None,
+    lora: Sequence | None = None,
+    extra_ids: Tensor | None = None,
+    allowed: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Raise ValueError with the first broken contract of the arguments that both ops have."""
     require = requirer(op)
@@ -180,8 +264,24 @@ def check(
         f"ids must be {shape} int64 on {hidden.device}", f"{tuple(ids.shape)} {ids.dtype} on {ids.device}",
         "Pass one token per row of hidden.",
     )  # fmt: skip
-    unknown = [name for name in outputs if name not in OUTPUTS]
-    require(not unknown and bool(outputs), f"outputs must be among {', '.join(OUTPUTS)}", outputs, "Correct the name.")
+    names = OUTPUTS if extra_ids is None else (*OUTPUTS, EXTRA)
+    require(
+        bool(outputs) and set(outputs) <= set(names), f"outputs must be among {', '.join(names)}", outputs,
+        "Correct the name." if EXTRA not in outputs else "Give extra_ids for extra_logprob.",
+    )  # fmt: skip
+    if extra_ids is not None:
+        require(
+            extra_ids.shape == shape and extra_ids.dtype == torch.int64 and extra_ids.device == hidden.device,
+            f"extra_ids must be {shape} int64 on {hidden.device}",
+            f"{tuple(extra_ids.shape)} {extra_ids.dtype} on {extra_ids.device}", "Pass a second token per row.",
+        )  # fmt: skip
+        require(EXTRA in outputs, "extra_ids must be read", f"outputs={outputs}", f"Ask for {EXTRA!r} in outputs=.")
+    if allowed is not None:
+        check_form(op, allowed, ids)
+        means = [name for name in outputs if name in _MEANS]
+        require(not means, "outputs must be finite where some tokens are not allowed", means, "Leave the means out.")
+    if lora is not None:
+        _check_lora(require, weight, lora)
     require(chunk is None or chunk > 0, "chunk must be a positive number of rows", chunk, "Leave it out.")
 
 
@@ -218,6 +318,20 @@ def check_mask(op: str, mask: Tensor | None, hidden: Tensor) -> None:
             mask.shape == tokens and mask.dtype == torch.bool and mask.device.type in ("cpu", hidden.device.type),
             f"mask must be {tokens} bool on the host or {hidden.device}",
             f"{tuple(mask.shape)} {mask.dtype} on {mask.device}", "Use mask != 0.",
+        )  # fmt: skip
+
+
+def _check_lora(require, weight: Tensor, lora: Sequence) -> None:
+    require(
+        isinstance(lora, tuple | list) and len(lora) == 3 and isinstance(lora[2], int | float),
+        "lora must be (A, B, scale), two matrices and a number", type(lora).__name__, "Take scale = alpha / rank.",
+    )  # fmt: skip
+    (vocabulary, width), rank = weight.shape, lora[0].shape[0]
+    for name, x, shape in (("A", lora[0], (rank, width)), ("B", lora[1], (vocabulary, rank))):
+        require(
+            x.shape == shape and x.is_floating_point() and x.device == weight.device,
+            f"lora's {name} must be {shape} of a floating dtype on {weight.device}",
+            f"{tuple(x.shape)} {x.dtype} on {x.device}", "Pass the adapter's matrices as peft has them.",
         )  # fmt: skip
 
 

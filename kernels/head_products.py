@@ -1,7 +1,11 @@
 """The three matrix products of a vocabulary head over chunks of rows: logits, d_hidden, d_weight.
 
-    u = hidden @ weight.T + bias        x = u, or tanh(inner u)
-    d_hidden = du @ weight              d_weight = du.T @ hidden              d_bias = sum_n du[n]
+    u = hidden @ weight.T + low @ up.T + bias           low = scale hidden @ down.T        x = u, or tanh(inner u)
+    d_hidden = du @ weight + scale d_low @ down         d_low = du @ up                    d_bias = sum_n du[n]
+    d_weight = du.T @ hidden        d_up = du.T @ low   d_down = scale d_low.T @ hidden
+
+`down` (r, D) and `up` (V, r), the A and B of an adapter on the head, are optional; weight + scale up @ down is never
+formed, and their products cost r / D of the head's.
 
 The bias and the factor `inner` ride on the product; the tanh is one more pass over the chunk, in place. Products go
 through the vendor's library in float32 (float64 from float64 inputs): on GPU with float32 output of the 16-bit inputs;
@@ -11,9 +15,12 @@ on CPU, which has no such product, by widening the weight a tile of the vocabula
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fuserl.kernels.allowed import Allowed
 
 _TILE = 8192  # vocabulary rows widened at a time: 19 MB at D = 576, read back from cache
 
@@ -23,6 +30,14 @@ def default_chunk(hidden: Tensor, weight: Tensor) -> int:
     if hidden.device.type == "cpu":
         return 512  # below, d_weight's read and write per chunk dominates; above, nothing is gained
     return max(256, (512 << 20) // (4 * weight.shape[0]) // 128 * 128)
+
+
+class Lora(NamedTuple):
+    """An adapter on the head: down (r, D) and up (V, r), of any floating dtype, and its scale."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
 
 
 def taken_rows(
@@ -49,8 +64,9 @@ class HeadProducts:
 
     Args:
         rows: those of hidden that take part, (n,) int64; None for all.
-        needs: whether d_hidden, d_weight and d_bias are wanted.
-        bias, inner: see above; inner None for x = u.
+        needs: whether d_hidden, d_weight, d_bias, d_down and d_up are wanted; as many as `gradients` is to return.
+        bias, lora, inner: see above; inner None for x = u.
+        allowed: lists of the tokens that keep their logits, for the rows that take part; None for all tokens.
     """
 
     def __init__(
@@ -62,15 +78,23 @@ class HeadProducts:
         chunk: int,
         dtype: torch.dtype,
         bias: Tensor | None = None,
+        lora: Lora | None = None,
         inner: float | None = None,
-        needs: Sequence[bool] = (False, False, False),
+        allowed: Allowed | None = None,
+        needs: Sequence[bool] = (),
         grad_weight: Tensor | None = None,
     ):
-        hidden_grad, weight_grad, bias_grad = needs
+        hidden_grad, weight_grad, bias_grad, down_grad, up_grad = (*needs, *[False] * 5)[:5]
+        self.asked = len(needs)
         self.hidden, self.weight, self.rows, self.dtype, self.inner = hidden, weight, rows, dtype, inner
         self.factor = 1.0 if inner is None else inner
         self.bias = None if bias is None else bias.to(dtype) * self.factor
         self.d_bias = torch.zeros_like(self.bias) if bias_grad else None
+        # Of few columns, so they are as precise as the accumulator wherever that costs no copy of a chunk.
+        self.lora = None if lora is None else Lora(lora.down.to(dtype), lora.up.to(dtype), lora.scale)
+        self.d_down = torch.zeros_like(self.lora.down) if down_grad else None
+        self.d_up = torch.zeros_like(self.lora.up) if up_grad else None
+        self.allowed = allowed
         self.device_products = hidden.device.type != "cpu" and hidden.dtype != dtype
         self.widened = hidden.device.type == "cpu" and hidden.dtype != dtype
         self.buffer = hidden.new_empty(chunk, weight.shape[0], dtype=dtype)
@@ -101,7 +125,12 @@ class HeadProducts:
             hidden = hidden.to(self.dtype)
             for tile, weight in self._tiles() if self.widened else [(slice(None), self.weight)]:
                 self._product(hidden, weight, None if self.bias is None else self.bias[tile], out[:, tile])
-        return out if self.inner is None else out.tanh_()
+        if self.lora is not None:
+            out.addmm_(self._low(hidden), self.lora.up.T, alpha=self.factor)
+        out = out if self.inner is None else out.tanh_()
+        if self.allowed is not None:
+            self.allowed.restrict(out, piece)
+        return out
 
     def _product(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         if bias is not None:
@@ -122,28 +151,39 @@ class HeadProducts:
 
     def accumulate(self, gradient: Tensor, piece: slice, alive: Tensor | None) -> None:
         """Add the products of a chunk's logit gradient (n, V), whose rows are `alive` of the piece, or all of it."""
+        d_low = None
+        if self.lora is not None and (self.d_hidden is not None or self.d_down is not None):
+            d_low = self._added(None, gradient, self.lora.up).mul_(self.lora.scale)
         if self.d_hidden is not None:
-            self._write_hidden(self._times_weight(gradient), piece, alive)
+            product = self._times_weight(gradient)
+            self._write_hidden(product if d_low is None else product.addmm_(d_low, self.lora.down), piece, alive)
         if self.d_bias is not None:
             self.d_bias += gradient.sum(0, dtype=self.dtype)
+        if not self.weight_grad and self.d_down is None and self.d_up is None:
+            return
+        hidden = self._hidden(piece)
+        hidden = hidden if alive is None else hidden[alive]
         if self.weight_grad:
-            hidden = self._hidden(piece)
-            self._add_weight(gradient, hidden if alive is None else hidden[alive])
+            self._add_weight(gradient, hidden)
+        if self.d_down is not None:
+            self.d_down.addmm_(d_low.T, hidden.to(self.dtype))
+        if self.d_up is not None:
+            self._added(self.d_up, gradient.T, self._low(hidden))
 
-    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """d_hidden, d_weight (None where it went to grad_weight) and d_bias, as far as they are wanted."""
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """d_hidden, d_weight (None where it went to grad_weight), d_bias, d_down, d_up, as far as they are wanted."""
         d_weight = None
         if self.returns_weight:
             zeros = self.d_weight is None
             d_weight = torch.zeros_like(self.weight) if zeros else self.d_weight.to(self.weight.dtype)
-        return self.d_hidden, d_weight, self.d_bias
+        return (self.d_hidden, d_weight, self.d_bias, self.d_down, self.d_up)[: self.asked]
 
     def _hidden(self, piece: slice) -> Tensor:
         return self.hidden[piece] if self.rows is None else self.hidden[self.rows[piece]]
 
     def _times_weight(self, gradient: Tensor) -> Tensor:
         if not self.widened:
-            return gradient @ self.weight
+            return gradient @ self.weight if self.lora is None else self._added(None, gradient, self.weight)
         product = gradient.new_zeros(len(gradient), self.weight.shape[1])
         for tile, weight in self._tiles():
             product.addmm_(gradient[:, tile], weight)
@@ -158,16 +198,21 @@ class HeadProducts:
         rows = self.row_numbers(piece)
         self.d_hidden[rows if alive is None else rows[alive]] = product.to(self.d_hidden.dtype)
 
+    def _low(self, hidden: Tensor) -> Tensor:
+        return (hidden.to(self.dtype) @ self.lora.down.T).mul_(self.lora.scale)
+
     def _add_weight(self, gradient: Tensor, hidden: Tensor) -> None:
-        if self.device_products:
-            if self.d_weight is None:
-                self.d_weight = torch.mm(gradient.T, hidden, out_dtype=self.dtype)
-            else:
-                torch.addmm(self.d_weight, gradient.T, hidden, out_dtype=self.dtype, out=self.d_weight)
-        elif self.d_weight is None:
-            self.d_weight = gradient.T @ hidden.to(self.dtype)
-        else:
-            self.d_weight.addmm_(gradient.T, hidden.to(self.dtype))
+        self.d_weight = self._added(self.d_weight, gradient.T, hidden)
+
+    def _added(self, total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+        """The total, or nothing, plus left @ right, in place and in the accumulator's dtype."""
+        if not self.device_products:
+            right = right.to(self.dtype)
+            return left @ right if total is None else total.addmm_(left, right)
+        right = right.to(left.dtype)
+        if total is None:
+            return torch.mm(left, right, out_dtype=self.dtype)
+        return torch.addmm(total, left, right, out_dtype=self.dtype, out=total)
 
     def _tiles(self):
         for begin in range(0, len(self.weight), _TILE):

@@ -181,7 +181,8 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, g_divergence, g_entropy, _g_kept):
     kept, *tensors = ctx.saved_tensors
     needs, g = list(ctx.needs_input_grad[:6]), torch.stack([g_divergence, g_entropy])
-    found = iter(torch.ops.fuserl.linear_divergence_backward(g, kept, needs, *tensors, *ctx.settings))
+    with torch.autocast(g.device.type, enabled=False):
+        found = iter(torch.ops.fuserl.linear_divergence_backward(g, kept, needs, *tensors, *ctx.settings))
     return *(next(found) if need else None for need in needs), *[None] * 9
 
 
@@ -268,7 +269,8 @@ def linear_divergence(
         logit_scale_p=logit_scale_p, logit_scale_q=logit_scale_q, temperature=temperature, temperature_q=temperature_q,
     )  # fmt: skip
     operands = _operands(sides, mask, detach_q, chunk)
-    found = torch.ops.fuserl.linear_divergence(*operands, *rule(_NAME, kind, beta, alpha), chunk, backend)
+    with torch.autocast(hidden_p.device.type, enabled=False):
+        found = torch.ops.fuserl.linear_divergence(*operands, *rule(_NAME, kind, beta, alpha), chunk, backend)
     return found[0].view(hidden_p.shape[:-1]), found[1].view(hidden_p.shape[:-1])
 
 

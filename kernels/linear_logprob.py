@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from fuserl.kernels import head_outputs, softmax_rows
+from fuserl.kernels.allowed import Allowed, check_lists
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.head_outputs import Head, Outputs
-from fuserl.kernels.head_products import HeadProducts, taken_rows
+from fuserl.kernels.head_products import HeadProducts, Lora, taken_rows
 
 __all__ = ["linear_logprob"]
 
@@ -37,11 +38,15 @@ def reference(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    extra_ids: Tensor | None = None,
+    allowed: tuple[Tensor, Tensor] | None = None,
     mask: Tensor | None = None,
 ) -> Outputs:
     """The definition: all logits at once, and autograd through them."""
     dtype, flat = softmax_rows.accumulator(hidden.dtype), ids.reshape(-1)
-    given = {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    given = {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale, "lora": lora}
+    given |= {"extra_ids": extra_ids, "allowed": None if allowed is None else Allowed(*allowed)}
     head = head_outputs.head_of(_NAME, ids, dtype, **given)
     every = head_outputs.definition(
         hidden.reshape(-1, hidden.shape[-1]), weight, flat, torch.arange(len(flat), device=ids.device), head
@@ -56,20 +61,30 @@ class _Call(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
     ids: Tensor
     mask: Tensor | None
     row_temperature: Tensor | None
+    extra_ids: Tensor | None
+    allowed_ids: Tensor | None
+    allowed_offsets: Tensor | None
     temperature: float
     softcap: float | None
     logit_scale: float
+    lora_scale: float
     outputs: Sequence[str]
     chunk: int | None
     memory: int
     backend: str | None
 
     def head(self) -> Head:
-        """What follows the product."""
-        return Head(self.bias, self.softcap, self.logit_scale, self.temperature, self.row_temperature)
+        """What belongs to the logits besides the product."""
+        return Head(
+            self.bias, self.softcap, self.logit_scale, self.temperature, self.row_temperature,
+            None if self.down is None else Lora(self.down, self.up, self.lora_scale), self.extra_ids,
+            None if self.allowed_ids is None else Allowed(self.allowed_ids, self.allowed_offsets),
+        )  # fmt: skip
 
     def rows(self) -> tuple[Tensor | None, int, int]:
         """The rows that the mask keeps, None for all; their number; how many of them run together."""
@@ -82,19 +97,24 @@ class _Call(NamedTuple):
         rows = min(self.hidden.shape[0], self.memory // size) if self.memory else 0
         return self.hidden.new_empty((rows, self.weight.shape[0]), dtype=dtype)
 
-    def products(self, rows: Tensor | None, chunk: int, needs: Sequence[bool] = (False, False, False)) -> HeadProducts:
+    def products(self, head: Head, rows: Tensor | None, chunk: int, needs: Sequence[bool]) -> HeadProducts:
         """The products of some rows."""
-        dtype, inner = softmax_rows.accumulator(self.hidden.dtype), self.head().inner
+        allowed = None
+        if head.allowed is not None:
+            allowed = head.allowed.take(_NAME, rows if rows is None else rows.cpu())
         return HeadProducts(
-            self.hidden, self.weight, rows, chunk=chunk, dtype=dtype, bias=self.bias, inner=inner, needs=needs
-        )
+            self.hidden, self.weight, rows, chunk=chunk, dtype=softmax_rows.accumulator(self.hidden.dtype),
+            bias=head.bias, lora=head.lora, inner=head.inner, allowed=allowed, needs=needs,
+        )  # fmt: skip
 
 
 def _forward(*arguments):
     call = _Call(*arguments)
+    if call.allowed_ids is not None:
+        check_lists(_NAME, (call.allowed_ids, call.allowed_offsets), len(call.weight))
     backend, head = choose(_NAME, IMPLS, call.hidden.device, call.backend), call.head()
     rows, count, chunk = call.rows()
-    products, kept = call.products(rows, chunk), call.empty_kept()
+    products, kept = call.products(head, rows, chunk, [False] * 5), call.empty_kept()
     statistics = kept.new_zeros(head_outputs.kinds(call.outputs), len(call.ids))
     for piece in _pieces(0, count, chunk):
         at = products.row_numbers(piece)
@@ -116,7 +136,7 @@ def _backward(g, statistics, kept, needs, *arguments):
             places = alive.nonzero().squeeze(-1)
             rows = places if rows is None else rows[places]
             stored, count = int((places < stored).sum()), len(places)
-    products = call.products(rows, min(chunk, max(1, count)), needs)
+    products = call.products(head, rows, min(chunk, max(1, count)), needs)
     for piece in (*_pieces(0, stored, chunk), *_pieces(stored, count, chunk)):
         at = products.row_numbers(piece)
         x, out = products.gradient_buffers(piece)
@@ -135,20 +155,26 @@ def _pieces(begin: int, end: int, chunk: int) -> Iterator[slice]:
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, ids, mask, row_temperature, *ctx.settings = inputs
-    ctx.save_for_backward(output[1], output[2], hidden, weight, bias, ids, mask, row_temperature)
+    call = _Call(*inputs)
+    tensors = call[: _Call._fields.index("temperature")]
+    ctx.settings = call[len(tensors) :]
+    ctx.save_for_backward(output[1], output[2], *tensors)
 
 
 def _autograd(ctx, g, _g_statistics, _g_kept):
     statistics, kept, *tensors = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:3])
-    found = iter(torch.ops.fuserl.linear_logprob_backward(g, statistics, kept, needs, *tensors, *ctx.settings))
-    return *(next(found) if need else None for need in needs), *[None] * 10
+    needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
+    with torch.autocast(g.device.type, enabled=False):
+        found = iter(torch.ops.fuserl.linear_logprob_backward(g, statistics, kept, needs, *tensors, *ctx.settings))
+    rest = len(_Call._fields) - _DIFFERENTIABLE
+    return *(next(found) if need else None for need in needs), *[None] * rest
 
 
+_DIFFERENTIABLE = 5  # the first of them: hidden, weight, bias, down, up
 _CALL = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, Tensor? mask, Tensor? row_temperature, float temperature, "
-    "float? softcap, float logit_scale, str[] outputs, SymInt? chunk, SymInt memory, str? backend"
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, Tensor ids, Tensor? mask, "
+    "Tensor? row_temperature, Tensor? extra_ids, Tensor? allowed_ids, Tensor? allowed_offsets, float temperature, "
+    "float? softcap, float logit_scale, float lora_scale, str[] outputs, SymInt? chunk, SymInt memory, str? backend"
 )
 _library = torch.library.Library("fuserl", "FRAGMENT")
 _library.define(f"linear_logprob({_CALL}) -> (Tensor, Tensor, Tensor)")
@@ -168,7 +194,7 @@ def _fake_forward(*arguments):
 
 @torch.library.register_fake("fuserl::linear_logprob_backward", lib=_library)
 def _fake_backward(_g, _statistics, _kept, needs, *arguments):
-    return [torch.empty_like(x) for x, need in zip(arguments[:3], needs, strict=True) if need]
+    return [torch.empty_like(x) for x, need in zip(arguments[:_DIFFERENTIABLE], needs, strict=True) if need]
 
 
 IMPLS = softmax_rows.IMPLS
@@ -184,6 +210,9 @@ def linear_logprob(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    extra_ids: Tensor | None = None,
+    allowed: tuple[Tensor, Tensor] | None = None,
     mask: Tensor | None = None,
     chunk: int | None = None,
     memory: int | None = None,
@@ -192,7 +221,7 @@ def linear_logprob(
     """Log-probability of each chosen token, entropy and more, from hidden states, without ever holding the logits.
 
         out.logprob = log_softmax(z / temperature)[ids]
-        z = logit_scale (hidden @ weight.T + bias);    with softcap c instead c tanh(z / c)
+        z = logit_scale (hidden @ weight.T + scale (hidden @ A.T) @ B.T + bias);    with softcap c instead c tanh(z / c)
 
     Args:
         hidden: (N, D) or (B, T, D), any (..., D), float32, bfloat16, float16 or float64: the state that predicts each
@@ -204,6 +233,12 @@ def linear_logprob(
         bias: (V,), the head's; differentiable.
         temperature: positive number, or one per token, broadcastable to ids; not differentiable.
         softcap, logit_scale: positive numbers of the model, as above; not differentiable.
+        lora: (A, B, scale), (r, D) and (V, r) of a floating dtype and a number: an adapter on the head, whose
+            weight + scale B A is never formed; differentiable in A and B.
+        extra_ids: (...) int64, a second token per row, whose log-probability is the output extra_logprob.
+        allowed: (ids, offsets), (M,) int64 beside (N + 1,) int64 on the host: row n, flat, may choose among
+            ids[offsets[n] : offsets[n + 1]] only, and all outputs are of its softmax over them, as `sample` drew from
+            what top_k, top_p and min_p kept. Another token's logprob is -inf, with gradient 0; without the means.
         mask: (...) bool; where False, as at padding, the outputs and gradients are 0 and no product is computed. On a
             GPU the number of tokens left is waited for, unless the mask is on the host.
         chunk: rows at a time; 512 on CPU; on GPU as many as make 512 MiB of logits.
@@ -211,7 +246,8 @@ def linear_logprob(
         backend: "triton", "cpu" or "reference"; the fastest that runs here by default.
 
     Returns:
-        The outputs by name, each of ids' shape, float32 (float64 from float64), differentiable in hidden, weight, bias.
+        The outputs by name, each of ids' shape, float32 (float64 from float64), differentiable in hidden, weight, bias,
+        A and B.
 
     Raises:
         ValueError: on a wrong shape, dtype, device, name or number.
@@ -221,23 +257,29 @@ def linear_logprob(
     Siblings: `linear_policy_loss` for a loss known at the call, in three; `token_logprob` from logits.
     """
     hidden, weight, outputs = head_outputs.as_autocast(hidden), head_outputs.as_autocast(weight), tuple(outputs)
-    _check(hidden, weight, ids, outputs=outputs, bias=bias, mask=mask, chunk=chunk, memory=memory)
-    given = {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
-    head = head_outputs.head_of(_NAME, ids, softmax_rows.accumulator(hidden.dtype), **given)
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    found, _, _ = torch.ops.fuserl.linear_logprob(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, ids.reshape(-1).contiguous(),
-        None if mask is None else mask.reshape(-1), head.row_temperature, head.temperature, head.softcap,
-        head.logit_scale, outputs, chunk, memory or 0 if wanted else 0, backend,
+    terms = {"bias": bias, "lora": lora, "extra_ids": extra_ids, "allowed": allowed}
+    _check(hidden, weight, ids, outputs=outputs, mask=mask, chunk=chunk, memory=memory, **terms)
+    terms |= {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale, "allowed": None}
+    head = head_outputs.head_of(_NAME, ids, softmax_rows.accumulator(hidden.dtype), **terms)
+    down, up, scale = head.lora or (None, None, 1.0)
+    wanted = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (hidden, weight, bias, down, up)
+    )
+    arguments = _Call(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, down, up, ids.reshape(-1).contiguous(),
+        None if mask is None else mask.reshape(-1), head.row_temperature, head.extra_ids, *(allowed or (None, None)),
+        head.temperature, head.softcap, head.logit_scale, scale, outputs, chunk, memory or 0 if wanted else 0, backend,
     )  # fmt: skip
+    with torch.autocast(hidden.device.type, enabled=False):  # the operands are cast; the adapter stays as it is
+        found, _, _ = torch.ops.fuserl.linear_logprob(*arguments)
     return Outputs(**{
         name: (row.detach() if name == "is_top1" else row).view(ids.shape)
         for name, row in zip(outputs, found.unbind(), strict=True)
     })  # fmt: skip
 
 
-def _check(hidden, weight, ids, *, outputs, bias, mask, chunk, memory) -> None:
+def _check(hidden, weight, ids, *, mask, memory, **terms) -> None:
     require = head_outputs.requirer(_NAME)
-    head_outputs.check(_NAME, hidden, weight, ids, outputs=outputs, bias=bias, chunk=chunk)
+    head_outputs.check(_NAME, hidden, weight, ids, **terms)
     head_outputs.check_mask(_NAME, mask, hidden)
     require(memory is None or memory >= 0, "memory must be bytes, at least 0", memory, "Leave it out to keep nothing.")

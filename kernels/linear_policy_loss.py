@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fuserl.kernels import head_outputs, head_products, loss_contract, second_head, softmax_rows
+from fuserl.kernels.allowed import Allowed, check_lists
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.head_outputs import Head, Outputs
 
@@ -26,7 +27,7 @@ __all__ = ["linear_policy_loss"]
 _NAME = "linear_policy_loss"
 
 
-def reference(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None, *params: Tensor) -> Tensor:
+def reference(call: Call, hidden: Tensor, weight: Tensor, *_terms_and_params: Tensor | None) -> Tensor:
     """The definition: all logits at once and autograd through them."""
     if call.grad_weight is not None:
         raise ValueError("linear_policy_loss: the reference cannot add to grad_weight; got one. Use another backend.")
@@ -50,6 +51,7 @@ class Call:
     chunk: int
     head: Head
     second: second_head.SecondHead | None
+    allowed: Allowed | None  # the lists of the live rows
     grad_weight: Tensor | None
     backward: bool  # whether gradients are wanted at all; inside autograd's forward nothing tells
     dtype: torch.dtype
@@ -104,7 +106,7 @@ class Call:
         return found if self.second is None else found | self.second.named(statistics[count:])
 
     def coefficients(self, statistics: Tensor, derivatives: dict[str, Tensor | None], vocabulary: int) -> Tensor:
-        """(5, n) coefficients of softmax_rows.gradient, and those of the divergences."""
+        """The head's row coefficients, and those of the divergences."""
         own = self.head.coefficients(statistics[: head_outputs.kinds(self.own)], derivatives, vocabulary)
         return own if self.second is None else torch.cat([own, self.second.coefficients(own[0], derivatives)])
 
@@ -126,9 +128,9 @@ class Call:
 
 class _OnePass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None, *params: Tensor):
+    def forward(ctx, call: Call, hidden: Tensor, weight: Tensor, bias, down, up, *params: Tensor):
         needs = [call.backward and need for need in ctx.needs_input_grad[1:]]
-        loss, gradients = _run(call, hidden.detach(), weight.detach(), bias, params, needs)
+        loss, gradients = _run(call, hidden.detach(), weight.detach(), params, needs)
         ctx.accumulated, ctx.gradients = call.grad_weight is not None, gradients
         return loss
 
@@ -151,18 +153,19 @@ class _OnePass(torch.autograd.Function):
         return None, *gradients
 
 
-def _run(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None, params: Sequence[Tensor], needs):
-    """Stream the live rows: the loss, and its gradients to hidden, weight, bias and params where they are needed."""
+def _run(call: Call, hidden: Tensor, weight: Tensor, params: Sequence[Tensor], needs):
+    """Stream the live rows: the loss, and its gradients to hidden, weight, the head's terms and params."""
     count = len(hidden) if call.rows is None else len(call.rows)
     products = head_products.HeadProducts(
-        hidden, weight, call.rows, chunk=min(call.chunk, count), dtype=call.dtype, bias=bias, inner=call.head.inner,
-        needs=needs[:3], grad_weight=call.grad_weight,
+        hidden, weight, call.rows, chunk=min(call.chunk, count), dtype=call.dtype, bias=call.head.bias,
+        lora=call.head.lora, inner=call.head.inner, allowed=call.allowed, needs=needs[:5],
+        grad_weight=call.grad_weight,
     )  # fmt: skip
     if call.second is not None:
         call.second.start(call.rows, min(call.chunk, count))
     backward = any(needs) or call.grad_weight is not None
     d_params = [
-        torch.zeros_like(p, dtype=call.dtype) if need else None for p, need in zip(params, needs[3:], strict=True)
+        torch.zeros_like(p, dtype=call.dtype) if need else None for p, need in zip(params, needs[5:], strict=True)
     ]
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for pieces in call.pieces(count):
@@ -225,9 +228,11 @@ def _backpropagate(call, products, piece, rows, statistics, coefficients):
         statistics, coefficients = statistics[:, alive], coefficients[:, alive]
     beside = None
     if call.second is not None:
-        beside = call.second.gradient(logits, rows, statistics[head_outputs.kinds(call.own) :], coefficients[5:])
+        beside = call.second.gradient(
+            logits, rows, statistics[head_outputs.kinds(call.own) :], coefficients[call.head.terms :]
+        )
     into = out if beside is None else logits  # in full precision until both are added
-    call.head.gradient(logits, call.ids, rows, statistics[2:4], coefficients[:5], into, call.backend)
+    call.head.gradient(logits, call.ids, rows, statistics[2:4], coefficients[: call.head.terms], into, call.backend)
     if beside is not None:
         torch.add(logits, beside, out=out)
     products.accumulate(out, piece, alive)
@@ -248,19 +253,25 @@ def _call(
     hidden, weight, ids, token_loss, outputs, terms, *, scope, offsets, live, grad_weight, reference, chunk, backend
 ) -> Call:
     """The arguments of linear_policy_loss, checked, as the implementations take them."""
+    given = {name: terms[name] for name in ("bias", "lora", "extra_ids", "allowed")}
     loss_contract.check(
-        hidden, weight, ids, outputs=outputs, scope=scope, live=live, bias=terms["bias"], chunk=chunk,
-        grad_weight=grad_weight,
-    )  # fmt: skip
+        hidden, weight, ids, outputs=outputs, scope=scope, live=live, chunk=chunk, grad_weight=grad_weight, **given
+    )
     dtype, backward = softmax_rows.accumulator(hidden.dtype), torch.is_grad_enabled()
-    backend, head = choose(_NAME, IMPLS, hidden.device, backend), head_outputs.head_of(_NAME, ids, dtype, **terms)
+    rows, allowed = None if live is None or bool(live.all()) else live.nonzero().squeeze(-1), terms.pop("allowed")
+    if allowed is not None:
+        check_lists(_NAME, allowed, len(weight))
+        allowed = Allowed(*allowed)
+    backend = choose(_NAME, IMPLS, hidden.device, backend)
+    head = head_outputs.head_of(_NAME, ids, dtype, allowed=allowed, **terms)
     return Call(
         ids, token_loss, outputs,
-        rows=None if live is None or bool(live.all()) else live.nonzero().squeeze(-1).to(ids.device),
+        rows=None if rows is None else rows.to(ids.device),
         spans=loss_contract.live_spans(scope, offsets, live, len(hidden)),
         chunk=chunk or head_products.default_chunk(hidden, weight),
         head=head,
         second=second_head.second_head((hidden, weight, head), reference, outputs, backend),
+        allowed=None if allowed is None else allowed.take(_NAME, rows),
         grad_weight=grad_weight if backward else None,
         backward=backward,
         dtype=dtype,
@@ -288,13 +299,16 @@ def linear_policy_loss(
     logit_scale: float | None = None,
     temperature: float | Tensor = 1.0,
     reference: Sequence | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    extra_ids: Tensor | None = None,
+    allowed: tuple[Tensor, Tensor] | None = None,
     chunk: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Outputs, dict[str, Tensor]]:
     """Sum of any per-token loss of the log-probs, from hidden states, with its gradients, in one pass.
 
         loss = sum_n token_loss(out, rows)[n],    out.logprob = log_softmax(z / temperature)[ids]
-        z = logit_scale (hidden @ weight.T + bias);    with softcap c instead c tanh(z / c)
+        z = logit_scale (hidden @ weight.T + scale (hidden @ A.T) @ B.T + bias);    with softcap c instead c tanh(z / c)
 
     Args:
         hidden: (N, D) float32, bfloat16, float16 or float64, the state that predicts each token of ids, (N,) int64.
@@ -311,7 +325,14 @@ def linear_policy_loss(
             row costs nothing and token_loss never sees it.
         params: trainable tensors that token_loss uses besides out; their gradients are returned to them.
         grad_weight: (V, D) float32, to which d_weight is added during this call, instead of being returned.
-        bias, softcap, logit_scale, temperature: (V,), differentiable; positive numbers, temperature also (N,).
+        bias: (V,), the head's; differentiable.
+        softcap, logit_scale, temperature: positive numbers, temperature also (N,); not differentiable.
+        lora: (A, B, scale), (r, D) and (V, r) of a floating dtype and a number: an adapter on the head, whose
+            weight + scale B A is never formed; differentiable in A and B.
+        extra_ids: (N,) int64, a second token per row, whose log-probability is the output extra_logprob.
+        allowed: (ids, offsets), (M,) int64 beside (N + 1,) int64 on the host: row n may choose among
+            ids[offsets[n] : offsets[n + 1]] only, and all outputs are of its softmax over them, as `sample` drew from
+            what top_k, top_p and min_p kept. Another token's logprob is -inf, with gradient 0; without the means.
         reference: hidden (N, D_q) and weight (V, D_q) of a reference or teacher, or a `second_head.Reference`; as data.
         chunk: rows at a time; 512 on CPU; on GPU as many as make 512 MiB of logits.
         backend: "triton", "cpu" or "reference" (holds all logits); the fastest that runs here by default.
@@ -326,8 +347,11 @@ def linear_policy_loss(
     Memory: a chunk of float32 logits (on GPU its gradient too), with a reference another. Sibling: `linear_logprob`.
     """
     hidden, weight = head_outputs.as_autocast(hidden), head_outputs.as_autocast(weight)
-    terms = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "temperature": temperature}
+    terms = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "temperature": temperature, "lora": lora}
+    terms |= {"extra_ids": extra_ids, "allowed": allowed}
     given = {"scope": scope, "offsets": offsets, "live": live, "grad_weight": grad_weight, "reference": reference}
     call = _call(hidden, weight, ids, token_loss, tuple(outputs), terms, chunk=chunk, backend=backend, **given)
+    down, up, _ = lora or (None, None, 1.0)
     with torch.autocast(hidden.device.type, enabled=False):
-        return IMPLS[call.backend](call, hidden, weight, bias, *params), Outputs(**call.out), call.stats
+        loss = IMPLS[call.backend](call, hidden, weight, bias, down, up, *params)
+    return loss, Outputs(**call.out), call.stats

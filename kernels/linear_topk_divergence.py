@@ -121,7 +121,8 @@ def _autograd(ctx, g_buckets, g_entropy, _g_statistics):
     buckets, statistics, *tensors = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     given = g_buckets, g_entropy, buckets, statistics, needs, *tensors, *ctx.settings
-    found = iter(torch.ops.fuserl.linear_topk_buckets_backward(*given))
+    with torch.autocast(statistics.device.type, enabled=False):
+        found = iter(torch.ops.fuserl.linear_topk_buckets_backward(*given))
     return *(next(found) if need else None for need in needs), *[None] * 6
 
 
@@ -217,9 +218,10 @@ def _buckets(hidden, weight, ids, teacher_logprobs, mask, *, chunk, backend, ter
     rows, dtype = hidden[..., 0], accumulator(hidden.dtype)
     topk_divergence.check_lists(_NAME, ids, teacher_logprobs, rows, len(weight))
     head = head_outputs.head_of(_NAME, rows, dtype, **terms)
-    buckets, entropy, _ = torch.ops.fuserl.linear_topk_buckets(
-        hidden.reshape(-1, hidden.shape[-1]), weight, terms["bias"], ids.reshape(-1, ids.shape[-1]),
-        None if mask is None else mask.reshape(-1), head.each_temperature(rows.numel(), dtype, rows.device),
-        head.inner, chunk, backend,
-    )  # fmt: skip
+    with torch.autocast(hidden.device.type, enabled=False):
+        buckets, entropy, _ = torch.ops.fuserl.linear_topk_buckets(
+            hidden.reshape(-1, hidden.shape[-1]), weight, terms["bias"], ids.reshape(-1, ids.shape[-1]),
+            None if mask is None else mask.reshape(-1), head.each_temperature(rows.numel(), dtype, rows.device),
+            head.inner, chunk, backend,
+        )  # fmt: skip
     return buckets.view(*rows.shape, buckets.shape[-1]), entropy.view(rows.shape)

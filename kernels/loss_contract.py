@@ -89,13 +89,13 @@ def live_spans(scope: str, offsets: Tensor | None, live: Tensor | None, count: i
     return spans
 
 
-def check(hidden, weight, ids, *, outputs, scope, live, bias, chunk, grad_weight) -> None:
+def check(hidden, weight, ids, *, outputs, scope, live, grad_weight, **given) -> None:
     """Raise ValueError with the first broken contract of the arguments."""
     require = head_outputs.requirer("linear_policy_loss")
     require(hidden.dim() == 2, "hidden must be (N, D)", tuple(hidden.shape), "Flatten (B, T, D) and drop padding.")
     own, divergences = second_head.split(outputs)
     own = own or (divergences and head_outputs.OUTPUTS)  # divergences alone are enough
-    head_outputs.check("linear_policy_loss", hidden, weight, ids, outputs=own, bias=bias, chunk=chunk)
+    head_outputs.check("linear_policy_loss", hidden, weight, ids, outputs=own, **given)
     require(scope in SCOPES, f"scope must be one of {SCOPES}", repr(scope), "Use 'rollout' for sequence-level losses.")
     if live is not None:
         require(

@@ -135,7 +135,11 @@ def second_head(
         (states.dtype == torch.float64) == double, "policy and reference must both be float64 or neither",
         f"{hidden.dtype} and {states.dtype}", "Convert one model with .to().",
     )  # fmt: skip
+    require(
+        head.allowed is None, "allowed must be left out with a reference, as a divergence is of the whole vocabulary",
+        "both", "Take the divergence in a call of its own.",
+    )  # fmt: skip
     rules = {kind: rule(_NAME, kind, reference.beta, reference.alpha) for kind in kinds}
     temperature = head.each_temperature(len(hidden), accumulator(hidden.dtype), hidden.device)
     operands, both = Reference(states, other, *reference[2:]), torch.stack([temperature, temperature])
-    return SecondHead(operands, replace(head, bias=tensors[2]), rules, both, backend)
+    return SecondHead(operands, replace(head, bias=tensors[2], lora=None, extra_ids=None), rules, both, backend)

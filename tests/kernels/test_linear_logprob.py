@@ -323,13 +323,15 @@ def test_compiles_without_a_graph_break(memory, masked):
 def test_opcheck():
     hidden, weight, bias, ids = operands()
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
-    settings = (1.0, 5.0, 1.0, ["logprob", "mean_logprob"], 10, 20 * LOGITS, "cpu")
-    arguments = *leaves, ids, torch.arange(ROWS) % 3 > 0, None, *settings
+    down, up = (torch.randn(*shape).requires_grad_() for shape in ((2, WIDTH), (VOCABULARY, 2)))
+    settings = (1.0, 5.0, 1.0, 0.5, ["logprob", "sum_sq_prob", "extra_logprob"], 10, 20 * LOGITS, "cpu")
+    lists = torch.stack([ids, ids.flip(0)], 1).flatten(), 2 * torch.arange(ROWS + 1)
+    arguments = *leaves, down, up, ids, torch.arange(ROWS) % 3 > 0, None, ids.flip(0), *lists, *settings
     torch.library.opcheck(torch.ops.fuserl.linear_logprob, arguments)
     _, statistics, kept = (x.detach() for x in torch.ops.fuserl.linear_logprob(*arguments))
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-    for needs in ([True, True, True], [True, False, False]):
-        given = torch.randn(2, ROWS), statistics, kept, needs, *detached
+    for needs in ([True] * 5, [True, False, False, False, True]):
+        given = torch.randn(3, ROWS), statistics, kept, needs, *detached
         torch.library.opcheck(torch.ops.fuserl.linear_logprob_backward, given)
 
 
