@@ -120,13 +120,10 @@ def lora(model: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0, tar
 
 
 def head_weight(model: nn.Module) -> Tensor:
-    """The head's matrix: `W`, or `W + scale B A` where adapters on the head are active; `head_terms` has the rest.
-
-    Returns:
-        (V, D); with adapters a new tensor, float32 or wider, differentiable in A and B.
+    """The head's matrix `W`, (V, D); `head_terms` has the rest, adapters on the head among it.
 
     Raises:
-        ValueError: the model has no such matrix, or its head's adapters drop inputs.
+        ValueError: the model has no such matrix.
     """
     plain = base(model)
     head = plain.get_output_embeddings()
@@ -137,26 +134,21 @@ def head_weight(model: nn.Module) -> Tensor:
             f"head_weight: the model's head must be one matrix product; {type(plain).__name__} has {what}. "
             "Choose a model without it"
         )
-    if not hasattr(head, "base_layer"):
-        return weight
-    delta = _delta("head_weight", head)
-    if delta is None:
-        return weight
-    for name in head.active_adapters:
-        if getattr(head.lora_dropout[name], "p", 0.0):
-            raise _dropout_on_the_head("head_weight", head.lora_dropout[name].p)
-    return weight + delta
+    return weight
 
 
-def head_terms(model: nn.Module) -> dict[str, Tensor | float | None]:
-    """What the model does to the product with `head_weight`: `bias`, `softcap` and `logit_scale` of the ops on heads.
+def head_terms(model: nn.Module) -> dict[str, Tensor | float | tuple | None]:
+    """What the model does to the product with `head_weight`: `bias`, `softcap`, `logit_scale`, `lora` of its ops.
+
+    Several active adapters are one whose rank is the sum of theirs.
 
     Raises:
-        ValueError: a scale that is no positive number.
+        ValueError: a scale that is no positive number, or adapters on the head that are no plain LoRA or drop inputs.
     """
     plain = base(model)
     config, head = plain.config.get_text_config(), plain.get_output_embeddings()
     terms = {"bias": getattr(head, "bias", None), "softcap": getattr(config, "final_logit_softcapping", None) or None}
+    terms["lora"] = _lora_terms(head) if hasattr(head, "base_layer") else None
     factors = {name: getattr(config, name, None) or 1.0 for name in (*_MULTIPLIERS, *_DIVISORS)}
     for name, factor in factors.items():
         if not isinstance(factor, int | float) or factor <= 0:
@@ -267,8 +259,26 @@ def _linear_layers(model: nn.Module, targets: Sequence[str]) -> list[str]:
     return sorted(chosen)
 
 
+def _lora_terms(head: nn.Module) -> tuple[Tensor, Tensor, float] | None:
+    """(A, B, scale) of the active adapters of a peft layer, W + scale B A in effect; None where none is active."""
+    names = _active("head_terms", head)
+    for name in names:
+        if getattr(head.lora_dropout[name], "p", 0.0):
+            raise _dropout_on_the_head("head_terms", head.lora_dropout[name].p)
+    if len(names) < 2:
+        return (head.lora_A[names[0]].weight, head.lora_B[names[0]].weight, head.scaling[names[0]]) if names else None
+    scaled = [head.scaling[name] * head.lora_B[name].weight for name in names]
+    return torch.cat([head.lora_A[name].weight for name in names]), torch.cat(scaled, dim=1), 1.0
+
+
 def _delta(function: str, layer: nn.Module) -> Tensor | None:
     """What the active adapters of a peft layer add to its weight, in the weight's shape; None where none is active."""
+    deltas = [layer.get_delta_weight(name) for name in _active(function, layer)]
+    return sum(deltas[1:], deltas[0]) if deltas else None
+
+
+def _active(function: str, layer: nn.Module) -> list[str]:
+    """The adapters of a peft layer that take part in its forward; none where they are off, or folded in already."""
     kinds = lookup.package("peft", "peft").tuners.lora
     if (
         not isinstance(layer, kinds.Linear | kinds.Embedding)
@@ -280,9 +290,8 @@ def _delta(function: str, layer: nn.Module) -> Tensor | None:
             "Fold it in with peft first"
         )
     if layer.disable_adapters or layer.merged:
-        return None
-    deltas = [layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.scaling]
-    return sum(deltas[1:], deltas[0]) if deltas else None
+        return []
+    return [name for name in layer.active_adapters if name in layer.scaling]
 
 
 def _dropout_on_the_head(function: str, dropout: float) -> ValueError:

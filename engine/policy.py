@@ -81,6 +81,7 @@ class Policy:
         self.calls = 0  # of generate: numbers the random streams
         attention.attach(adapters.base(model))
         weight = adapters.head_weight(model)
+        adapters.head_terms(model)  # one that cannot be honoured is refused now, not after a rollout
         self.device, self.compute = weight.device, compute
         dispatch.choose("linear_policy_loss", IMPLS, self.device)  # a backend that cannot run is refused now, not later
         # Without a bias, as transformers' classifiers have it.

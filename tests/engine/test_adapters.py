@@ -128,7 +128,7 @@ def test_adapters_are_float32():
     model = adapted(dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in adapters.trained(model).values()} == {torch.float32}
     assert adapters.base(model).model.embed_tokens.weight.dtype == torch.bfloat16
-    assert adapters.head_weight(model).dtype == torch.float32
+    assert {x.dtype for x in adapters.head_terms(model)["lora"][:2]} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -212,12 +212,11 @@ def test_after_a_step_generation_uses_the_adapted_weights():
 
 
 def engine_gradients(model):
-    """Loss and gradients as the engine takes them: packed states, the effective head, no logits in memory."""
+    """Loss and gradients as the engine takes them: packed states, the adapted head, no logits in memory."""
     attention.attach(model)
     prompts, tokens = texts()
-    loss, *_ = linear_policy_loss(
-        packed_states(model, prompts, tokens), adapters.head_weight(model), tokens, lambda out, rows: -out.logprob
-    )
+    operands = packed_states(model, prompts, tokens), adapters.head_weight(model), tokens
+    loss, *_ = linear_policy_loss(*operands, lambda out, rows: -out.logprob, **adapters.head_terms(model))
     loss.backward()
     return loss.detach(), {name: parameter.grad for name, parameter in adapters.trained(model).items()}
 
@@ -253,12 +252,13 @@ def test_the_head_in_effect():
     assert adapters.head_weight(plain) is plain.lm_head.weight
     model = adapted(HEAD)
     head = adapters.base(model).lm_head
-    expected = head.weight + 1.5 * head.lora_B["default"].weight @ head.lora_A["default"].weight
-    assert torch.allclose(adapters.head_weight(model), expected, rtol=1e-6, atol=1e-7)
-    assert adapters.head_weight(model).requires_grad and not head.weight.requires_grad
+    assert adapters.head_weight(model) is head.base_layer.weight and not head.weight.requires_grad
+    down, up, scale = adapters.head_terms(model)["lora"]
+    assert down is head.lora_A["default"].weight and up is head.lora_B["default"].weight and scale == 1.5
     with adapters.without_adapters(model):
-        assert adapters.head_weight(model) is head.weight
-    assert adapters.head_weight(adapted(("q_proj",))).requires_grad is False
+        assert adapters.head_terms(model)["lora"] is None
+    for model in (plain, adapted(("q_proj",))):
+        assert adapters.head_terms(model)["lora"] is None
 
 
 def test_a_head_that_is_no_product_is_refused():
@@ -272,10 +272,11 @@ def test_a_head_that_is_no_product_is_refused():
     for model, message in (
         (copied, "one matrix product; LlamaForCausalLM has a copy of its own"),
         (made(target_modules=["lm_head"], lora_dropout=0.1), r"dropout must be 0 on the head.*got 0.1"),
-        (doubled, "head_weight: adapters must be LoRA without"),
+        (doubled, "head_terms: adapters must be LoRA without"),
     ):
         with pytest.raises(ValueError, match=message):
             adapters.head_weight(model)
+            adapters.head_terms(model)
     with pytest.raises(ValueError, match="merged: adapters must be LoRA"):
         adapters.merged(doubled)
     with pytest.raises(ValueError, match="merged: adapters must be LoRA; lm_head is ModulesToSaveWrapper"):

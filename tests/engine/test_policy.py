@@ -189,12 +189,14 @@ def test_heads_that_are_more_than_a_product(family):
 
 def test_the_terms_of_a_head_with_adapters():
     model = adapters.lora(tiny_model(), rank=2, alpha=4.0, targets=("lm_head",))
-    assert adapters.head_terms(model) == dict.fromkeys(("bias", "softcap", "logit_scale"))
+    terms = adapters.head_terms(model)
+    assert terms.pop("lora")[2] == 2.0 and terms == dict.fromkeys(("bias", "softcap", "logit_scale"))
     plain, bias = adapters.base(model), torch.nn.Parameter(torch.ones(67))
     plain.lm_head.base_layer.bias = bias
     plain.config.logit_scale, plain.config.logits_scaling, plain.config.lm_head_multiplier = 3.0, 4.0, 2.0
     plain.config.final_logit_softcapping = 30.0
-    assert adapters.head_terms(model) == {"bias": bias, "softcap": 30.0, "logit_scale": 1.5}
+    terms = adapters.head_terms(model)
+    assert terms.pop("lora")[2] == 2.0 and terms == {"bias": bias, "softcap": 30.0, "logit_scale": 1.5}
     plain.config.logit_scale = "inv_sqrt_d_model"
     with pytest.raises(ValueError, match="logit_scale must be a positive number; LlamaForCausalLM has"):
         adapters.head_terms(model)
