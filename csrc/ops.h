@@ -100,7 +100,8 @@ void policy_loss(const PolicyTensors& tensors, const PolicyRule& rule, int threa
 //   temperature  (N,) f32, or null for the rule's; 0 takes the first of the largest logits
 //   rollout_ids, positions  (N,) i64: with the seed, what fixes the random number of a row
 //   ids          (N,) i64; -1 where the row has NaN, +inf, or -inf only
-//   logprobs     (2, N) f32: under what the cuts left, renormalised; under the whole distribution
+//   logprobs     (3, N) f32: under what the cuts left, renormalised; under the whole distribution; and the least logit
+//                that could be drawn, where temperature is 0 the least there is, as the first log-prob is of all tokens
 struct SampleTensors {
   const TensorView& logits;
   const TensorView* temperature;

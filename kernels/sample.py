@@ -51,7 +51,7 @@ class Rule(NamedTuple):
 
 
 def reference(logits: Tensor, temperature: Tensor, rule: Rule, random: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition, in plain torch: ids (N,) and both log-probs (2, N)."""
+    """The definition, in plain torch: ids (N,), and both log-probs and the least logit that could be drawn (3, N)."""
     x, greedy, bits = logits.float(), temperature == 0, weight_bits(logits.shape[1])
     t, peak = torch.where(greedy, 1.0, temperature)[:, None], x.amax(-1, keepdim=True)
     weights = _weights(x - peak, _LOG2E / t, bits)
@@ -67,7 +67,9 @@ def reference(logits: Tensor, temperature: Tensor, rule: Rule, random: Tensor) -
     ids = (kept > target[:, None]).int().argmax(-1)
     z = (x.gather(-1, ids[:, None]) - peak)[:, 0].double() / t[:, 0]
     full = z - (weights.sum(-1).double() * 2.0**-bits).log()
-    logprobs = torch.stack([torch.where(greedy, full, z - (kept[:, -1].double() * 2.0**-bits).log()), full])
+    lowest = torch.finfo(torch.float32).min
+    least = torch.where(greedy, lowest, cut.maximum(peak - (bits + 2.0) / (_LOG2E / t))[:, 0].clamp_min(lowest))
+    logprobs = torch.stack([torch.where(greedy, full, z - (kept[:, -1].double() * 2.0**-bits).log()), full, least])
     valid = peak[:, 0].isfinite() & ~x.isnan().any(-1)
     return ids.masked_fill(~valid, -1), logprobs.float().masked_fill(~valid, torch.nan)
 
@@ -197,13 +199,13 @@ def _row_kernel(
     valid = (peak > float("-inf")) & (peak < float("inf"))
     peak = tl.where(valid, peak, 0.0)
 
+    # Tokens below it weigh nothing, whether they are cut or not.
+    low = tl.maximum(peak - (bits + 2.0) / scale, -3.4028234663852886e38)
     least = tl.full([], float("-inf"), tl.float32)
     full = _total(x_ptr, V, least, peak, scale, bits, BLOCK)
     kept = full
     if CUT:
         least = tl.where(greedy, peak, peak + log_min_p * t)
-        # Tokens below it weigh nothing, whether they are cut or not.
-        low = tl.maximum(peak - (bits + 2.0) / scale, -3.4028234663852886e38)
         left = full
         if TOP_K:
             goal = top_k.to(tl.float64)
@@ -234,6 +236,8 @@ def _row_kernel(
     tl.store(id_ptr + row, tl.where(valid, chosen, -1))
     tl.store(logprob_ptr + row, tl.where(valid, of_kept, float("nan")))
     tl.store(logprob_ptr + N + row, tl.where(valid, of_full, float("nan")))
+    possible = tl.where(greedy, -3.4028234663852886e38, tl.maximum(least, low))
+    tl.store(logprob_ptr + 2 * N + row, tl.where(valid, possible, float("nan")))
 
 
 def _triton(logits, row_temperature, rule, rollout_ids, positions):
@@ -264,7 +268,7 @@ def _reference(logits, row_temperature, rule, rollout_ids, positions):
 
 
 def _outputs(logits):
-    return logits.new_empty(len(logits), dtype=torch.int64), logits.new_empty((2, len(logits)), dtype=torch.float32)
+    return logits.new_empty(len(logits), dtype=torch.int64), logits.new_empty((3, len(logits)), dtype=torch.float32)
 
 
 IMPLS = {"triton": _triton, "cpu": _cpu, "reference": _reference}
@@ -296,11 +300,7 @@ _library.define(
     "int seed, Tensor rollout_ids, Tensor positions, str? backend) -> (Tensor, Tensor)"
 )
 _library.impl("sample", _dispatch, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fuserl::sample", lib=_library)
-def _fake(logits, *_):
-    return _outputs(logits)
+torch.library.register_fake("fuserl::sample", lambda logits, *_: _outputs(logits), lib=_library)
 
 
 def sample(
@@ -344,9 +344,16 @@ def sample(
             where a check would wait, such a row gets id -1 and log-probs NaN.
 
     Memory: on CPU two rows of float32 a thread, eight with top_k or top_p; none on GPU.
-    Sibling: `token_logprob` gives these log-probs to a gradient.
+    Siblings: `token_logprob` gives these log-probs to a gradient; `kept` lists what the cuts left.
     """
-    check_settings(temperature, top_k, top_p, min_p)
+    ids, logprobs = drawn(logits, temperature, (top_k, top_p, min_p), seed, rollout_ids, positions, backend)
+    return ids, logprobs[0], logprobs[1]
+
+
+def drawn(logits, temperature, cuts, seed, rollout_ids, positions, backend) -> tuple[Tensor, Tensor]:
+    """What `sample` gives, with both log-probs in one tensor and the least logit that could be drawn: (N,), (3, N)."""
+    top_k, top_p, min_p = cuts
+    check_settings(temperature, *cuts)
     _check(logits, temperature, rollout_ids, positions)
     row_temperature = None
     if isinstance(temperature, Tensor):
@@ -354,23 +361,17 @@ def sample(
     # In float32 here, so that all backends mean the same number.
     log_min_p = torch.tensor(math.log(min_p) if min_p > 0 else -math.inf, dtype=torch.float32).item()
     seed = (int(seed) + 2**63) % 2**64 - 2**63
-    ids, logprobs = torch.ops.fuserl.sample(
+    return torch.ops.fuserl.sample(
         logits.detach(), row_temperature, float(temperature), top_k, float(top_p), log_min_p, seed, rollout_ids,
         positions, backend,
     )  # fmt: skip
-    return ids, logprobs[0], logprobs[1]
 
 
 def check_settings(temperature: float | Tensor, top_k: int, top_p: float, min_p: float) -> None:
     """Raise ValueError for a setting of `sample` that is out of its range."""
-    per_row = isinstance(temperature, Tensor)
+    usable = isinstance(temperature, Tensor) or temperature == 0 or 1e-30 <= temperature <= 1e30
     for name, value, good, contract in (
-        (
-            "temperature",
-            temperature,
-            per_row or temperature == 0 or 1e-30 <= temperature <= 1e30,
-            "be 0 or 1e-30 to 1e30",
-        ),
+        ("temperature", temperature, usable, "be 0 or 1e-30 to 1e30"),
         ("top_k", top_k, top_k >= 0, "be 0 (off) or positive"),
         ("top_p", top_p, 0 < top_p <= 1, "lie in (0, 1]"),
         ("min_p", min_p, 0 <= min_p <= 1, "lie in [0, 1]"),
