@@ -237,8 +237,8 @@ def linear_logprob(
             weight + scale B A is never formed; differentiable in A and B.
         extra_ids: (...) int64, a second token per row, whose log-probability is the output extra_logprob.
         allowed: (ids, offsets), (M,) int64 beside (N + 1,) int64 on the host: row n, flat, may choose among
-            ids[offsets[n] : offsets[n + 1]] only, and all outputs are of its softmax over them, as `sample` drew from
-            what top_k, top_p and min_p kept. Another token's logprob is -inf, with gradient 0; without the means.
+            ids[offsets[n] : offsets[n + 1]] only, and all outputs are of its softmax over them, as `sample` drew:
+            `kept` makes the lists. Another token's logprob is -inf, with gradient 0; the two means are refused.
         mask: (...) bool; where False, as at padding, the outputs and gradients are 0 and no product is computed. On a
             GPU the number of tokens left is waited for, unless the mask is on the host.
         chunk: rows at a time; 512 on CPU; on GPU as many as make 512 MiB of logits.
