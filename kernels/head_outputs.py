@@ -109,7 +109,7 @@ class Head:
                     g[name] = torch.where(logprob == -torch.inf, zero, g[name])
         a = (g["mean_logprob"] + g["mean_logit"]) / vocabulary
         b = -g["logprob"] - g["entropy"] * statistics[1] - g["mean_logprob"] - g[EXTRA]
-        if len(statistics) >= 7:
+        if len(statistics) >= 8:
             b = b - 2 * g["sum_sq_prob"] * statistics[5]
         extra = [] if self.extra_ids is None else [g[EXTRA]]
         coefficients = torch.stack([a, b, -g["entropy"], 2 * g["sum_sq_prob"], g["logprob"], *extra])
@@ -186,16 +186,13 @@ def head_of(
 
 def kinds(outputs: Sequence[str]) -> int:
     """How many statistics the outputs need."""
-    return (4 if {"logprob", "entropy", EXTRA}.issuperset(outputs) else 7) + (EXTRA in outputs)
+    return (4 if {"logprob", "entropy", EXTRA}.issuperset(outputs) else 8) + (EXTRA in outputs)
 
 
 def named(statistics: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:
     """The requested outputs out of softmax_rows' statistics."""
-    order = ("logprob", "entropy", "lse", "lse_error", "mean_logit", "sum_sq_prob", "is_top1")
+    order = ("logprob", "entropy", "lse", "lse_error", "mean_logit", "sum_sq_prob", "is_top1", "mean_logprob")
     rows = {**dict(zip(order, statistics, strict=False)), EXTRA: statistics[-1]}
-    if len(statistics) >= len(order):
-        # good to eps times the largest logit: where all logits are near 1e4, to 1e-3
-        rows["mean_logprob"] = rows["mean_logit"] - rows["lse"] - rows["lse_error"]
     return {name: rows[name] for name in outputs}
 
 

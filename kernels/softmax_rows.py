@@ -9,6 +9,7 @@
     mean_logit   sum_v z / V                     dz_v   1 / V
     sum_sq_prob  sum_v p^2                       dz_v   2 p (p - sum_sq_prob)
     is_top1      1 where z[id] == max_v z        dz_v   0
+    mean_logprob sum_v log p / V                 dz_v   1 / V - p
 
 Every gradient has the form a + p (b + c log p + d p) + e [v == id] with coefficients that do not depend on v, so one
 kernel writes the gradient of any function of the statistics: its caller adds up a to e row by row.
@@ -37,11 +38,11 @@ _ROW_VECTORS = ["id_ptr", "lse_ptr", "coefficients_ptr", "row_temperature_ptr", 
 _SPECIALIZE = {"do_not_specialize": ["temperature", "N", "R"], "do_not_specialize_on_alignment": _ROW_VECTORS}
 
 # Which rows of the full list above a caller gets, by how many it asks for.
-_CHOSEN_ROWS = {3: [0, 1, 2], 4: [0, 1, 2, 3], 6: [0, 1, 2, 4, 5, 6], 7: [0, 1, 2, 3, 4, 5, 6]}
+_CHOSEN_ROWS = {3: [0, 1, 2], 4: [0, 1, 2, 3], 7: [0, 1, 2, 4, 5, 6, 7], 8: [0, 1, 2, 3, 4, 5, 6, 7]}
 
 
 def reference(logits: Tensor, ids: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-    """All seven statistics of each row, (7, N): the definition, in plain torch."""
+    """All eight statistics of each row, (8, N): the definition, in plain torch."""
     z = _scaled(logits, temperature)
     top = z.amax(-1, keepdim=True)
     log_sum = (z - top).exp().sum(-1, keepdim=True).log()
@@ -54,7 +55,7 @@ def reference(logits: Tensor, ids: Tensor, temperature: float | Tensor = 1.0) ->
     chosen = torch.where(valid, ids[:, None], 0)
     is_top1 = (z.gather(-1, chosen) == top).to(z.dtype)
     rows = [logp.gather(-1, chosen), entropy, lse, log_sum - (lse - top)]
-    rows += [z.mean(-1, keepdim=True), p.square().sum(-1, keepdim=True), is_top1]
+    rows += [z.mean(-1, keepdim=True), p.square().sum(-1, keepdim=True), is_top1, logp.mean(-1, keepdim=True)]
     return torch.cat(rows, -1).masked_fill(lse.isnan() | ~valid, torch.nan).t().contiguous()
 
 
@@ -109,7 +110,7 @@ def _segment_kernel(
     x_ptr, row_temperature_ptr, partial_ptr, temperature, N, R, V, stride_a, stride_r,
     MORE: tl.constexpr, SEGMENT: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of one segment of one row: (3, N, segments), or 5 with MORE."""
+    """Partial sums of one segment of one row: (3, N, segments), or 6 with MORE."""
     dtype: tl.constexpr = partial_ptr.dtype.element_ty
     segments = tl.cdiv(V, SEGMENT)
     program = tl.program_id(0)
@@ -126,6 +127,8 @@ def _segment_kernel(
     weighted = tl.zeros([LANES], dtype)
     squares = tl.zeros([LANES], dtype)
     linear = tl.zeros([LANES], dtype)
+    shifted = tl.zeros([LANES], dtype)
+    count = tl.zeros([LANES], dtype)
     v = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     for first in range(start, tl.minimum(start + SEGMENT, V), DEPTH * LANES):
         inside = v < V - first
@@ -140,6 +143,8 @@ def _segment_kernel(
         if MORE:
             squares = decay * decay * squares + tl.sum(weight * weight, 0)
             linear += tl.sum(tl.where(inside, x, 0.0), 0)
+            shifted += count * fall + tl.sum(tl.where(inside, x - raised[None, :], 0.0), 0)
+            count += tl.sum(inside.to(dtype), 0)
         top = raised
 
     greatest, total, weighted, weight = _merged(top, total, weighted, scale, 0)
@@ -151,12 +156,13 @@ def _segment_kernel(
     if MORE:
         tl.store(partial_ptr + 3 * plane, tl.sum(weight * weight * squares))
         tl.store(partial_ptr + 4 * plane, tl.sum(linear))
+        tl.store(partial_ptr + 5 * plane, tl.sum(shifted + count * (top - greatest)))
 
 
 @triton.jit(**_SPECIALIZE)
 def _merge_kernel(
     x_ptr, id_ptr, row_temperature_ptr, partial_ptr, statistics_ptr, temperature, N, R, V, stride_a, stride_r, segments,
-    ERROR: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr, SEGMENTS: tl.constexpr,
+    ERROR: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """Statistics of ROWS rows from their partial sums; SEGMENTS is `segments` rounded up to a power of two."""
     dtype: tl.constexpr = partial_ptr.dtype.element_ty
@@ -170,10 +176,10 @@ def _merge_kernel(
     present = inside[:, None] & (segment < segments)
     partial_ptr += row.to(tl.int64)[:, None] * segments + segment
     plane = N.to(tl.int64) * segments
-    top = tl.load(partial_ptr, present, other=-1e30)
+    tops = tl.load(partial_ptr, present, other=-1e30)
     total = tl.load(partial_ptr + plane, present, other=0.0)
     weighted = tl.load(partial_ptr + 2 * plane, present, other=0.0)
-    top, total, weighted, weight = _merged(top, total, weighted, (inverse * 1.4426950408889634)[:, None], 1)
+    top, total, weighted, weight = _merged(tops, total, weighted, (inverse * 1.4426950408889634)[:, None], 1)
 
     chosen = tl.load(id_ptr + row, inside, other=0)
     # Nothing is left of a row of -inf, of one with NaN or +inf, or of one whose id does not exist.
@@ -197,6 +203,10 @@ def _merge_kernel(
         tl.store(statistics_ptr + 3 * N, tl.where(defined, linear / V * inverse, total), inside)
         tl.store(statistics_ptr + 4 * N, squares / (total * total), inside)
         tl.store(statistics_ptr + 5 * N, tl.where(defined, (x == top).to(dtype), total), inside)
+        count = tl.minimum(V - segment * SEGMENT, SEGMENT)
+        shifted = tl.load(partial_ptr + 5 * plane, present, other=0.0) + count * (tops - top[:, None])
+        shifted = tl.sum(tl.where(present, shifted, 0.0), 1)
+        tl.store(statistics_ptr + 6 * N, tl.where(defined, shifted / V * inverse - log_sum, total), inside)
 
 
 @triton.jit(**_SPECIALIZE)
@@ -245,7 +255,7 @@ def _triton_statistics(logits, ids, temperature, row_temperature, rows):
     A, R, V = logits.shape
     segments = triton.cdiv(V, STATISTICS_LAUNCH["SEGMENT"])
     statistics = logits.new_empty((rows, A * R), dtype=accumulator(logits.dtype))
-    partial = statistics.new_empty((5 if rows > 4 else 3, A * R, segments))
+    partial = statistics.new_empty((6 if rows > 4 else 3, A * R, segments))
     row_temperature = _precise(temperature, row_temperature, logits, A * R)
     sizes = temperature, A * R, R, V, *_strides(logits)
     with torch.cuda.device_of(logits):
@@ -254,7 +264,8 @@ def _triton_statistics(logits, ids, temperature, row_temperature, rows):
         )
         _merge_kernel[(triton.cdiv(A * R, MERGE_LAUNCH["ROWS"]),)](
             logits, ids, row_temperature, partial, statistics, *sizes, segments,
-            ERROR=rows in (4, 7), MORE=rows > 4, SEGMENTS=triton.next_power_of_2(segments), **MERGE_LAUNCH,
+            ERROR=rows in (4, 8), MORE=rows > 4, SEGMENTS=triton.next_power_of_2(segments),
+            SEGMENT=STATISTICS_LAUNCH["SEGMENT"], **MERGE_LAUNCH,
         )  # fmt: skip
     return statistics
 
@@ -324,14 +335,14 @@ def forward(
         ids: (N,) int64, contiguous, in [0, V). The C++ backend raises on any other; elsewhere its row is NaN.
         temperature: positive; unread where row_temperature is given.
         row_temperature: (N,) positive, contiguous, of the statistics' dtype, or None.
-        rows: 3 for logprob, entropy, lse; 6 for mean_logit, sum_sq_prob and is_top1 as well; 4 or 7 for the same with
-            lse_error after lse.
+        rows: 3 for logprob, entropy, lse; 7 for mean_logit, sum_sq_prob, is_top1 and mean_logprob as well; 4 or 8 for
+            the same with lse_error after lse.
         backend: a key of IMPLS.
 
     Returns:
         (rows, N), float32, or float64 from float64 logits.
 
-    Memory: up to five numbers per 16,384 logits, on a GPU.
+    Memory: up to six numbers per 16,384 logits, on a GPU.
     """
     if ids.numel() == 0:
         return logits.new_empty((rows, 0), dtype=accumulator(logits.dtype))

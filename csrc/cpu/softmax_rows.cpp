@@ -117,15 +117,16 @@ RowSums sums_f64(const double* x, std::int64_t vocab, double temperature) {
   double max = -std::numeric_limits<double>::infinity();
   for (std::int64_t v = 0; v < vocab; ++v) max = x[v] > max ? x[v] : max;
   const double reference = std::isinf(max) && max < 0 ? 0 : max;
-  ExactSum exp, weighted, logit, squared;
+  ExactSum exp, weighted, logit, squared, shifted;
   for (std::int64_t v = 0; v < vocab; ++v) {
     const double d = x[v] - reference, e = std::exp(d / temperature);
     exp.add(e);
     weighted.add(e == 0 ? 0 : d * e);
     logit.add(x[v]);
     squared.add(e * e);
+    shifted.add(d);
   }
-  return {max, exp.total(), weighted.total(), logit.total(), squared.total()};
+  return {max, exp.total(), weighted.total(), logit.total(), squared.total(), shifted.total()};
 }
 
 void write_statistics(const Forward& problem, std::int64_t n, const RowSums& sums, double chosen, double temperature) {
@@ -141,16 +142,17 @@ void write_statistics(const Forward& problem, std::int64_t n, const RowSums& sum
   put(log_sum - sums.weighted_exp / sums.exp / temperature);
   put(lse);
   const std::int64_t kinds = problem.statistics.shape[0];
-  if (kinds == 4 || kinds == 7) put(std::isfinite(lse) ? (top - out.get(i - rows)) + log_sum : 0.0);
-  if (kinds < 6) return;
+  if (kinds == 4 || kinds == 8) put(std::isfinite(lse) ? (top - out.get(i - rows)) + log_sum : 0.0);
+  if (kinds < 7) return;
   put(sums.logit / temperature / static_cast<double>(problem.vocab));
   put(sums.squared_exp / (sums.exp * sums.exp));
   put(chosen == sums.max);
+  put(sums.shifted / static_cast<double>(problem.vocab) / temperature - log_sum);
 }
 
 void forward_rows(void* context, std::int64_t begin, std::int64_t end) {
   const Forward& problem = *static_cast<const Forward*>(context);
-  const bool all = problem.statistics.shape[0] >= 6;
+  const bool all = problem.statistics.shape[0] >= 7;
   for (std::int64_t n = begin; n < end; ++n) {
     const char* row = problem.logits[n];
     const double temperature = problem.temperature_of(n);
@@ -252,8 +254,8 @@ void softmax_rows_forward(const TensorView& logits, const TensorView& ids, const
   Forward problem = {checked(function, logits, ids, row_temperature, temperature), statistics};
   const DType dtype = logits.dtype == DType::f64 ? DType::f64 : DType::f32;
   const std::int64_t kinds = statistics.ndim == 2 ? statistics.shape[0] : 0;
-  if (kinds != 3 && kinds != 4 && kinds != 6 && kinds != 7)
-    refuse(function, "statistics must have 3, 4, 6 or 7 rows", shape_text(statistics), "Allocate one of those.");
+  if (kinds != 3 && kinds != 4 && kinds != 7 && kinds != 8)
+    refuse(function, "statistics must have 3, 4, 7 or 8 rows", shape_text(statistics), "Allocate one of those.");
   check_dense(function, "statistics", statistics, dtype, Device::cpu, {kinds, problem.rows});
   parallel_for(problem.rows, rows_at_once(problem.rows, problem.vocab, threads), threads, forward_rows, &problem);
 }

@@ -61,12 +61,18 @@ FUSERL_INLINE float block_max(const T* p, std::int64_t n) {
 
 // Lane sums over one block are floats (at most block / group terms each), those over a row doubles.
 struct BlockSums {
-  Floats exp = {}, weighted_exp = {}, logit = {}, squared_exp = {};
+  Floats exp = {}, weighted_exp = {}, logit = {}, squared_exp = {}, shifted = {};
 };
 typedef double Lanes[width];
 
 FUSERL_INLINE void accumulate(Lanes& into, Floats x) {
   for (int i = 0; i < width; ++i) into[i] += static_cast<double>(x[i]);
+}
+
+FUSERL_INLINE double total_of(Floats x) {
+  double sum = 0;
+  for (int i = 0; i < width; ++i) sum += static_cast<double>(x[i]);
+  return sum;
 }
 
 FUSERL_INLINE double total(const Lanes& x) {
@@ -79,6 +85,7 @@ FUSERL_INLINE double total(const Lanes& x) {
 struct Running {
   double max = -__builtin_inf();
   Lanes exp = {}, weighted_exp = {}, logit = {}, squared_exp = {};
+  double shifted = 0;  // relative to 0, by way of each block's reference: exact enough in double
 
   FUSERL_INLINE void raise(double new_max, double exp2_scale) {
     if (!(new_max > max)) return;
@@ -100,7 +107,9 @@ FUSERL_INLINE void add_group(BlockSums& sums, const T* p, float reference, float
   Floats x[4], e[4], d[4];
   for (int k = 0; k < 4; ++k) {
     x[k] = load(p + k * width);
-    d[k] = maximum(floor, x[k] - reference);
+    const Floats distance = x[k] - reference;
+    if (All) sums.shifted += distance;
+    d[k] = maximum(floor, distance);
   }
   exp2_scaled(e, d, exp2_scale);
   for (int k = 0; k < 4; ++k) {
@@ -126,6 +135,7 @@ FUSERL_INLINE void add_block(Running& running, const T* p, std::int64_t n, float
   accumulate(running.exp, sums.exp);
   accumulate(running.weighted_exp, sums.weighted_exp);
   if (All) accumulate(running.logit, sums.logit);
+  if (All) running.shifted += total_of(sums.shifted) + static_cast<double>(n) * static_cast<double>(reference);
   if (All) accumulate(running.squared_exp, sums.squared_exp);
 }
 
@@ -135,13 +145,15 @@ void forward_row(const T* row, std::int64_t vocab, float exp2_scale, RowSums* ou
   const std::int64_t whole = vocab / group * group;
   for (std::int64_t i = 0; i < whole; i += block)
     add_block<All>(running, row + i, whole - i < block ? whole - i : block, exp2_scale);
-  double logit = total(running.logit);  // before the tail, whose padding is -inf
+  double logit = total(running.logit), shifted = running.shifted;  // before the tail, whose padding is -inf
   if (whole < vocab) {
     const Tail<T> tail(row + whole, vocab - whole);
     add_block<All>(running, tail.data, group, exp2_scale);
     if (All) logit += sum_of_first(tail, vocab - whole);
+    if (All) shifted += sum_of_first(tail, vocab - whole);
   }
-  *out = {running.max, total(running.exp), total(running.weighted_exp), logit, total(running.squared_exp)};
+  if (All) shifted -= static_cast<double>(vocab) * running.max;
+  *out = {running.max, total(running.exp), total(running.weighted_exp), logit, total(running.squared_exp), shifted};
 }
 
 template <class T>

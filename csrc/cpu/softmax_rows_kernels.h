@@ -11,6 +11,7 @@ struct RowSums {
   double weighted_exp;  // sum (x - m) e; NaN when the row has a NaN or +inf
   double logit;         // sum x       (0 unless `all`)
   double squared_exp;   // sum e^2     (0 unless `all`)
+  double shifted;       // sum (x - m) (0 unless `all`): the sum of x has lost its digits where m is large
 };
 
 // logp = (x - reference) inverse_temperature - shift,  p = exp(logp),  out = a + p (b + c logp + d p), times 1 - x^2 if

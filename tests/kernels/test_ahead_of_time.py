@@ -24,7 +24,7 @@ def kernels(dtype):
         types = {**x, "partial_ptr": numbers, **SIZES}
         yield "segment", softmax_rows._segment_kernel, types, {"MORE": more, **softmax_rows.STATISTICS_LAUNCH}
     types = {**x, **ids, "partial_ptr": numbers, "statistics_ptr": numbers, **SIZES, "segments": "i32"}
-    settings = {"ERROR": True, "MORE": True, "SEGMENTS": 16, **softmax_rows.MERGE_LAUNCH}
+    settings = {"ERROR": True, "MORE": True, "SEGMENTS": 16, "SEGMENT": 16384, **softmax_rows.MERGE_LAUNCH}
     yield "merge", softmax_rows._merge_kernel, types, settings
     types = {**x, **ids, "lse_ptr": numbers, "coefficients_ptr": numbers, "out_ptr": f"*{dtype}", **SIZES}
     types |= {"out_stride_a": "i64", "out_stride_r": "i32"}

@@ -23,7 +23,7 @@ else:
     BACKENDS = [("cpu", "cpu"), ("cpu", "reference"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
 each_backend = pytest.mark.parametrize("device,backend", BACKENDS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-NAMES = ("logprob", "entropy", "lse", "lse_error", "mean_logit", "sum_sq_prob", "is_top1")
+NAMES = ("logprob", "entropy", "lse", "lse_error", "mean_logit", "sum_sq_prob", "is_top1", "mean_logprob")
 SEGMENT = softmax_rows.STATISTICS_LAUNCH["SEGMENT"]
 TILE = softmax_rows.STATISTICS_LAUNCH["DEPTH"] * softmax_rows.STATISTICS_LAUNCH["LANES"]
 
@@ -55,6 +55,7 @@ def true_statistics(logits, ids, temperature):
     p = np.exp(z - lse)
     entropy = -np.where(p > 0, p * (z - lse), 0).sum(1)
     rows = [(chosen - lse)[:, 0], entropy, lse[:, 0], 0 * entropy, z.mean(1), (p * p).sum(1), (chosen == top)[:, 0]]
+    rows.append((z - lse).mean(1))
     return torch.from_numpy(np.stack(rows).astype(np.float64)).to(logits.device)
 
 
@@ -176,6 +177,21 @@ def test_edges(case, device, backend):
 
 
 @each_backend
+@pytest.mark.parametrize("case", ["all large", "one spike"])
+def test_the_mean_log_prob_keeps_its_digits_at_large_logits(case, device, backend):
+    """All near 1e4, mean_logit less lse has three decimals; one there, that is what mean_logit from it would have."""
+    logits = peaky(1, 3, SEGMENT + TILE + 60, device=device)
+    if case == "all large":
+        logits += 1e4
+    else:
+        logits[..., SEGMENT + 7] = 1e4
+    ids = some_ids(logits)
+    found, truth = compare_statistics(logits, ids, backend), true_statistics(logits, ids, 1.0)
+    assert ((found[7] - truth[7]).abs() <= 1e-6 * truth[7].abs()).all()
+    assert ((found[4] - truth[4]).abs() <= 1e-6 * logits.abs().mean()).all()
+
+
+@each_backend
 def test_an_unlikely_id_of_weight_zero(device, backend):
     logits = peaky(1, 2, 100, device=device)
     logits[..., 7] = -torch.inf
@@ -188,9 +204,9 @@ def test_an_unlikely_id_of_weight_zero(device, backend):
 def test_undefined_rows_are_nan_and_stay_alone(device, backend):
     logits = peaky(1, 8, 500, device=device)
     ids = some_ids(logits)
-    clean = softmax_rows.forward(logits, ids, 1.0, None, 7, backend)
+    clean = softmax_rows.forward(logits, ids, 1.0, None, 8, backend)
     logits[0, 1, 3], logits[0, 4, 499], logits[0, 6] = torch.nan, torch.inf, -torch.inf
-    spoilt = softmax_rows.forward(logits, ids, 1.0, None, 7, backend)
+    spoilt = softmax_rows.forward(logits, ids, 1.0, None, 8, backend)
     assert spoilt[:, [1, 4]].isnan().all()
     assert spoilt[[0, 1], 6].isnan().all()
     rest = [0, 2, 3, 5, 7]
@@ -208,7 +224,7 @@ def test_an_id_out_of_range(bad, device, backend):
         with pytest.raises(ValueError, match="1"):
             softmax_rows.forward(logits, ids, 1.0, None, 3, backend)
         return
-    statistics = softmax_rows.forward(logits, ids, 1.0, None, 7, backend)
+    statistics = softmax_rows.forward(logits, ids, 1.0, None, 8, backend)
     assert statistics[:, 1].isnan().all() and statistics[:, [0, 2]].isfinite().all()
 
 
@@ -281,17 +297,17 @@ def test_bfloat16_gradient_of_float32_logits(device, backend):
 def test_a_row_does_not_depend_on_its_neighbours(device, backend):
     logits = peaky(1, 19, 3000, device=device)
     ids = some_ids(logits)
-    whole = softmax_rows.forward(logits, ids, 1.0, None, 7, backend)
+    whole = softmax_rows.forward(logits, ids, 1.0, None, 8, backend)
     for rows in (slice(0, 1), slice(4, 6), slice(7, 19)):
-        part = softmax_rows.forward(logits[:, rows], ids[rows], 1.0, None, 7, backend)
+        part = softmax_rows.forward(logits[:, rows], ids[rows], 1.0, None, 8, backend)
         assert backend == "reference" or torch.equal(part, whole[:, rows])
-    assert torch.equal(softmax_rows.forward(logits, ids, 1.0, None, 7, backend), whole)
+    assert torch.equal(softmax_rows.forward(logits, ids, 1.0, None, 8, backend), whole)
 
 
 @each_backend
 def test_no_rows(device, backend):
     logits, ids = torch.empty(2, 0, 9, device=device), torch.empty(0, dtype=torch.int64, device=device)
-    assert softmax_rows.forward(logits, ids, 1.0, None, 6, backend).shape == (6, 0)
+    assert softmax_rows.forward(logits, ids, 1.0, None, 7, backend).shape == (7, 0)
     softmax_rows.gradient(logits, ids, torch.empty(0), torch.empty(5, 0), 1.0, None, logits, backend)
 
 
@@ -299,7 +315,7 @@ def test_no_rows(device, backend):
 def test_the_table_of_gradients_is_what_autograd_finds():
     logits = peaky(2, 3, 40, dtype=torch.float64).requires_grad_()
     ids = some_ids(logits)
-    _, entropy, lse, _, _, squares, _ = reference(logits, ids, 0.8).detach()
+    _, entropy, lse, _, _, squares, *_ = reference(logits, ids, 0.8).detach()
     zero, one = torch.zeros(6).double(), torch.ones(6).double()
     table = {
         0: (zero, -one, zero, zero, one),
@@ -307,6 +323,7 @@ def test_the_table_of_gradients_is_what_autograd_finds():
         2: (zero, one, zero, zero, zero),
         4: (one / 40, zero, zero, zero, zero),
         5: (zero, -2 * squares, zero, 2 * one, zero),
+        7: (one / 40, -one, zero, zero, zero),
     }
     for row, coefficients in table.items():
         (expected,) = torch.autograd.grad(reference(logits, ids, 0.8)[row].sum(), logits)
