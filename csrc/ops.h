@@ -53,8 +53,8 @@ namespace cpu {
 //   ids              (N,) i64 in [0, V)
 //   row_temperature  (N,) f32 (f64 when logits are f64), or null for the one `temperature`; > 0 and finite
 //   statistics       (K, N) f32 (f64 when logits are f64):
-//     logprob = z[id] - lse; entropy; lse; [lse_error when K is 4 or 7]; then, when K is 6 or 7,
-//     mean_logit = mean_v z; sum_sq_prob = sum_v p^2; is_top1 = 1 if z[id] is the maximum
+//     logprob = z[id] - lse; entropy; lse; [lse_error when K is 4 or 8]; then, when K is 7 or 8,
+//     mean_logit = mean_v z; sum_sq_prob = sum_v p^2; is_top1 = 1 if z[id] is the maximum; mean_logprob = mean_v logp
 //   lse_error is what rounding lse lost: the gradient needs it where |lse| is large.
 // A row never depends on its neighbours or on `threads`.
 void softmax_rows_forward(const TensorView& logits, const TensorView& ids, const TensorView* row_temperature,
@@ -101,7 +101,7 @@ void policy_loss(const PolicyTensors& tensors, const PolicyRule& rule, int threa
 //   rollout_ids, positions  (N,) i64: with the seed, what fixes the random number of a row
 //   ids          (N,) i64; -1 where the row has NaN, +inf, or -inf only
 //   logprobs     (3, N) f32: under what the cuts left, renormalised; under the whole distribution; and the least logit
-//                that could be drawn, where temperature is 0 the least there is, as the first log-prob is of all tokens
+//                that is not cut, at temperature 0 the largest; below the least that weighs anything it may be any number
 struct SampleTensors {
   const TensorView& logits;
   const TensorView* temperature;

@@ -6,10 +6,12 @@ sample's logprob = linear_logprob(..., allowed=kept(...)).logprob
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from fuserl.kernels.sample import drawn
+from fuserl.kernels.sample import drawn, weight_bits
 
 __all__ = ["kept"]
 
@@ -43,7 +45,10 @@ def kept(
     """
     nobody = torch.zeros(logits.shape[:1], dtype=torch.int64, device=logits.device)  # whose draw is not looked at
     _, numbers = drawn(logits, temperature, (top_k, top_p, min_p), 0, nobody, nobody, backend)
-    left = logits >= numbers[2, :, None]
+    t = torch.as_tensor(temperature, dtype=torch.float32, device=logits.device)
+    weighing = logits.amax(-1).float() - (weight_bits(logits.shape[1]) + 2) * math.log(2) * t
+    cut = torch.where(t == 0, -torch.inf, numbers[2].maximum(weighing)).clamp_min(torch.finfo(torch.float32).min)
+    left = logits >= cut[:, None]
     offsets = torch.zeros(len(logits) + 1, dtype=torch.int64)
     offsets[1:] = left.sum(1).cumsum(0)
     return left.nonzero()[:, 1], offsets

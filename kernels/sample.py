@@ -51,7 +51,7 @@ class Rule(NamedTuple):
 
 
 def reference(logits: Tensor, temperature: Tensor, rule: Rule, random: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition, in plain torch: ids (N,), and both log-probs and the least logit that could be drawn (3, N)."""
+    """The definition, in plain torch: ids (N,), and both log-probs and the least logit that is not cut (3, N)."""
     x, greedy, bits = logits.float(), temperature == 0, weight_bits(logits.shape[1])
     t, peak = torch.where(greedy, 1.0, temperature)[:, None], x.amax(-1, keepdim=True)
     weights = _weights(x - peak, _LOG2E / t, bits)
@@ -67,9 +67,8 @@ def reference(logits: Tensor, temperature: Tensor, rule: Rule, random: Tensor) -
     ids = (kept > target[:, None]).int().argmax(-1)
     z = (x.gather(-1, ids[:, None]) - peak)[:, 0].double() / t[:, 0]
     full = z - (weights.sum(-1).double() * 2.0**-bits).log()
-    lowest = torch.finfo(torch.float32).min
-    least = torch.where(greedy, lowest, cut.maximum(peak - (bits + 2.0) / (_LOG2E / t))[:, 0].clamp_min(lowest))
-    logprobs = torch.stack([torch.where(greedy, full, z - (kept[:, -1].double() * 2.0**-bits).log()), full, least])
+    of_kept = torch.where(greedy, full, z - (kept[:, -1].double() * 2.0**-bits).log())
+    logprobs = torch.stack([of_kept, full, torch.where(greedy[:, None], peak, cut)[:, 0]])
     valid = peak[:, 0].isfinite() & ~x.isnan().any(-1)
     return ids.masked_fill(~valid, -1), logprobs.float().masked_fill(~valid, torch.nan)
 
@@ -199,13 +198,13 @@ def _row_kernel(
     valid = (peak > float("-inf")) & (peak < float("inf"))
     peak = tl.where(valid, peak, 0.0)
 
-    # Tokens below it weigh nothing, whether they are cut or not.
-    low = tl.maximum(peak - (bits + 2.0) / scale, -3.4028234663852886e38)
     least = tl.full([], float("-inf"), tl.float32)
     full = _total(x_ptr, V, least, peak, scale, bits, BLOCK)
     kept = full
     if CUT:
         least = tl.where(greedy, peak, peak + log_min_p * t)
+        # Tokens below it weigh nothing, whether they are cut or not.
+        low = tl.maximum(peak - (bits + 2.0) / scale, -3.4028234663852886e38)
         left = full
         if TOP_K:
             goal = top_k.to(tl.float64)
@@ -218,6 +217,10 @@ def _row_kernel(
             least = tl.maximum(least, _reaching(x_ptr, V, goal, low, peak, scale, bits, True, BLOCK))
         kept = _total(x_ptr, V, least, peak, scale, bits, BLOCK)
 
+    # Here, where they take no register of the search.
+    tl.store(logprob_ptr + 2 * N + row, least)
+    log_full = tl.log(full.to(tl.float32) * unit)
+    log_kept = tl.log(kept.to(tl.float32) * unit)
     random = row_bits(seed, tl.load(rollout_ptr + row), tl.load(position_ptr + row))
     target = tl.where(greedy, 0, tl.umulhi(random, kept.to(tl.uint64)).to(tl.int64))
     first = 0
@@ -231,13 +234,11 @@ def _row_kernel(
     v = first + tl.arange(0, BLOCK)
     chosen = tl.min(tl.where(before + tl.cumsum(weights, 0) > target, v, V - 1))
     z = (tl.load(x_ptr + chosen).to(tl.float32) - peak) / t
-    of_full = z - tl.log(full.to(tl.float32) * unit)
-    of_kept = tl.where(greedy, of_full, z - tl.log(kept.to(tl.float32) * unit))
+    of_full = z - log_full
+    of_kept = tl.where(greedy, of_full, z - log_kept)
     tl.store(id_ptr + row, tl.where(valid, chosen, -1))
     tl.store(logprob_ptr + row, tl.where(valid, of_kept, float("nan")))
     tl.store(logprob_ptr + N + row, tl.where(valid, of_full, float("nan")))
-    possible = tl.where(greedy, -3.4028234663852886e38, tl.maximum(least, low))
-    tl.store(logprob_ptr + 2 * N + row, tl.where(valid, possible, float("nan")))
 
 
 def _triton(logits, row_temperature, rule, rollout_ids, positions):
@@ -351,7 +352,7 @@ def sample(
 
 
 def drawn(logits, temperature, cuts, seed, rollout_ids, positions, backend) -> tuple[Tensor, Tensor]:
-    """What `sample` gives, with both log-probs in one tensor and the least logit that could be drawn: (N,), (3, N)."""
+    """What `sample` gives, its log-probs in one tensor with the least logit that is not cut: (N,) and (3, N)."""
     top_k, top_p, min_p = cuts
     check_settings(temperature, *cuts)
     _check(logits, temperature, rollout_ids, positions)

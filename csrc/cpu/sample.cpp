@@ -159,18 +159,14 @@ struct Problem {
   }
 };
 
-// Tokens below it weigh nothing, whether they are cut or not.
-float weightless(const SampleScale& scale) {
-  const float low = scale.peak - static_cast<float>(scale.bits + 2) / scale.scale;
-  return std::max(low, std::numeric_limits<float>::lowest());
-}
-
 // The smallest logit that may be drawn, of tokens whose total weight is `full`.
 float threshold(const Problem& problem, Scratch& scratch, const SampleScale& scale, float t, double full) {
   const SampleKernels& kernels = problem.kernels;
   Tokens tokens = scratch.row;
   const Tokens counted = {tokens.x, nullptr, tokens.n};
-  float low = weightless(scale);
+  // Tokens below it weigh nothing, whether they are cut or not.
+  float low = scale.peak - static_cast<float>(scale.bits + 2) / scale.scale;
+  low = std::max(low, std::numeric_limits<float>::lowest());
   float least = scale.peak + static_cast<float>(problem.rule.log_min_p) * t;
   const auto k = static_cast<double>(problem.rule.top_k);
   if (problem.top_k && kernels.above(counted.x, nullptr, counted.n, low).mass >= k) {
@@ -185,11 +181,11 @@ float threshold(const Problem& problem, Scratch& scratch, const SampleScale& sca
   return std::max(least, reaching(kernels, tokens, problem.rule.top_p * full, low, scale.peak, scratch.kept));
 }
 
-void put(const Problem& problem, std::int64_t n, std::int64_t id, double logprob, double full_logprob, double least) {
+void put(const Problem& problem, std::int64_t n, std::int64_t id, double logprob, double full_logprob, float least) {
   problem.tensors.ids.as<std::int64_t>()[n] = id;
   problem.tensors.logprobs.as<float>()[n] = static_cast<float>(logprob);
   problem.tensors.logprobs.as<float>()[problem.rows + n] = static_cast<float>(full_logprob);
-  problem.tensors.logprobs.as<float>()[2 * problem.rows + n] = static_cast<float>(least);
+  problem.tensors.logprobs.as<float>()[2 * problem.rows + n] = least;
 }
 
 void draw(const Problem& problem, Scratch& scratch, std::int64_t n) {
@@ -198,7 +194,7 @@ void draw(const Problem& problem, Scratch& scratch, std::int64_t n) {
   const char* row = logits.as<char>() + n * logits.stride[0] * problem.element;
   const float given = problem.temperature(n), peak = kernels.read[problem.kernel](row, problem.vocab, scratch.row.x);
   if (!std::isfinite(peak)) {
-    constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+    constexpr float nan = std::numeric_limits<float>::quiet_NaN();
     return put(problem, n, -1, nan, nan, nan);
   }
   const bool greedy = given == 0, cut = greedy || problem.cut;
@@ -240,8 +236,7 @@ void draw(const Problem& problem, Scratch& scratch, std::int64_t n) {
   }
   const double z = (static_cast<double>(x[id]) - static_cast<double>(peak)) / static_cast<double>(t);
   const auto logprob = [&](double of) { return z - std::log(std::ldexp(of, -problem.bits)); };
-  const float possible = greedy ? std::numeric_limits<float>::lowest() : std::max(least, weightless(scale));
-  put(problem, n, id, logprob(greedy ? full : kept), logprob(full), possible);
+  put(problem, n, id, logprob(greedy ? full : kept), logprob(full), least);
 }
 
 void draw_rows(void* context, std::int64_t begin, std::int64_t end) {
