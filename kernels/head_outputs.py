@@ -22,10 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fuserl.kernels import softmax_rows
+from fuserl.kernels import softmax_rows, vocabulary_shards, whole_weight
 from fuserl.kernels.allowed import Allowed, check_form
 from fuserl.kernels.head_products import Lora
 from fuserl.kernels.token_logprob import split_temperature
+from fuserl.kernels.vocabulary_shards import VocabularyShards
 
 OUTPUTS = ("logprob", "entropy", "mean_logprob", "sum_sq_prob", "mean_logit", "is_top1")
 EXTRA = "extra_logprob"  # the output that extra_ids adds to these
@@ -61,6 +62,7 @@ class Head:
     lora: Lora | None = None
     extra_ids: Tensor | None = None  # (N,), the tokens of extra_logprob
     allowed: Allowed | None = None  # lists for all N rows
+    shards: VocabularyShards | None = None  # where other ranks hold the rest of the vocabulary
 
     @property
     def inner(self) -> float | None:
@@ -90,7 +92,10 @@ class Head:
         ids is (N,) and rows (n,), the chunk's rows of the whole.
         """
         temperatures, count = self.temperatures(rows), kinds(outputs) - (EXTRA in outputs)
-        statistics = softmax_rows.forward(x[None], ids[rows], *temperatures, count, backend)
+        given = ids[rows], *temperatures, count, backend
+        if self.shards is not None:
+            return self.shards.statistics(x, *given, top=self.bias is not None or "is_top1" in outputs)
+        statistics = softmax_rows.forward(x[None], *given)
         if EXTRA not in outputs:
             return statistics
         logprob = self._logprob(x, self._extra(rows, x.shape[1]), statistics[2:4], temperatures)
@@ -101,6 +106,7 @@ class Head:
 
         With extra_ids a sixth row, f of + f 1[v = extra_id].
         """
+        vocabulary = vocabulary if self.shards is None else self.shards.vocabulary
         zero = torch.zeros_like(statistics[0])
         g = {name: zero if derivatives.get(name) is None else derivatives[name] for name in (*OUTPUTS, EXTRA)}
         if self.allowed is not None:
@@ -119,12 +125,14 @@ class Head:
         self, x: Tensor, ids: Tensor, rows: Tensor, lse: Tensor, coefficients: Tensor, out: Tensor, backend: str
     ) -> None:
         """Write the gradient to u of a chunk, (n, V), from its lse (2, n) and coefficients; out may be x."""
-        extra = None
+        extra, chosen = None, ids[rows]
         if self.extra_ids is not None:
             extra = self._extra(rows, x.shape[1])[:, None]
-            column = self._column(x, ids[rows], extra, rows, lse, coefficients)  # before x is overwritten
+            column = self._column(x, chosen, extra, rows, lse, coefficients)  # before x is overwritten
+        if self.shards is not None:
+            chosen, coefficients = self.shards.owned(chosen, coefficients)
         softmax_rows.gradient(
-            x[None], ids[rows], lse.contiguous(), coefficients[:5].contiguous(), *self.temperatures(rows), out[None],
+            x[None], chosen, lse.contiguous(), coefficients[:5].contiguous(), *self.temperatures(rows), out[None],
             backend, through_tanh=self.inner is not None,
         )  # fmt: skip
         if extra is not None:
@@ -169,6 +177,7 @@ def head_of(
     lora: Sequence | None = None,
     extra_ids: Tensor | None = None,
     allowed: Allowed | None = None,
+    shards: VocabularyShards | None = None,
 ) -> Head:
     """The head that a caller of `op` describes; a temperature per token comes out flat, in `dtype`."""
     for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
@@ -180,8 +189,33 @@ def head_of(
     extra_ids = None if extra_ids is None else extra_ids.reshape(-1)
     return Head(
         bias, softcap, 1.0 if logit_scale is None else float(logit_scale), temperature, row_temperature,
-        None if lora is None else Lora(lora[0], lora[1], float(lora[2])), extra_ids, allowed,
+        None if lora is None else Lora(lora[0], lora[1], float(lora[2])), extra_ids, allowed, shards,
     )  # fmt: skip
+
+
+def shards_of(
+    op: str,
+    group: torch.distributed.ProcessGroup | None,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    terms: dict,
+    *,
+    outputs: Sequence[str],
+    chunk: int | None,
+    mask: Tensor | None,
+    reference: Sequence | None = None,
+) -> VocabularyShards | None:
+    """The shards of which this rank's weight is one, once all ranks have been seen to make the same call."""
+    if group is None:
+        return None
+    for name, given in (("extra_ids", terms["extra_ids"]), ("allowed", terms["allowed"]), ("reference", reference)):
+        requirer(op)(given is None, f"{name} must be left out with group=", "both", "Give each rank the whole head.")
+    lora = terms["lora"]
+    flags = [hidden.requires_grad, terms["bias"] is not None, lora is not None, lora and lora[0].requires_grad]
+    agreed = [chunk or 0, *map(bool, flags), *(name in outputs for name in OUTPUTS)]
+    sizes = vocabulary_shards.sizes(op, group, ids, mask, weight.shape[0], agreed=[int(x) for x in agreed])
+    return VocabularyShards(sizes, group.group_name)
 
 
 def kinds(outputs: Sequence[str]) -> int:
@@ -229,6 +263,24 @@ def definition(hidden: Tensor, weight: Tensor, ids: Tensor, rows: Tensor, head: 
         "mean_logit": z.mean(-1),
         "is_top1": (z.gather(-1, chosen).squeeze(-1) == z.amax(-1)).to(z.dtype),
     }
+
+
+def operands(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    group: torch.distributed.ProcessGroup | None,
+    **plain: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """hidden, weight and bias as the products take them: cast where autocast says so, and gathered where sharded.
+
+    Raises ValueError where hidden, or another tensor that must be `plain`, by name, is a DTensor.
+    """
+    whole_weight.refuse(op, hidden=hidden, **plain)
+    hidden = as_autocast(hidden)
+    bias = whole_weight.whole(bias, group=group, op=op)
+    return hidden, as_autocast(whole_weight.whole(weight, dtype=hidden.dtype, group=group, op=op)), bias
 
 
 def as_autocast(operand: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fuserl.kernels.allowed import Allowed
+from fuserl.kernels.vocabulary_shards import VocabularyShards
 
 _TILE = 8192  # vocabulary rows widened at a time: 19 MB at D = 576, read back from cache
 
@@ -67,6 +68,7 @@ class HeadProducts:
         needs: whether d_hidden, d_weight, d_bias, d_down and d_up are wanted; as many as `gradients` is to return.
         bias, lora, inner: see above; inner None for x = u.
         allowed: lists of the tokens that keep their logits, for the rows that take part; None for all tokens.
+        shards: where other ranks hold the rest of the vocabulary; d_hidden and d_down are then summed over them.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class HeadProducts:
         allowed: Allowed | None = None,
         needs: Sequence[bool] = (),
         grad_weight: Tensor | None = None,
+        shards: VocabularyShards | None = None,
     ):
         hidden_grad, weight_grad, bias_grad, down_grad, up_grad = (*needs, *[False] * 5)[:5]
         self.asked = len(needs)
@@ -98,9 +101,10 @@ class HeadProducts:
         self.device_products = hidden.device.type != "cpu" and hidden.dtype != dtype
         self.widened = hidden.device.type == "cpu" and hidden.dtype != dtype
         self.buffer = hidden.new_empty(chunk, weight.shape[0], dtype=dtype)
-        self.d_hidden = None
+        self.d_hidden, self.shards = None, shards
         if hidden_grad:
-            self.d_hidden = torch.empty_like(hidden) if rows is None else torch.zeros_like(hidden)
+            precise = hidden.dtype if shards is None else dtype
+            self.d_hidden = (torch.empty_like if rows is None else torch.zeros_like)(hidden, dtype=precise)
         self.weight_grad = weight_grad or grad_weight is not None
         self.returns_weight = weight_grad and grad_weight is None
         self.d_weight = grad_weight
@@ -176,12 +180,18 @@ class HeadProducts:
         if self.returns_weight:
             zeros = self.d_weight is None
             d_weight = torch.zeros_like(self.weight) if zeros else self.d_weight.to(self.weight.dtype)
-        return (self.d_hidden, d_weight, self.d_bias, self.d_down, self.d_up)[: self.asked]
+        d_hidden = self.d_hidden
+        if self.shards is not None:
+            d_hidden, self.d_down = map(self.shards.summed, (d_hidden, self.d_down))
+        d_hidden = None if d_hidden is None else d_hidden.to(self.hidden.dtype)
+        return (d_hidden, d_weight, self.d_bias, self.d_down, self.d_up)[: self.asked]
 
     def _hidden(self, piece: slice) -> Tensor:
         return self.hidden[piece] if self.rows is None else self.hidden[self.rows[piece]]
 
     def _times_weight(self, gradient: Tensor) -> Tensor:
+        if self.device_products and self.shards is not None:
+            return torch.mm(gradient, self.weight, out_dtype=self.dtype)
         if not self.widened:
             return gradient @ self.weight if self.lora is None else self._added(None, gradient, self.weight)
         product = gradient.new_zeros(len(gradient), self.weight.shape[1])

@@ -17,11 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fuserl.kernels import head_outputs, softmax_rows
+from fuserl.kernels import head_outputs, softmax_rows, vocabulary_shards
 from fuserl.kernels.allowed import Allowed, check_lists
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.head_outputs import Head, Outputs
 from fuserl.kernels.head_products import HeadProducts, Lora, taken_rows
+from fuserl.kernels.vocabulary_shards import VocabularyShards
 
 __all__ = ["linear_logprob"]
 
@@ -69,6 +70,8 @@ class _Call(NamedTuple):
     extra_ids: Tensor | None
     allowed_ids: Tensor | None
     allowed_offsets: Tensor | None
+    sizes: Tensor | None  # of the ranks' shards of the vocabulary, with group
+    group: str | None
     temperature: float
     softcap: float | None
     logit_scale: float
@@ -84,6 +87,7 @@ class _Call(NamedTuple):
             self.bias, self.softcap, self.logit_scale, self.temperature, self.row_temperature,
             None if self.down is None else Lora(self.down, self.up, self.lora_scale), self.extra_ids,
             None if self.allowed_ids is None else Allowed(self.allowed_ids, self.allowed_offsets),
+            None if self.group is None else VocabularyShards(self.sizes, self.group),
         )  # fmt: skip
 
     def rows(self) -> tuple[Tensor | None, int, int]:
@@ -94,7 +98,7 @@ class _Call(NamedTuple):
         """As many rows of logits as `memory` holds, at most all."""
         dtype = softmax_rows.accumulator(self.hidden.dtype)
         size = torch.finfo(dtype).bits // 8 * self.weight.shape[0]
-        rows = min(self.hidden.shape[0], self.memory // size) if self.memory else 0
+        rows = min(self.hidden.shape[0], self.memory // max(1, size)) if self.memory else 0
         return self.hidden.new_empty((rows, self.weight.shape[0]), dtype=dtype)
 
     def products(self, head: Head, rows: Tensor | None, chunk: int, needs: Sequence[bool]) -> HeadProducts:
@@ -104,7 +108,7 @@ class _Call(NamedTuple):
             allowed = head.allowed.take(_NAME, rows if rows is None else rows.cpu())
         return HeadProducts(
             self.hidden, self.weight, rows, chunk=chunk, dtype=softmax_rows.accumulator(self.hidden.dtype),
-            bias=head.bias, lora=head.lora, inner=head.inner, allowed=allowed, needs=needs,
+            bias=head.bias, lora=head.lora, inner=head.inner, allowed=allowed, needs=needs, shards=head.shards,
         )  # fmt: skip
 
 
@@ -156,7 +160,7 @@ def _pieces(begin: int, end: int, chunk: int) -> Iterator[slice]:
 
 def _setup_context(ctx, inputs, output):
     call = _Call(*inputs)
-    tensors = call[: _Call._fields.index("temperature")]
+    tensors = call[: _Call._fields.index("group")]
     ctx.settings = call[len(tensors) :]
     ctx.save_for_backward(output[1], output[2], *tensors)
 
@@ -173,8 +177,9 @@ def _autograd(ctx, g, _g_statistics, _g_kept):
 _DIFFERENTIABLE = 5  # the first of them: hidden, weight, bias, down, up
 _CALL = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, Tensor ids, Tensor? mask, "
-    "Tensor? row_temperature, Tensor? extra_ids, Tensor? allowed_ids, Tensor? allowed_offsets, float temperature, "
-    "float? softcap, float logit_scale, float lora_scale, str[] outputs, SymInt? chunk, SymInt memory, str? backend"
+    "Tensor? row_temperature, Tensor? extra_ids, Tensor? allowed_ids, Tensor? allowed_offsets, Tensor? sizes, "
+    "str? group, float temperature, float? softcap, float logit_scale, float lora_scale, str[] outputs, SymInt? chunk, "
+    "SymInt memory, str? backend"
 )
 _library = torch.library.Library("fuserl", "FRAGMENT")
 _library.define(f"linear_logprob({_CALL}) -> (Tensor, Tensor, Tensor)")
@@ -214,6 +219,7 @@ def linear_logprob(
     extra_ids: Tensor | None = None,
     allowed: tuple[Tensor, Tensor] | None = None,
     mask: Tensor | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
     chunk: int | None = None,
     memory: int | None = None,
     backend: str | None = None,
@@ -227,6 +233,7 @@ def linear_logprob(
         hidden: (N, D) or (B, T, D), any (..., D), float32, bfloat16, float16 or float64: the state that predicts each
             token. Logits are float32 whatever it is (float64 from float64).
         weight: (V, D), the head, of hidden's dtype (autocast casts both); its gradient is skipped if it requires none.
+            A DTensor is gathered, and its gradient averaged over the mesh, as FSDP2 does: see `whole_weight`.
         ids: (...) int64 in [0, V), on hidden's device.
         outputs: what is returned: logprob, entropy, mean_logprob and mean_logit (over the vocabulary, of the scaled
             logits), sum_sq_prob, is_top1 (1.0 where the token has the largest logit). All but is_top1 carry gradient.
@@ -241,7 +248,9 @@ def linear_logprob(
             `kept` makes the lists. Another token's logprob is -inf, with gradient 0; the two means are refused.
         mask: (...) bool; where False, as at padding, the outputs and gradients are 0 and no product is computed. On a
             GPU the number of tokens left is waited for, unless the mask is on the host.
-        chunk: rows at a time; 512 on CPU; on GPU as many as make 512 MiB of logits.
+        group: process group that cuts the vocabulary (`vocabulary_shards`): each rank gives its rows of weight and bias
+            and the same of all else; outputs and d_hidden are those of the whole vocabulary.
+        chunk: rows at a time; 512 on CPU; on GPU as many as make 512 MiB of logits, 2048 with group.
         memory: bytes of logits that may be kept from forward to backward, which then need not be computed again.
         backend: "triton", "cpu" or "reference"; the fastest that runs here by default.
 
@@ -256,26 +265,36 @@ def linear_logprob(
     backward, down to three where all logits are kept; one without gradient.
     Siblings: `linear_policy_loss` for a loss known at the call, in three; `token_logprob` from logits.
     """
-    hidden, weight, outputs = head_outputs.as_autocast(hidden), head_outputs.as_autocast(weight), tuple(outputs)
-    terms = {"bias": bias, "lora": lora, "extra_ids": extra_ids, "allowed": allowed}
-    _check(hidden, weight, ids, outputs=outputs, mask=mask, chunk=chunk, memory=memory, **terms)
-    terms |= {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale, "allowed": None}
-    head = head_outputs.head_of(_NAME, ids, softmax_rows.accumulator(hidden.dtype), **terms)
-    down, up, scale = head.lora or (None, None, 1.0)
-    wanted = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (hidden, weight, bias, down, up)
-    )
-    arguments = _Call(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, down, up, ids.reshape(-1).contiguous(),
-        None if mask is None else mask.reshape(-1), head.row_temperature, head.extra_ids, *(allowed or (None, None)),
-        head.temperature, head.softcap, head.logit_scale, scale, outputs, chunk, memory or 0 if wanted else 0, backend,
-    )  # fmt: skip
+    hidden, weight, bias = head_outputs.operands(_NAME, hidden, weight, bias, group)
+    terms = {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    terms |= {"lora": lora, "extra_ids": extra_ids, "allowed": allowed}
+    given = {"mask": mask, "chunk": chunk, "memory": memory, "group": group, "backend": backend}
+    call = _call(hidden, weight, ids, tuple(outputs), terms, **given)
     with torch.autocast(hidden.device.type, enabled=False):  # the operands are cast; the adapter stays as it is
-        found, _, _ = torch.ops.fuserl.linear_logprob(*arguments)
+        found, _, _ = torch.ops.fuserl.linear_logprob(*call)
     return Outputs(**{
         name: (row.detach() if name == "is_top1" else row).view(ids.shape)
         for name, row in zip(outputs, found.unbind(), strict=True)
     })  # fmt: skip
+
+
+def _call(hidden, weight, ids, outputs, terms, *, mask, chunk, memory, group, backend) -> _Call:
+    """The arguments of linear_logprob, checked, as the registered op takes them."""
+    bias, allowed = terms["bias"], terms["allowed"]
+    checked = {name: terms[name] for name in ("bias", "lora", "extra_ids", "allowed")}
+    _check(hidden, weight, ids, outputs=outputs, mask=mask, chunk=chunk, memory=memory, **checked)
+    head = head_outputs.head_of(_NAME, ids, softmax_rows.accumulator(hidden.dtype), **{**terms, "allowed": None})
+    down, up, scale = head.lora or (None, None, 1.0)
+    trained = any(x is not None and x.requires_grad for x in (hidden, weight, bias, down, up))
+    flat, mask = ids.reshape(-1).contiguous(), None if mask is None else mask.reshape(-1)
+    shards = head_outputs.shards_of(_NAME, group, hidden, weight, flat, terms, outputs=outputs, chunk=chunk, mask=mask)
+    return _Call(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, down, up, flat, mask, head.row_temperature, head.extra_ids,
+        *(allowed or (None, None)), *((None, None) if shards is None else (shards.sizes, shards.group)),
+        head.temperature, head.softcap, head.logit_scale, scale, outputs,
+        vocabulary_shards.chunk_of(chunk, group, ids), memory or 0 if torch.is_grad_enabled() and trained else 0,
+        backend,
+    )  # fmt: skip
 
 
 def _check(hidden, weight, ids, *, mask, memory, **terms) -> None:

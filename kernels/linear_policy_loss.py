@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fuserl.kernels import head_outputs, head_products, loss_contract, second_head, softmax_rows
+from fuserl.kernels import head_outputs, head_products, loss_contract, second_head, softmax_rows, vocabulary_shards
 from fuserl.kernels.allowed import Allowed, check_lists
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.head_outputs import Head, Outputs
@@ -29,8 +29,9 @@ _NAME = "linear_policy_loss"
 
 def reference(call: Call, hidden: Tensor, weight: Tensor, *_terms_and_params: Tensor | None) -> Tensor:
     """The definition: all logits at once and autograd through them."""
-    if call.grad_weight is not None:
-        raise ValueError("linear_policy_loss: the reference cannot add to grad_weight; got one. Use another backend.")
+    for name, given in (("grad_weight", call.grad_weight), ("group", call.head.shards)):
+        if given is not None:
+            raise ValueError(f"linear_policy_loss: the reference cannot take {name}=; got one. Use another backend.")
     rows = call.rows if call.rows is not None else torch.arange(len(hidden), device=hidden.device)
     every = head_outputs.definition(hidden, weight, call.ids, rows, call.head)
     if call.second is not None:
@@ -159,7 +160,7 @@ def _run(call: Call, hidden: Tensor, weight: Tensor, params: Sequence[Tensor], n
     products = head_products.HeadProducts(
         hidden, weight, call.rows, chunk=min(call.chunk, count), dtype=call.dtype, bias=call.head.bias,
         lora=call.head.lora, inner=call.head.inner, allowed=call.allowed, needs=needs[:5],
-        grad_weight=call.grad_weight,
+        grad_weight=call.grad_weight, shards=call.head.shards,
     )  # fmt: skip
     if call.second is not None:
         call.second.start(call.rows, min(call.chunk, count))
@@ -250,7 +251,21 @@ def _cut(begin: int, end: int, chunk: int) -> list[slice]:
 
 
 def _call(
-    hidden, weight, ids, token_loss, outputs, terms, *, scope, offsets, live, grad_weight, reference, chunk, backend
+    hidden,
+    weight,
+    ids,
+    token_loss,
+    outputs,
+    terms,
+    *,
+    scope,
+    offsets,
+    live,
+    grad_weight,
+    reference,
+    group,
+    chunk,
+    backend,
 ) -> Call:
     """The arguments of linear_policy_loss, checked, as the implementations take them."""
     given = {name: terms[name] for name in ("bias", "lora", "extra_ids", "allowed")}
@@ -258,17 +273,20 @@ def _call(
         hidden, weight, ids, outputs=outputs, scope=scope, live=live, chunk=chunk, grad_weight=grad_weight, **given
     )
     dtype, backward = softmax_rows.accumulator(hidden.dtype), torch.is_grad_enabled()
+    shards = head_outputs.shards_of(
+        _NAME, group, hidden, weight, ids, terms, outputs=outputs, chunk=chunk, mask=live, reference=reference
+    )
     rows, allowed = None if live is None or bool(live.all()) else live.nonzero().squeeze(-1), terms.pop("allowed")
     if allowed is not None:
         check_lists(_NAME, allowed, len(weight))
         allowed = Allowed(*allowed)
     backend = choose(_NAME, IMPLS, hidden.device, backend)
-    head = head_outputs.head_of(_NAME, ids, dtype, allowed=allowed, **terms)
+    head = head_outputs.head_of(_NAME, ids, dtype, allowed=allowed, shards=shards, **terms)
     return Call(
         ids, token_loss, outputs,
         rows=None if rows is None else rows.to(ids.device),
         spans=loss_contract.live_spans(scope, offsets, live, len(hidden)),
-        chunk=chunk or head_products.default_chunk(hidden, weight),
+        chunk=vocabulary_shards.chunk_of(chunk, group, ids) or head_products.default_chunk(hidden, weight),
         head=head,
         second=second_head.second_head((hidden, weight, head), reference, outputs, backend),
         allowed=None if allowed is None else allowed.take(_NAME, rows),
@@ -294,6 +312,7 @@ def linear_policy_loss(
     live: Tensor | None = None,
     params: Sequence[Tensor] = (),
     grad_weight: Tensor | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float | None = None,
@@ -313,8 +332,10 @@ def linear_policy_loss(
     Args:
         hidden: (N, D) float32, bfloat16, float16 or float64, the state that predicts each token of ids, (N,) int64.
         weight: (V, D), the head, of hidden's dtype (autocast casts both); its gradient is skipped if it requires none.
-        token_loss: (out, rows) -> one normalised loss per row, or that and a dict of statistics, each (n,), or (1, K)
-            for numbers of the chunk; out.<output> are (n,) float32, rows (n,) int64 indices in hidden. Under autograd.
+            A DTensor is gathered, and its gradient averaged over the mesh, as FSDP2 does: see `whole_weight`.
+        token_loss: called as token_loss(out, rows) with out.<output> (n,) float32 for each requested output and rows
+            (n,) int64, their indices in hidden. Returns one loss per row, already normalised, or that and a dict of
+            statistics, each (n,), or (1, K) for numbers of the chunk. Evaluated once per chunk under autograd.
         outputs: what out holds: logprob, entropy, mean_logprob and mean_logit (over the vocabulary, of the scaled
             logits), sum_sq_prob, is_top1 (1.0 where the token has the largest logit; without gradient), and, with a
             reference, kinds of `divergence` from it over the whole vocabulary: forward_kl, reverse_kl, ...
@@ -325,6 +346,9 @@ def linear_policy_loss(
             row costs nothing and token_loss never sees it.
         params: trainable tensors that token_loss uses besides out; their gradients are returned to them.
         grad_weight: (V, D) float32, to which d_weight is added during this call, instead of being returned.
+        group: process group that cuts the vocabulary (`vocabulary_shards`): each rank gives its rows of weight, bias,
+            B and grad_weight, and the same of all else; token_loss, run by each on the same bits, must be
+            deterministic. Not with extra_ids, allowed or a reference.
         bias: (V,), the head's; differentiable.
         softcap, logit_scale, temperature: positive numbers, temperature also (N,); not differentiable.
         lora: (A, B, scale), (r, D) and (V, r) of a floating dtype and a number: an adapter on the head, whose
@@ -334,7 +358,7 @@ def linear_policy_loss(
             ids[offsets[n] : offsets[n + 1]] only, and all outputs are of its softmax over them, as `sample` drew:
             `kept` makes the lists. Another token's logprob is -inf, with gradient 0; the two means are refused.
         reference: hidden (N, D_q) and weight (V, D_q) of a reference or teacher, or a `second_head.Reference`; as data.
-        chunk: rows at a time; 512 on CPU; on GPU as many as make 512 MiB of logits.
+        chunk: rows at a time; 512 on CPU; on GPU as many as make 512 MiB of logits, 2048 with group.
         backend: "triton", "cpu" or "reference" (holds all logits); the fastest that runs here by default.
 
     Returns:
@@ -346,11 +370,12 @@ def linear_policy_loss(
 
     Memory: a chunk of float32 logits (on GPU its gradient too), with a reference another. Sibling: `linear_logprob`.
     """
-    hidden, weight = head_outputs.as_autocast(hidden), head_outputs.as_autocast(weight)
+    hidden, weight, bias = head_outputs.operands(_NAME, hidden, weight, bias, group, grad_weight=grad_weight)
     terms = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "temperature": temperature, "lora": lora}
     terms |= {"extra_ids": extra_ids, "allowed": allowed}
     given = {"scope": scope, "offsets": offsets, "live": live, "grad_weight": grad_weight, "reference": reference}
-    call = _call(hidden, weight, ids, token_loss, tuple(outputs), terms, chunk=chunk, backend=backend, **given)
+    given |= {"group": group, "chunk": chunk, "backend": backend}
+    call = _call(hidden, weight, ids, token_loss, tuple(outputs), terms, **given)
     down, up, _ = lora or (None, None, 1.0)
     with torch.autocast(hidden.device.type, enabled=False):
         loss = IMPLS[call.backend](call, hidden, weight, bias, down, up, *params)

@@ -371,5 +371,5 @@ def gradient(
         backend: a key of IMPLS.
         through_tanh: logits are tanh(u): write the gradient to u, (1 - logits^2) times that to logits, and 0 at -inf.
     """
-    if ids.numel() > 0:
+    if out.numel() > 0:
         IMPLS[backend][1](logits, ids, lse, coefficients, temperature, row_temperature, out, through_tanh)

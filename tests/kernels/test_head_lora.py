@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import on_ranks
 from tolerance import check, check_rows
 
 from fuserl.kernels import head_products
@@ -161,3 +163,23 @@ def test_bad_input_gets_one_sentence(run, change, message):
     made, ids, weights = operands()
     with pytest.raises(ValueError, match=message):
         run([x.requires_grad_() for x in made], ids, weights, change)
+
+
+def adapter_over_ranks():
+    """Each rank has its rows of the head, the bias and B; A and its gradient are of all."""
+    torch.manual_seed(0)
+    made, ids, weights = operands()
+    sizes = [100, 201]
+    cut = [x.split(sizes)[dist.get_rank()] if len(x) == VOCABULARY else x for x in made]
+    for run in (scored, learnt):
+        _, true = gradients(scored, made, ids, weights, torch.float64, function=reference)
+        _, plainly = gradients(scored, made, ids, weights, function=reference)
+        _, got = gradients(run, cut, ids, weights, chunk=20, group=dist.group.WORLD)
+        for name, *each in zip(NAMES, got, true, plainly, strict=True):
+            if len(each[1]) == VOCABULARY:
+                each[1:] = (x.split(sizes)[dist.get_rank()] for x in each[1:])
+            check_rows(name, *(x[None] if x.dim() == 1 else x for x in each), torch.float32)
+
+
+def test_over_ranks_that_cut_the_vocabulary():
+    on_ranks(2, adapter_over_ranks)

@@ -324,7 +324,7 @@ def test_opcheck():
     hidden, weight, bias, ids = operands()
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     down, up = (torch.randn(*shape).requires_grad_() for shape in ((2, WIDTH), (VOCABULARY, 2)))
-    settings = (1.0, 5.0, 1.0, 0.5, ["logprob", "sum_sq_prob", "extra_logprob"], 10, 20 * LOGITS, "cpu")
+    settings = (None, None, 1.0, 5.0, 1.0, 0.5, ["logprob", "sum_sq_prob", "extra_logprob"], 10, 20 * LOGITS, "cpu")
     lists = torch.stack([ids, ids.flip(0)], 1).flatten(), 2 * torch.arange(ROWS + 1)
     arguments = *leaves, down, up, ids, torch.arange(ROWS) % 3 > 0, None, ids.flip(0), *lists, *settings
     torch.library.opcheck(torch.ops.fuserl.linear_logprob, arguments)
