@@ -1,5 +1,6 @@
 """linear_logprob: against the bare product (without gradient), and against its four products (with backward)."""
 
+import head_rivals
 import torch
 from measure import Provider, compare
 
@@ -50,26 +51,38 @@ class Case:
         return torch.stack([out.logprob, out.entropy])
 
     def gradient(self, function=linear_logprob, **options):
-        """Forward and backward; the hidden states' gradient."""
+        """Forward and backward; the gradients."""
         out = function(self.hidden, self.weight, self.ids, outputs=OUTPUTS, **options)
-        return torch.autograd.grad((out.logprob - 0.01 * out.entropy).sum(), (self.hidden, self.weight))[0]
+        return torch.autograd.grad((out.logprob - 0.01 * out.entropy).sum(), (self.hidden, self.weight))
+
+    @torch.no_grad()
+    def scored_by(self, scorer):
+        """Log-probs and entropies of another function, or log-probs alone."""
+        logprob, entropy = scorer(self.hidden, self.weight, self.ids)
+        return torch.stack([logprob] if entropy is None else [logprob, entropy])
+
+    def gradient_by(self, scorer):
+        """The same loss of another function, without the entropy where it has none."""
+        logprob, entropy = scorer(self.hidden, self.weight, self.ids)
+        loss = logprob if entropy is None else logprob - 0.01 * entropy
+        return torch.autograd.grad(loss.sum(), (self.hidden, self.weight))
 
     def one_pass(self):
         """The same loss by the op that knows it beforehand."""
         loss, *_ = linear_policy_loss(
             self.hidden, self.weight, self.ids, lambda out, rows: out.logprob - 0.01 * out.entropy, outputs=OUTPUTS
         )
-        return torch.autograd.grad(loss, (self.hidden, self.weight))[0]
+        return torch.autograd.grad(loss, (self.hidden, self.weight))
 
     def right(self, scored):
         """Compare a few rows with float64."""
-        torch.testing.assert_close(scored[:, :4].double(), self.truth, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(scored[:, :4].double(), self.truth[: len(scored)], rtol=1e-4, atol=1e-4)
 
-    def right_gradient(self, gradient):
-        """Compare the gradient of a few rows with float64."""
-        hidden = self.hidden.detach()[:4].double().requires_grad_()
+    def right_gradient(self, gradients, coef=0.01):
+        """Compare the hidden states' gradient of a few rows with float64."""
+        gradient, hidden = gradients[0], self.hidden.detach()[:4].double().requires_grad_()
         out = reference(hidden, self.weight.detach().double(), self.ids[:4], outputs=OUTPUTS)
-        (truth,) = torch.autograd.grad((out.logprob - 0.01 * out.entropy).sum(), hidden)
+        (truth,) = torch.autograd.grad((out.logprob - coef * out.entropy).sum(), hidden)
         error = (gradient[:4].double() - truth).norm() / truth.norm()
         assert error < (1e-2 if gradient.dtype == torch.bfloat16 else 1e-4), f"relative error {error:.1e}"
 
@@ -84,6 +97,10 @@ def test_linear_logprob(benchmark, device, smoke):
         Provider("fuserl, soft cap", lambda: case.scored(softcap=30.0)),
         Provider("fuserl, 256 rows a chunk", lambda: case.scored(chunk=256), case.right),
         Provider("torch eager", lambda: case.scored(reference), case.right),
+        *(
+            Provider(name, lambda f=scorer: case.scored_by(f), case.right)
+            for name, (scorer, _) in head_rivals.scorers().items()
+        ),
         rounds=7,
         smoke=smoke,
     )
@@ -100,6 +117,10 @@ def test_linear_logprob_forward_backward(benchmark, device, smoke):
         Provider("fuserl, all logits kept", lambda: case.gradient(memory=case.logits), case.right_gradient),
         Provider("fuserl, linear_policy_loss", case.one_pass, case.right_gradient),
         Provider("torch eager", lambda: case.gradient(reference), case.right_gradient),
+        *(
+            Provider(name, lambda f=f: case.gradient_by(f), lambda g, c=0.01 * e: case.right_gradient(g, c))
+            for name, (f, e) in head_rivals.scorers().items()
+        ),
         rounds=5,
         smoke=smoke,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -32,7 +33,8 @@ def compare(
     """
     providers = [floor, ours, *rivals]
     rounds = 1 if smoke else rounds
-    rows = {p.name: {"provider": p.name, "reason": _failure(p)} for p in providers}
+    returned = {}
+    rows = {p.name: {"provider": p.name, "reason": _failure(p, returned)} for p in providers}
     timed = [p for p in providers if rows[p.name]["reason"] is None]
     seconds = {p.name: [] for p in timed}
 
@@ -57,15 +59,18 @@ def compare(
             "rounds": rounds,
             "ratio": statistics.median(ratios),
             "peak_mb": _peak_mb(p.run),
+            "returned_mb": returned[p.name],
         }
     benchmark.extra_info["floor"] = floor.name
     benchmark.extra_info["rows"] = list(rows.values())
 
 
-def _failure(provider: Provider) -> str | None:
-    """Why a provider is not timed; its first run also warms it up."""
+def _failure(provider: Provider, returned: dict[str, float]) -> str | None:
+    """Why a provider is not timed; its first run also warms it up, and leaves the size of what it returns."""
     try:
         result = provider.run()
+        tensors = [result] if isinstance(result, torch.Tensor) else result
+        returned[provider.name] = sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor)) / 1e6
         if provider.gate is not None:
             provider.gate(result)
     except (AssertionError, ImportError, RuntimeError, ValueError) as error:
@@ -94,6 +99,9 @@ def _peak_mb(run: Callable) -> float | None:
         torch.cuda.reset_peak_memory_stats()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)  # memory that was freed but kept would hide as much of the peak
     try:
         Path("/proc/self/clear_refs").write_text("5")  # restart the kernel's record of the peak
     except OSError:

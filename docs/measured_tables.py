@@ -179,6 +179,8 @@ def _benchmark(row: dict) -> list[str]:
     if row["reason"]:
         return [row["case"], row["provider"], f"not timed: {row['reason']}", "", "", "", row["commit"]]
     peak = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
+    if peak and row.get("returned_mb", 0) >= 0.5:
+        peak += f", {row['returned_mb']:.0f} of it returned"
     times = _time(row["median_s"]), _time(row["iqr_s"]), f"{row['ratio']:.2f}"
     return [row["case"], row["provider"], *times, peak, row["commit"]]
 

@@ -61,13 +61,15 @@ def _append(path: Path, rows: list[dict]) -> None:
 
 
 def _print(name: str, extra: dict) -> None:
-    table = Table("provider", "median", "spread", f"x {extra['floor']}", "peak MB", title=name, title_justify="left")
+    columns = ("provider", "median", "spread", f"x {extra['floor']}", "peak MB", "of it returned")
+    table = Table(*columns, title=name, title_justify="left")
     for row in extra["rows"]:
         if row["reason"]:
             table.add_row(row["provider"], "not timed", "", "", row["reason"])
             continue
         peak = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
-        table.add_row(row["provider"], _time(row["median_s"]), _time(row["iqr_s"]), f"{row['ratio']:.2f}", peak)
+        times = _time(row["median_s"]), _time(row["iqr_s"]), f"{row['ratio']:.2f}"
+        table.add_row(row["provider"], *times, peak, f"{row['returned_mb']:.0f}")
     Console().print(table)
 
 
