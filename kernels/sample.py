@@ -269,7 +269,8 @@ def _reference(logits, row_temperature, rule, rollout_ids, positions):
 
 
 def _outputs(logits):
-    return logits.new_empty(len(logits), dtype=torch.int64), logits.new_empty((3, len(logits)), dtype=torch.float32)
+    rows = logits.shape[0]  # len() would tie what torch.compile makes to this number
+    return logits.new_empty(rows, dtype=torch.int64), logits.new_empty((3, rows), dtype=torch.float32)
 
 
 IMPLS = {"triton": _triton, "cpu": _cpu, "reference": _reference}
