@@ -300,6 +300,7 @@ def check(
     outputs: Sequence[str],
     bias: Tensor | None,
     chunk: int | None,
+    batch_invariant: bool = False,
     lora: Sequence | None = None,
     extra_ids: Tensor | None = None,
     allowed: tuple[Tensor, Tensor] | None = None,
@@ -332,6 +333,7 @@ def check(
     if lora is not None:
         _check_lora(require, weight, lora)
     require(chunk is None or chunk > 0, "chunk must be a positive number of rows", chunk, "Leave it out.")
+    require(not (chunk and batch_invariant), "chunk must be left out with batch_invariant", chunk, "It is 64 then.")
 
 
 def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, side: str = "") -> None:

@@ -18,11 +18,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fuserl.kernels.allowed import Allowed
 from fuserl.kernels.vocabulary_shards import VocabularyShards
 
+BUCKET = 64  # rows of every product where a row must not depend on how many there are
 _TILE = 8192  # vocabulary rows widened at a time: 19 MB at D = 576, read back from cache
 
 
@@ -69,6 +71,8 @@ class HeadProducts:
         bias, lora, inner: see above; inner None for x = u.
         allowed: lists of the tokens that keep their logits, for the rows that take part; None for all tokens.
         shards: where other ranks hold the rest of the vocabulary; d_hidden and d_down are then summed over them.
+        batch_invariant: give every product BUCKET rows, zeros where there are fewer, so that a row of the logits and of
+            d_hidden has the same bits whatever its neighbours; chunk is at most BUCKET then.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class HeadProducts:
         needs: Sequence[bool] = (),
         grad_weight: Tensor | None = None,
         shards: VocabularyShards | None = None,
+        batch_invariant: bool = False,
     ):
         hidden_grad, weight_grad, bias_grad, down_grad, up_grad = (*needs, *[False] * 5)[:5]
         self.asked = len(needs)
@@ -100,7 +105,8 @@ class HeadProducts:
         self.allowed = allowed
         self.device_products = hidden.device.type != "cpu" and hidden.dtype != dtype
         self.widened = hidden.device.type == "cpu" and hidden.dtype != dtype
-        self.buffer = hidden.new_empty(chunk, weight.shape[0], dtype=dtype)
+        self.bucket = BUCKET if batch_invariant else 0
+        self.buffer = hidden.new_empty(max(chunk, self.bucket), weight.shape[0], dtype=dtype)
         self.d_hidden, self.shards = None, shards
         if hidden_grad:
             precise = hidden.dtype if shards is None else dtype
@@ -117,7 +123,8 @@ class HeadProducts:
 
     def logits(self, piece: slice, out: Tensor | None = None) -> Tensor:
         """(n, V) x of a slice of the live rows, in the buffer or in `out`."""
-        hidden, out = self._hidden(piece), self.buffer[: piece.stop - piece.start] if out is None else out
+        count, hidden = piece.stop - piece.start, self._padded(self._hidden(piece))
+        target, out = out, self.buffer[: len(hidden)] if out is None or len(hidden) > count else out
         if self.device_products:
             if self.inner is None:
                 torch.mm(hidden, self.weight.T, out_dtype=self.dtype, out=out)
@@ -131,10 +138,10 @@ class HeadProducts:
                 self._product(hidden, weight, None if self.bias is None else self.bias[tile], out[:, tile])
         if self.lora is not None:
             out.addmm_(self._low(hidden), self.lora.up.T, alpha=self.factor)
-        out = out if self.inner is None else out.tanh_()
+        out = out[:count] if self.inner is None else out[:count].tanh_()
         if self.allowed is not None:
             self.allowed.restrict(out, piece)
-        return out
+        return out if target is None or len(hidden) == count else target.copy_(out)
 
     def _product(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         if bias is not None:
@@ -155,12 +162,13 @@ class HeadProducts:
 
     def accumulate(self, gradient: Tensor, piece: slice, alive: Tensor | None) -> None:
         """Add the products of a chunk's logit gradient (n, V), whose rows are `alive` of the piece, or all of it."""
-        d_low = None
+        d_low, padded, count = None, self._padded(gradient), len(gradient)
         if self.lora is not None and (self.d_hidden is not None or self.d_down is not None):
-            d_low = self._added(None, gradient, self.lora.up).mul_(self.lora.scale)
+            d_low = self._added(None, padded, self.lora.up).mul_(self.lora.scale)
         if self.d_hidden is not None:
-            product = self._times_weight(gradient)
-            self._write_hidden(product if d_low is None else product.addmm_(d_low, self.lora.down), piece, alive)
+            product = self._times_weight(padded)
+            product = product if d_low is None else product.addmm_(d_low, self.lora.down)
+            self._write_hidden(product[:count], piece, alive)
         if self.d_bias is not None:
             self.d_bias += gradient.sum(0, dtype=self.dtype)
         if not self.weight_grad and self.d_down is None and self.d_up is None:
@@ -170,7 +178,7 @@ class HeadProducts:
         if self.weight_grad:
             self._add_weight(gradient, hidden)
         if self.d_down is not None:
-            self.d_down.addmm_(d_low.T, hidden.to(self.dtype))
+            self.d_down.addmm_(d_low[:count].T, hidden.to(self.dtype))
         if self.d_up is not None:
             self._added(self.d_up, gradient.T, self._low(hidden))
 
@@ -188,6 +196,10 @@ class HeadProducts:
 
     def _hidden(self, piece: slice) -> Tensor:
         return self.hidden[piece] if self.rows is None else self.hidden[self.rows[piece]]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """The rows, and zeros up to as many as every product is to have."""
+        return F.pad(x, (0, 0, 0, self.bucket - len(x))) if len(x) < self.bucket else x
 
     def _times_weight(self, gradient: Tensor) -> Tensor:
         if self.device_products and self.shards is not None:

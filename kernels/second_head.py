@@ -62,9 +62,10 @@ class SecondHead:
     backend: str
     products: HeadProducts = field(init=False)
 
-    def start(self, rows: Tensor | None, chunk: int) -> None:
+    def start(self, rows: Tensor | None, chunk: int, batch_invariant: bool) -> None:
         """Take the live rows, and memory for a chunk of them."""
         terms = {"bias": self.head.bias, "inner": self.head.inner, "dtype": self.temperatures.dtype}
+        terms |= {"batch_invariant": batch_invariant}
         self.products = HeadProducts(*self.reference[:2], rows, chunk=chunk, **terms)
 
     def statistics(self, x: Tensor, rows: Tensor, piece: slice) -> Tensor:

@@ -47,7 +47,7 @@ def by_token_logprob(backend, g, x, _, ids, temperature):
 
 
 def by_softmax_rows(backend, g, x, _, ids, temperature):
-    statistics = softmax_rows.forward(x[None], ids, 1.0, temperature, 7, backend)
+    statistics = softmax_rows.forward(x[None], ids, 1.0, temperature, 8, backend)
     out, coefficients = torch.empty_like(x), torch.stack([g, -g, g * g, -g, g])
     softmax_rows.gradient(
         x[None], ids, statistics[2:4].contiguous(), coefficients, 1.0, temperature, out[None], backend
@@ -178,26 +178,20 @@ def test_ten_runs_of_the_head(function, options, device, backend):
     assert all(equal(function(backend, *every, **options), first) for _ in range(9))
 
 
-FIXED = 64
-
-
-def padded(x):
-    """More rows up to a multiple of 64; ones, as a row without a gradient would be left out of the products."""
-    return torch.cat([x, x.new_ones(-len(x) % FIXED, *x.shape[1:])])
-
-
 @native
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("width,vocabulary", [(96, 2003), (576, 4000), (1536, 1000)])
 @pytest.mark.parametrize("function", [by_linear_logprob, by_linear_policy_loss])
-def test_products_of_64_rows_are_invariant(function, width, vocabulary, threads):
-    """chunk=64 and rows padded to a multiple of it: each product has 64 rows, and a row's numbers are its own."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_told_to_be_invariant(dtype, function, width, vocabulary, threads):
+    """Outputs and d_hidden of a row, alone and among others, some of which have no gradient, or are masked."""
     (hidden, weight, ids, g), before = head(width, vocabulary), torch.get_num_threads()
+    hidden, weight, g = hidden.to(dtype), weight.to(dtype), g.masked_fill(torch.arange(ROWS) % 3 == 0, 0.0)
 
-    def run(chosen):
-        given = padded(hidden[chosen]), weight, padded(ids[chosen]), padded(g[chosen])
-        found = function("cpu", *given, chunk=FIXED)
-        return [x[: len(chosen)] for x in found if x.shape[:1] == given[0].shape[:1]]
+    def run(chosen, **options):
+        given = hidden[chosen], weight, ids[chosen], g[chosen]
+        found = function("cpu", *given, batch_invariant=True, **options)
+        return [x for x in found if x.shape[:1] == ids[chosen].shape]
 
     try:
         torch.set_num_threads(threads)
@@ -206,6 +200,8 @@ def test_products_of_64_rows_are_invariant(function, width, vocabulary, threads)
         for count in COUNTS:
             chosen = torch.randperm(ROWS)[:count]
             assert equal(run(chosen), [x[chosen] for x in whole]), count
+        if function is by_linear_logprob:
+            assert equal(run(torch.arange(ROWS), memory=10**9), whole)
     finally:
         torch.set_num_threads(before)
 

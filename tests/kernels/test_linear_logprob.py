@@ -223,7 +223,7 @@ def test_without_gradient_nothing_is_kept(monkeypatch):
     weight.requires_grad_()
     expected = linear_logprob(hidden, weight, ids, memory=10**9)
     kept, zeros = [], torch.ops.fuserl.linear_logprob
-    monkeypatch.setattr(torch.ops.fuserl, "linear_logprob", lambda *a: kept.append(a[-2]) or zeros(*a))
+    monkeypatch.setattr(torch.ops.fuserl, "linear_logprob", lambda *a: kept.append(a[-3]) or zeros(*a))
     with torch.no_grad():
         out = linear_logprob(hidden, weight, ids, memory=10**9)
     linear_logprob(hidden, weight.detach(), ids, memory=10**9)
@@ -324,7 +324,19 @@ def test_opcheck():
     hidden, weight, bias, ids = operands()
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     down, up = (torch.randn(*shape).requires_grad_() for shape in ((2, WIDTH), (VOCABULARY, 2)))
-    settings = (None, None, 1.0, 5.0, 1.0, 0.5, ["logprob", "sum_sq_prob", "extra_logprob"], 10, 20 * LOGITS, "cpu")
+    settings = (
+        None,
+        None,
+        1.0,
+        5.0,
+        1.0,
+        0.5,
+        ["logprob", "sum_sq_prob", "extra_logprob"],
+        10,
+        20 * LOGITS,
+        False,
+        "cpu",
+    )
     lists = torch.stack([ids, ids.flip(0)], 1).flatten(), 2 * torch.arange(ROWS + 1)
     arguments = *leaves, down, up, ids, torch.arange(ROWS) % 3 > 0, None, ids.flip(0), *lists, *settings
     torch.library.opcheck(torch.ops.fuserl.linear_logprob, arguments)

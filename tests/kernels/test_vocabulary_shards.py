@@ -380,7 +380,7 @@ def compiles_and_passes_opcheck():
     gradients = (torch.autograd.grad(function(*leaves), leaves) for function in (loss, compiled))
     assert all(map(torch.equal, *gradients))
     sizes = torch.tensor(SIZES[dist.get_world_size()])
-    settings = name, 1.0, 5.0, 1.0, 1.0, ["logprob", "mean_logprob"], 10, 0, "cpu"
+    settings = name, 1.0, 5.0, 1.0, 1.0, ["logprob", "mean_logprob"], 10, 0, False, "cpu"
     arguments = *leaves, None, None, case.ids, torch.arange(45) % 3 > 0, *[None] * 4, sizes, *settings
     checks = "test_schema", "test_faketensor", "test_autograd_registration"
     torch.library.opcheck(torch.ops.fuserl.linear_logprob, arguments, test_utils=checks)
