@@ -1,16 +1,10 @@
-"""divergence against extended precision: values and gradients to both sides, every backend, edges and identities.
-
-Triton runs here on the CPU, under its interpreter, which must be chosen before triton is imported: one test starts this
-file again in a process of its own with TRITON_INTERPRET=1, where the same tests take the Triton backend.
-"""
+"""divergence against extended precision: values and gradients to both sides, every backend, edges and identities."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from backends import FAST, INTERPRETING, cpu_only, each_backend, each_fast_backend, run_interpreted
 from divergences import KINDS, by_hand, with_roundings
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,17 +14,7 @@ import fuserl
 from fuserl.kernels import divergence_rows
 from fuserl.kernels.divergence import divergence
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETING:
-    FAST = [("cpu", "triton")]
-    BACKENDS = FAST
-else:
-    FAST = [("cpu", "cpu"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
-    BACKENDS = [*FAST, ("cpu", "reference")]
-each_backend = pytest.mark.parametrize("device,backend", BACKENDS)
-each_fast_backend = pytest.mark.parametrize("device,backend", FAST)
 each_kind = pytest.mark.parametrize("kind", KINDS)
-cpu_only = pytest.mark.skipif(INTERPRETING, reason="says nothing of Triton")
 
 SHAPES = [(1, 1), (40, 2), (20, 17), (20, 1000), (10, 4097), (2, 9, 129), (0, 7)]
 if INTERPRETING:  # which takes its time over each row
@@ -391,9 +375,4 @@ def test_bad_input_gets_one_sentence(change, message):
 
 @cpu_only
 def test_triton_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-2000:]
-    assert " passed" in process.stdout
+    run_interpreted(__file__)

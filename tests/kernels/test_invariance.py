@@ -4,12 +4,9 @@ Promised for what we compute row by row. The products of the linear ops are a li
 there are; a fixed number of them takes that away, and the last tests say how.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from backends import INTERPRETING, run_interpreted
 
 from fuserl.kernels import softmax_rows
 from fuserl.kernels.divergence import KINDS, divergence
@@ -22,7 +19,6 @@ from fuserl.kernels.sampled_divergence import sampled_divergence
 from fuserl.kernels.token_logprob import token_logprob
 from fuserl.kernels.topk_divergence import topk_divergence
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = [
     pytest.param("cpu", "triton" if INTERPRETING else "cpu", id="interpreter" if INTERPRETING else "cpu"),
     pytest.param("cuda", "triton", marks=pytest.mark.gpu, id="cuda"),
@@ -271,9 +267,4 @@ def test_more_than_31_bits_of_elements():
 
 @pytest.mark.skipif(INTERPRETING, reason="this is that process")
 def test_triton_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-2000:]
-    assert " passed" in process.stdout
+    run_interpreted(__file__)

@@ -1,12 +1,10 @@
 """kept against the float64 definition of the cuts; and a rollout's log-probs replayed over what it lists."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from backends import INTERPRETING, each_backend, run_interpreted
 from drawn_tokens import CUTS, DTYPES, allowed, names, peaky
 from tolerance import check
 
@@ -14,12 +12,6 @@ from fuserl.kernels.kept import kept
 from fuserl.kernels.linear_logprob import linear_logprob
 from fuserl.kernels.sample import sample, weight_bits
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETING:
-    BACKENDS = [("cpu", "triton")]
-else:
-    BACKENDS = [("cpu", "cpu"), ("cpu", "reference"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
-each_backend = pytest.mark.parametrize("device,backend", BACKENDS)
 SOME_CUTS = CUTS[::3] if INTERPRETING else CUTS  # a program takes a second in the interpreter
 
 
@@ -100,9 +92,4 @@ def test_bad_input_gets_the_sentence_of_sample():
 
 @pytest.mark.skipif(INTERPRETING, reason="starts it")
 def test_triton_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-2000:]
-    assert " passed" in process.stdout
+    run_interpreted(__file__)

@@ -1,14 +1,8 @@
-"""linear_divergence against float64 autograd through all logits of both models: values, every gradient, chunks, masks.
-
-Triton runs here on the CPU, under its interpreter, in a process of its own, as test_divergence says.
-"""
-
-import os
-import subprocess
-import sys
+"""linear_divergence against float64 autograd through all logits of both models: values, gradients, chunks, masks."""
 
 import pytest
 import torch
+from backends import INTERPRETING, cpu_only, each_backend, run_interpreted
 from divergences import KINDS
 from tolerance import check, check_rows
 
@@ -16,16 +10,6 @@ import fuserl
 from fuserl.kernels import head_products
 from fuserl.kernels.divergence import divergence
 from fuserl.kernels.linear_divergence import linear_divergence, reference
-
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETING:
-    FAST = [("cpu", "triton")]
-    BACKENDS = FAST
-else:
-    FAST = [("cpu", "cpu"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
-    BACKENDS = [*FAST, ("cpu", "reference")]
-each_backend = pytest.mark.parametrize("device,backend", BACKENDS)
-cpu_only = pytest.mark.skipif(INTERPRETING, reason="says nothing of Triton")
 
 ROWS, WIDTHS, VOCABULARY = 9 if INTERPRETING else 45, (24, 40), 301
 # The row kernels' divisor, temperature / cap, is a float32 number: these are exact, as inputs are quantised beforehand.
@@ -392,9 +376,4 @@ def test_bad_input_gets_one_sentence(change, message):
 
 @cpu_only
 def test_triton_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-2000:]
-    assert " passed" in process.stdout
+    run_interpreted(__file__)

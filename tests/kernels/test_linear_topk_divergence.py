@@ -1,14 +1,8 @@
-"""linear_topk_divergence against float64 autograd through all logits, and against its siblings that it equals.
-
-Triton runs here on the CPU, under its interpreter, in a process of its own, as test_divergence says.
-"""
-
-import os
-import subprocess
-import sys
+"""linear_topk_divergence against float64 autograd through all logits, and against its siblings that it equals."""
 
 import pytest
 import torch
+from backends import INTERPRETING, cpu_only, each_backend, run_interpreted
 from divergences import KINDS
 from tolerance import check, check_rows
 
@@ -17,16 +11,6 @@ from fuserl.kernels import head_products
 from fuserl.kernels.linear_divergence import linear_divergence
 from fuserl.kernels.linear_topk_divergence import linear_topk_divergence, reference
 from fuserl.kernels.topk_divergence import topk_divergence
-
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETING:
-    FAST = [("cpu", "triton")]
-    BACKENDS = FAST
-else:
-    FAST = [("cpu", "cpu"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
-    BACKENDS = [*FAST, ("cpu", "reference")]
-each_backend = pytest.mark.parametrize("device,backend", BACKENDS)
-cpu_only = pytest.mark.skipif(INTERPRETING, reason="says nothing of Triton")
 
 ROWS, WIDTH, VOCABULARY, LISTED = 9 if INTERPRETING else 45, 24, 301, 12
 # Temperatures over caps that are float32 numbers, as the row kernels take them: inputs are quantised beforehand.
@@ -257,9 +241,4 @@ def test_bad_input_gets_one_sentence(change, message):
 
 @cpu_only
 def test_triton_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-2000:]
-    assert " passed" in process.stdout
+    run_interpreted(__file__)

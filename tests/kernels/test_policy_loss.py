@@ -1,17 +1,11 @@
-"""policy_loss against extended precision: losses, gradients and statistics, every backend, edges and identities.
-
-Triton runs here on the CPU, under its interpreter, which must be chosen before triton is imported: one test starts this
-file again in a process of its own with TRITON_INTERPRET=1, where the same tests take the Triton backend.
-"""
+"""policy_loss against extended precision: losses, gradients and statistics, every backend, edges and identities."""
 
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from backends import FAST, INTERPRETING, cpu_only, each_backend, each_fast_backend, run_interpreted
 from clipped_policy import CASES, EVERYTHING, IMPORTANCE, by_hand, chosen, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,17 +15,7 @@ import fuserl
 from fuserl.kernels import policy_loss as module
 from fuserl.kernels.policy_loss import KL, STATISTICS, merged, named, policy_loss, reference
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETING:
-    FAST = [("cpu", "triton")]
-    BACKENDS = FAST
-else:
-    FAST = [("cpu", "cpu"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
-    BACKENDS = [*FAST, ("cpu", "reference")]
-each_backend = pytest.mark.parametrize("device,backend", BACKENDS)
-each_fast_backend = pytest.mark.parametrize("device,backend", FAST)
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-cpu_only = pytest.mark.skipif(INTERPRETING, reason="says nothing of Triton")
 
 BLOCK = module.TOKEN_LAUNCH["BLOCK"]
 SHAPES = [(), (1,), (17,), (3, 5, 7), (BLOCK - 1,), (BLOCK + 1,), (4, 1025)]
@@ -392,9 +376,4 @@ def test_waits_for_nothing():
 
 @cpu_only
 def test_triton_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-2000:]
-    assert " passed" in process.stdout
+    run_interpreted(__file__)

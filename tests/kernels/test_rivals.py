@@ -4,12 +4,9 @@ Parity means: both near float64, ours within twice their error. Each known defec
 too, beside ours on the same inputs. The last test runs the file again under Triton's interpreter, for their kernels.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from backends import INTERPRETING, run_interpreted
 from rivals import rival
 from tolerance import check, check_rows
 
@@ -19,7 +16,6 @@ from fuserl.kernels.linear_policy_loss import linear_policy_loss
 from fuserl.kernels.policy_loss import policy_loss
 from fuserl.kernels.token_logprob import token_logprob
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in test_under_the_interpreter")
 B, T, D, V = 3, 15, 24, 301
 
@@ -292,9 +288,5 @@ def test_verl_kernel_of_low_logits(level, wrong):
 
 @pytest.mark.skipif(INTERPRETING, reason="this is that process")
 def test_under_the_interpreter():
-    pytest.importorskip("triton")
     rival("liger-kernel", "liger_kernel.ops")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "kernel_from_logits or low_logits", __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-4000:]
+    run_interpreted(__file__, "-k", "kernel_from_logits or low_logits")

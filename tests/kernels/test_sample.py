@@ -1,16 +1,10 @@
-"""sample against the float64 definition, Philox's own vectors and statistics; every backend draws the same token.
-
-Triton runs here on the CPU, under its interpreter, which must be chosen before triton is imported: one test starts this
-file again in a process of its own with TRITON_INTERPRET=1, where the same tests take the Triton backend.
-"""
+"""sample against the float64 definition, Philox's own vectors and statistics; every backend draws the same token."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from backends import INTERPRETING, cpu_only, each_backend, run_interpreted
 from drawn_tokens import CUTS, DTYPES, allowed, grid, names, peaky, uniforms
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,14 +12,6 @@ from tolerance import check
 
 from fuserl.kernels import sample as module
 from fuserl.kernels.sample import IMPLS, LAUNCH, sample
-
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETING:
-    BACKENDS = [("cpu", "triton")]
-else:
-    BACKENDS = [("cpu", "cpu"), ("cpu", "reference"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
-each_backend = pytest.mark.parametrize("device,backend", BACKENDS)
-cpu_only = pytest.mark.skipif(INTERPRETING, reason="says nothing of Triton, or would take it minutes")
 
 ROWS = 2 if INTERPRETING else 8
 SOME_CUTS = CUTS[::4] if INTERPRETING else CUTS  # a program takes a second in the interpreter
@@ -380,9 +366,4 @@ def test_every_backend_is_tried():
 
 @cpu_only
 def test_triton_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-2000:]
-    assert " passed" in process.stdout
+    run_interpreted(__file__)

@@ -1,16 +1,11 @@
-"""sampled_divergence: the estimates and their derivatives, and what they are on average over every token there is.
-
-Triton runs here on the CPU, under its interpreter, in a process of its own, as test_divergence says.
-"""
+"""sampled_divergence: the estimates and their derivatives, and what they are on average over every token there is."""
 
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from backends import FAST, INTERPRETING, cpu_only, each_backend, each_fast_backend, run_interpreted
 from divergences import KINDS, generator
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,17 +14,7 @@ from tolerance import eps
 from fuserl.kernels.divergence import divergence
 from fuserl.kernels.sampled_divergence import ESTIMATORS, LAUNCH, sampled_divergence
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETING:
-    FAST = [("cpu", "triton")]
-    BACKENDS = FAST
-else:
-    FAST = [("cpu", "cpu"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
-    BACKENDS = [*FAST, ("cpu", "reference")]
-each_backend = pytest.mark.parametrize("device,backend", BACKENDS)
-each_fast_backend = pytest.mark.parametrize("device,backend", FAST)
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-cpu_only = pytest.mark.skipif(INTERPRETING, reason="says nothing of Triton")
 
 BLOCK = LAUNCH["BLOCK"]
 SHAPES = [(), (17,), (3, 5, 7), (BLOCK + 1,), (0, 3)]
@@ -262,9 +247,4 @@ def test_bad_input_gets_one_sentence(change, message):
 
 @cpu_only
 def test_triton_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-2000:]
-    assert " passed" in process.stdout
+    run_interpreted(__file__)

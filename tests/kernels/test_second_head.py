@@ -1,14 +1,8 @@
-"""linear_policy_loss with a reference: divergences as outputs, against float64 and against the ops that they equal.
-
-Triton runs here on the CPU, under its interpreter, in a process of its own, as test_divergence says.
-"""
-
-import os
-import subprocess
-import sys
+"""linear_policy_loss with a reference: divergences as outputs, against float64 and against the ops that they equal."""
 
 import pytest
 import torch
+from backends import INTERPRETING, cpu_only, each_fast_backend, run_interpreted
 from divergences import KINDS
 from head_case import Case, compare, same
 
@@ -16,14 +10,6 @@ from fuserl.kernels import head_products, second_head
 from fuserl.kernels.linear_divergence import linear_divergence
 from fuserl.kernels.linear_logprob import linear_logprob
 from fuserl.kernels.linear_policy_loss import linear_policy_loss
-
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETING:
-    DEVICES = [("cpu", "triton")]
-else:
-    DEVICES = [("cpu", "cpu"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
-each_backend = pytest.mark.parametrize("device,backend", DEVICES)
-cpu_only = pytest.mark.skipif(INTERPRETING, reason="says nothing of Triton")
 
 ROWS = 9 if INTERPRETING else 45
 # A temperature over a cap that is a float32 number, as the row kernels take it: inputs are quantised beforehand.
@@ -60,7 +46,7 @@ class Pair(Case):
         return loss
 
 
-@each_backend
+@each_fast_backend
 @pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETING else [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("chunk", [4] if INTERPRETING else [7, None])
@@ -72,7 +58,7 @@ def test_equals_float64(chunk, head, dtype, device, backend):
     assert reached.max() > 0.1, "apart, or every check is vacuous"
 
 
-@each_backend
+@each_fast_backend
 @pytest.mark.parametrize("kind", ["jensen_shannon"] if INTERPRETING else KINDS)
 def test_every_kind_alone_and_with_others(kind, device, backend):
     case = Pair(device=device)
@@ -89,14 +75,14 @@ def test_every_kind_alone_and_with_others(kind, device, backend):
     compare(case, loss, backend, outputs=tuple(outputs), **options)
 
 
-@each_backend
+@each_fast_backend
 def test_rows_of_many_blocks(device, backend):
     """Whole vectors are written where they were read, the last ones by way of a buffer."""
     case = Pair(9, vocabulary=4100, device=device)
     compare(case, case.penalised("forward_kl"), backend, outputs=("logprob", "forward_kl"), chunk=5, softcap=32.0)
 
 
-@each_backend
+@each_fast_backend
 def test_a_reference_of_another_dtype(device, backend):
     case = Pair(reference_dtype=torch.bfloat16, device=device)
     compare(case, case.penalised("forward_kl"), backend, outputs=("logprob", "forward_kl"), chunk=20)
@@ -249,9 +235,4 @@ def test_bad_input_gets_one_sentence(change, message):
 
 @cpu_only
 def test_triton_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-2000:]
-    assert " passed" in process.stdout
+    run_interpreted(__file__)

@@ -1,27 +1,17 @@
-"""The two row kernels against float64: every statistic, the gradient of every statistic, every backend.
+"""The two row kernels against float64: every statistic, the gradient of every statistic, every backend."""
 
-Triton runs here on the CPU, under its interpreter, which must be chosen before triton is imported: one test starts this
-file again in a process of its own with TRITON_INTERPRET=1, where the same tests take the Triton backend.
-"""
-
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from backends import INTERPRETING, each_backend, run_interpreted
 from tolerance import check, check_rows
 
 from fuserl.kernels import softmax_rows
 from fuserl.kernels.softmax_rows import accumulator, reference, reference_gradient
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETING:
-    BACKENDS = [("cpu", "triton")]
-else:
-    BACKENDS = [("cpu", "cpu"), ("cpu", "reference"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
-each_backend = pytest.mark.parametrize("device,backend", BACKENDS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NAMES = ("logprob", "entropy", "lse", "lse_error", "mean_logit", "sum_sq_prob", "is_top1", "mean_logprob")
 SEGMENT = softmax_rows.STATISTICS_LAUNCH["SEGMENT"]
@@ -336,12 +326,7 @@ def test_the_table_of_gradients_is_what_autograd_finds():
 
 @pytest.mark.skipif(INTERPRETING, reason="is the other process")
 def test_triton_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    run_interpreted(__file__)
 
 
 @pytest.mark.skipif(INTERPRETING, reason="says nothing of Triton")

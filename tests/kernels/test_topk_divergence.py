@@ -1,14 +1,8 @@
-"""topk_divergence: equal to the divergence of the buckets, and to the whole one where every token is listed.
-
-Triton runs here on the CPU, under its interpreter, in a process of its own, as test_divergence says.
-"""
-
-import os
-import subprocess
-import sys
+"""topk_divergence: equal to the divergence of the buckets, and to the whole one where every token is listed."""
 
 import pytest
 import torch
+from backends import BACKENDS, INTERPRETING, cpu_only, each_backend, run_interpreted
 from divergences import KINDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,16 +11,7 @@ from tolerance import eps
 from fuserl.kernels.divergence import divergence
 from fuserl.kernels.topk_divergence import reference, topk_divergence
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETING:
-    FAST = [("cpu", "triton")]
-    BACKENDS = FAST
-else:
-    FAST = [("cpu", "cpu"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
-    BACKENDS = [*FAST, ("cpu", "reference")]
-each_backend = pytest.mark.parametrize("device,backend", BACKENDS)
 each_kind = pytest.mark.parametrize("kind", KINDS)
-cpu_only = pytest.mark.skipif(INTERPRETING, reason="says nothing of Triton")
 
 ROWS = 2 if INTERPRETING else 12
 SHIFTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # equal logits, rounded elsewhere: one run alone may be right by chance
@@ -229,9 +214,4 @@ def test_bad_input_gets_one_sentence(change, message):
 
 @cpu_only
 def test_triton_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-2000:]
-    assert " passed" in process.stdout
+    run_interpreted(__file__)
