@@ -105,6 +105,32 @@ void sampled_divergence(const TensorView& logprobs, const TensorView& ref_logpro
   fuserl::cpu::sampled_divergence(logprobs, ref_logprobs, rule, values, pointer(derivative), threads);
 }
 
+void discounted_scan(const TensorView& b, const std::optional<TensorView>& a, double factor,
+                     const std::optional<TensorView>& offsets, bool forward, const TensorView& x, int threads) {
+  share_torch_threads();
+  fuserl::cpu::discounted_scan(b, pointer(a), factor, pointer(offsets), forward, x, threads);
+}
+
+void gae(const TensorView& rewards, const TensorView& values, const std::optional<TensorView>& gamma,
+         const std::optional<TensorView>& lam, const std::optional<TensorView>& bootstrap,
+         const std::optional<TensorView>& mask, const std::optional<TensorView>& offsets, double gamma_of_all,
+         double lam_of_all, const TensorView& advantages, const TensorView& returns, int threads) {
+  share_torch_threads();
+  fuserl::cpu::gae({rewards, values, pointer(gamma), pointer(lam), pointer(bootstrap), pointer(mask), pointer(offsets),
+                    advantages, returns},
+                   gamma_of_all, lam_of_all, threads);
+}
+
+void segment_sum(const TensorView& x, const TensorView& offsets, const TensorView& out, int threads) {
+  share_torch_threads();
+  fuserl::cpu::segment_sum(x, offsets, out, threads);
+}
+
+void to_tokens(const TensorView& x, const TensorView& offsets, const TensorView& out, int threads) {
+  share_torch_threads();
+  fuserl::cpu::to_tokens(x, offsets, out, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -127,6 +153,12 @@ PYBIND11_MODULE(_C, m) {
         "parameter"_a, "scale"_a, "statistics"_a, "g"_a, "out_p"_a, "out_q"_a, "threads"_a, no_gil());
   m.def("sampled_divergence", sampled_divergence, "logprobs"_a, "ref_logprobs"_a, "estimator"_a, "score"_a, "kind"_a,
         "parameter"_a, "scale"_a, "clamp"_a, "values"_a, "derivative"_a, "threads"_a, no_gil());
+  m.def("discounted_scan", discounted_scan, "b"_a, "a"_a, "factor"_a, "offsets"_a, "forward"_a, "x"_a, "threads"_a,
+        no_gil());
+  m.def("gae", gae, "rewards"_a, "values"_a, "gamma"_a, "lam"_a, "bootstrap"_a, "mask"_a, "offsets"_a, "gamma_of_all"_a,
+        "lam_of_all"_a, "advantages"_a, "returns"_a, "threads"_a, no_gil());
+  m.def("segment_sum", segment_sum, "x"_a, "offsets"_a, "out"_a, "threads"_a, no_gil());
+  m.def("to_tokens", to_tokens, "x"_a, "offsets"_a, "out"_a, "threads"_a, no_gil());
   m.def("isa", [] { return fuserl::name(fuserl::isa()); }, "The instruction set in use: avx512, avx2 or baseline.");
   m.def("set_isa", fuserl::set_isa, "name"_a, "For tests: run the copy for this instruction set from now on.");
   m.attr("compiler") = FUSERL_COMPILER;

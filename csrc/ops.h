@@ -138,6 +138,34 @@ void divergence_gradient(const TensorView& logits_p, const TensorView& logits_q,
 void sampled_divergence(const TensorView& logprobs, const TensorView& ref_logprobs, const SampledRule& rule,
                         const TensorView& values, const TensorView* derivative, int threads);
 
+// Linear scans along the segments of each row. a[t] is the link of token t to the next one:
+//   x[t] = b[t] + a[t] x[t + 1], 0 beyond a segment's last token; forward: x[t] = b[t] + a[t - 1] x[t - 1]
+//   b, x     (C, N) f32 | f64, the same dtype; may be the same memory
+//   a        (C, N), or null: `factor` for all
+//   offsets  (B + 1,) i64, from 0 to N, in every row; or null: a row is a segment
+// A segment never depends on what lies beside it or on `threads`.
+void discounted_scan(const TensorView& b, const TensorView* a, double factor, const TensorView* offsets, bool forward,
+                     const TensorView& x, int threads);
+
+// delta = rewards + gamma V' - values,  advantages = delta + gamma lam A',  returns = advantages + values; V' and A' are
+// of the segment's next token that the mask keeps; beyond the last one A' = 0 and V' = bootstrap, or 0.
+//   rewards, values, advantages, returns  (C, N) f32 | f64, the same dtype
+//   gamma, lam  (C, N) of that dtype, or null: the one number
+//   bootstrap   (C, B) of that dtype, or null
+//   mask        (C, N) bool, or null for all true; where false, the outputs are 0 and nothing else is looked at
+//   offsets     as above
+struct GaeTensors {
+  const TensorView &rewards, &values;
+  const TensorView *gamma, *lam, *bootstrap, *mask, *offsets;
+  const TensorView &advantages, &returns;
+};
+void gae(const GaeTensors& tensors, double gamma, double lam, int threads);
+
+// Sums of x (C, N) over segments into out (C, B), in double; and x (C, B) spread over the tokens of out (C, N).
+// Both f32 | f64, x as out; offsets (B + 1,) i64 from 0 to N. An empty segment has the sum 0.
+void segment_sum(const TensorView& x, const TensorView& offsets, const TensorView& out, int threads);
+void to_tokens(const TensorView& x, const TensorView& offsets, const TensorView& out, int threads);
+
 }  // namespace cpu
 
 namespace cuda {

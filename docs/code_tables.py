@@ -46,12 +46,11 @@ high = 0.28
 def ops() -> str:
     """Ops by backend."""
     rows = []
-    for op in fuserl.__all__:
-        if op != "backends":
-            module = importlib.import_module(f"fuserl.kernels.{op}")
-            what = getattr(module, op).__doc__.splitlines()[0].rstrip(".")
-            marks = ["yes" if backend in module.IMPLS else "" for backend in BACKENDS]
-            rows.append([f"[`{op}`](docs/api.md#{slug(op)})", what, *marks])
+    for op in fuserl.OPS:
+        module = importlib.import_module(f"fuserl.kernels.{op}")
+        what = getattr(module, op).__doc__.splitlines()[0].rstrip(".")
+        marks = ["yes" if backend in module.IMPLS else "" for backend in BACKENDS]
+        rows.append([f"[`{op}`](docs/api.md#{slug(op)})", what, *marks])
     return table(["op", "what", *BACKENDS.values()], rows)
 
 

@@ -22,7 +22,7 @@ OPTIONAL = {
 
 def ops() -> dict[str, dict[str, str | None]]:
     """Every op by name, with each backend's reason for not running on this machine, or None where it runs."""
-    return {op: _reasons(op) for op in fuserl.__all__ if op != "backends"}
+    return {op: _reasons(op) for op in fuserl.OPS}
 
 
 def main() -> int:

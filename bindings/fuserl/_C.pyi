@@ -93,5 +93,24 @@ def sampled_divergence(
     derivative: Tensor | None,
     threads: int,
 ) -> None: ...
+def discounted_scan(
+    b: Tensor, a: Tensor | None, factor: float, offsets: Tensor | None, forward: bool, x: Tensor, threads: int
+) -> None: ...
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    gamma: Tensor | None,
+    lam: Tensor | None,
+    bootstrap: Tensor | None,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    gamma_of_all: float,
+    lam_of_all: float,
+    advantages: Tensor,
+    returns: Tensor,
+    threads: int,
+) -> None: ...
+def segment_sum(x: Tensor, offsets: Tensor, out: Tensor, threads: int) -> None: ...
+def to_tokens(x: Tensor, offsets: Tensor, out: Tensor, threads: int) -> None: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...

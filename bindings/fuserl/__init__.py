@@ -11,8 +11,10 @@ from importlib.metadata import version as _version
 
 __version__ = _version("fuserl")
 
-_OPS = (
+OPS = (
+    "discounted_scan",
     "divergence",
+    "gae",
     "group_advantage",
     "linear_divergence",
     "linear_logprob",
@@ -21,10 +23,19 @@ _OPS = (
     "policy_loss",
     "sample",
     "sampled_divergence",
+    "segment_sum",
     "token_logprob",
     "topk_divergence",
 )
-__all__ = [*_OPS, "backends"]
+# What stands on an op and lives in another file than one of its own name.
+_FORMS = {
+    "lambda_returns": "returns",
+    "returns": "returns",
+    "segment_mean": "segment_sum",
+    "to_tokens": "segment_sum",
+    "vtrace": "returns",
+}
+__all__ = [*OPS, *_FORMS, "backends"]
 
 
 def backends() -> dict[str, str | None]:
@@ -35,10 +46,10 @@ def backends() -> dict[str, str | None]:
 
 
 def __getattr__(name: str):
-    if name in _OPS:
-        return getattr(import_module(f"fuserl.kernels.{name}"), name)
+    if name in OPS or name in _FORMS:
+        return getattr(import_module(f"fuserl.kernels.{_FORMS.get(name, name)}"), name)
     raise AttributeError(f"module 'fuserl' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
 def __dir__():
-    return sorted([*globals(), *_OPS])
+    return sorted([*globals(), *OPS, *_FORMS])

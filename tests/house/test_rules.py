@@ -207,7 +207,7 @@ def cplusplus(*folders):
     return {str(path.relative_to(ROOT)): path.read_text() for path in paths}
 
 
-OPS = [name for name in fuserl.__all__ if name != "backends"]
+OPS = fuserl.OPS
 HOUSE = {
     "arrows": lambda: arrows(sources(*LIBRARY)),
     "optional_at_the_top": lambda: optional_at_the_top(sources("kernels", "engine")),
