@@ -117,7 +117,7 @@ def _dispatch_spread(x, offsets, tokens, backend):
     return SPREADS[backend](x.contiguous(), offsets.contiguous(), tokens)
 
 
-def _keep(ctx, inputs, _):
+def _keep(ctx, inputs, output):
     x, offsets, *_, ctx.backend = inputs
     ctx.tokens = x.shape[1]
     ctx.save_for_backward(offsets)

@@ -112,7 +112,9 @@ def test_gradients(forward, exclusive, device, backend):
     mask = torch.rand(b.shape, device=device) < 0.7
     leaves = b.requires_grad_(), a.requires_grad_()
     how = dict(offsets=offsets, forward=forward, exclusive=exclusive, backend=backend)
-    assert torch.autograd.gradcheck(lambda b, a: discounted_scan(b, a, mask=mask, **how), leaves, fast_mode=INTERPRETING)
+    assert torch.autograd.gradcheck(
+        lambda b, a: discounted_scan(b, a, mask=mask, **how), leaves, fast_mode=INTERPRETING
+    )
     if INTERPRETING:
         return
     assert torch.autograd.gradcheck(lambda b, a: discounted_scan(b, a, **how), leaves)
