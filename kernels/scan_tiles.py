@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fuserl.kernels.jit import tl, triton
 
-LAUNCH = {"BLOCK": 2048, "TILES": 128, "num_warps": 4, "enable_fp_fusion": True}
+LAUNCH = {"BLOCK": 2048, "TILES": 128, "num_warps": 8, "enable_fp_fusion": True}
 
 _POINTERS = (
     "b_ptr", "a_ptr", "offsets_ptr", "value_ptr", "gamma_ptr", "lam_ptr", "bootstrap_ptr", "mask_ptr", "x_ptr",
@@ -24,8 +24,8 @@ _RUNTIME = {"do_not_specialize": ["N", "segments", "programs", "factor", "gamma"
 
 @triton.jit
 def _joined(a_before, b_before, a, b):
-    """Two stretches of a scan as one: x -> b + a (b_before + a_before x)."""
-    return a * a_before, b + a * b_before
+    """Two stretches of a scan as one: x -> b + a (b_before + a_before x); links that overflow carry no zero."""
+    return a * a_before, b + tl.where(b_before == 0, 0.0, a * b_before)
 
 
 @triton.jit

@@ -10,7 +10,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from ahead_of_time import TARGETS, compile_ahead, resources
 
-from fuserl.kernels import divergence_rows, policy_loss, sample, sampled_divergence, softmax_rows
+from fuserl.kernels import (
+    divergence_rows,
+    policy_loss,
+    sample,
+    sampled_divergence,
+    scan_tiles,
+    segment_sum,
+    softmax_rows,
+)
 
 SIZES = {"temperature": "fp32", "N": "i32", "R": "i32", "V": "i32", "stride_a": "i64", "stride_r": "i32"}
 ALIGNED = ("x_ptr", "out_ptr", "V", "stride_a", "stride_r", "out_stride_a", "out_stride_r")
@@ -185,3 +193,42 @@ def test_sampled_divergence_spills_nothing(number):
         settings = {"ESTIMATOR": estimator, "SCORE": estimator == 3, "KIND": kind, **terms, **sampled_divergence.LAUNCH}
         used = resources(compile_ahead(sampled_divergence._kernel, "sm_90", types, settings, pointers))
         assert used["spills"] == 0, f"{settings}: {used}"
+
+
+SCANS = {  # what of the pointers there is
+    "scan": ("b", "x"),
+    "scan with links, ragged": ("b", "a", "offsets", "x"),
+    "gae": ("b", "value", "x", "returns"),
+    "gae with everything": ("b", "offsets", "value", "gamma", "lam", "bootstrap", "mask", "x", "returns"),
+}
+
+
+def scan_kernels(number):
+    """As `kernels`, of discounted_scan, gae and the sums of segments for numbers of type `number`."""
+    kernel = scan_tiles._tile_kernel
+    numbers = {p.name: p.annotation_type for p in kernel.params if p.annotation_type}
+    for name, there in SCANS.items():
+        pointers = {p: f"*{number}" for p in scan_tiles._POINTERS if p.removesuffix("_ptr") in (*there, "state")}
+        pointers |= {p: type_ for p, type_ in (("offsets_ptr", "*i64"), ("mask_ptr", "*i1")) if p in pointers}
+        absent = dict.fromkeys(p for p in scan_tiles._POINTERS if p not in pointers)
+        types = {**pointers, "N": "i32", "segments": "i32", "programs": "i32", **numbers}
+        for write in (False, True):
+            for forward in (False, True)[: 2 - ("value" in there)]:
+                yield name, kernel, types, {**absent, "FORWARD": forward, "WRITE": write, **scan_tiles.LAUNCH}
+    types = {"x_ptr": f"*{number}", "offsets_ptr": "*i64", "out_ptr": f"*{number}", "N": "i32", "segments": "i32"}
+    yield "segment sum", segment_sum._sum_kernel, types, segment_sum.LAUNCH
+    yield "to tokens", segment_sum._spread_kernel, {**types, "programs": "i32"}, segment_sum.LAUNCH
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_scans_spill_nothing(target):
+    for name, kernel, types, settings in scan_kernels("fp32"):
+        divisible = [argument for argument in types if argument.endswith("_ptr")]
+        used = resources(compile_ahead(kernel, target, types, settings, divisible))
+        assert used["spills"] == 0, f"{name} {settings}: {used}"
+        print(f"{target:7} {name} {settings}: {used}")
+
+
+def test_scans_in_double_compile():
+    for _, kernel, types, settings in scan_kernels("fp64"):
+        assert compile_ahead(kernel, "sm_90", types, settings).asm["cubin"]

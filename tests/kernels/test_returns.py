@@ -127,7 +127,7 @@ def test_gradients(share, device, backend):
 @cpu_only
 def test_wrong_arguments_are_refused():
     x = torch.ones(8)
-    with pytest.raises(ValueError, match="^vtrace: rho must be positive; got 0"):
+    with pytest.raises(ValueError, match=r"^vtrace: rho must be positive; got 0"):
         vtrace(x, x, x, gamma=1.0, rho=0)
     with pytest.raises(ValueError, match=r"^vtrace: rewards must broadcast to \(8,\)"):
         vtrace(x, x[:3], x, gamma=1.0)
