@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import divergence_subjects as divergences
+import sequence_subjects as sequences
 import torch
 from torch import Tensor
 
@@ -287,6 +288,7 @@ SUBJECTS = {
         {"usual": "rewards of 0 and 1", "near": "0.1 and a spread of 1e-3", "large": "1e4 and a spread of 3"},
         (torch.float32,),
     ),
+    **{op: Subject(**parts) for op, parts in sequences.SUBJECTS.items()},
 }  # fmt: skip
 
 

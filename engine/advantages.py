@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fuserl.engine.batch import Batch
 from fuserl.engine.contracts import WEIGHT, require
+from fuserl.kernels.discounted_scan import discounted_scan
+from fuserl.kernels.gae import gae
 from fuserl.kernels.group_advantage import group_advantage
 
 
@@ -68,12 +70,7 @@ def penalised(beta: float) -> Callable:
 
 def discounted(x: Tensor, batch: Batch, factor: float) -> Tensor:
     """The sum of factor^(s - t) x[s] over the later tokens s >= t of each rollout, (N,) float32, in float64."""
-    sums, lengths, starts = x.double().clone(), batch.offsets.diff(), batch.offsets[:-1]
-    for back in range(1, int(lengths.max()) if len(lengths) else 0):
-        longer = lengths > back
-        at = (starts + lengths - 1 - back)[longer]
-        sums[at] += factor * sums[at + 1]
-    return sums.float()
+    return discounted_scan(x.double(), factor, offsets=batch.offsets.to(x.device)).float()
 
 
 def generalised(*, gamma: float, lam: float, beta: float, whiten: bool = True) -> Callable:
@@ -88,11 +85,9 @@ def generalised(*, gamma: float, lam: float, beta: float, whiten: bool = True) -
     require("generalised", "beta", beta, 0 <= beta < math.inf, WEIGHT)
 
     def advantage(batch: Batch) -> Batch:
-        values = batch.values.double()
-        following = torch.where(batch.last, 0.0, values.roll(-1))
-        delta = token_rewards(batch, beta) + gamma * following - values
-        advantages = discounted(delta, batch, gamma * lam)
-        returns = advantages + batch.values
+        rewards, values = token_rewards(batch, beta).double(), batch.values.double()
+        found = gae(rewards, values, gamma=gamma, lam=lam, offsets=batch.offsets.to(values.device))
+        advantages, returns = (x.float() for x in found)
         return batch.replace(advantages=whitened(advantages) if whiten else advantages, returns=returns)
 
     return advantage

@@ -40,7 +40,8 @@ def reference(
     return advantages, returns if mask is None else torch.where(mask, returns, 0.0)
 
 
-def _triton(rewards, values, gamma, lam, bootstrap, mask, offsets, gamma_of_all, lam_of_all):
+def _triton(rewards, values, gamma, lam, *others):
+    bootstrap, mask, offsets, gamma_of_all, lam_of_all = others
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     tensors = {
         "b": rewards, "value": values, "gamma": gamma, "lam": lam, "bootstrap": bootstrap, "mask": mask,
@@ -50,18 +51,18 @@ def _triton(rewards, values, gamma, lam, bootstrap, mask, offsets, gamma_of_all,
     return advantages, returns
 
 
-def _cpu(rewards, values, gamma, lam, bootstrap, mask, offsets, *numbers):
+def _cpu(rewards, *others):
     from fuserl import _C
 
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
-    tensors = rewards, values, gamma, lam, bootstrap, mask, offsets
-    _C.gae(*tensors, *numbers, advantages, returns, torch.get_num_threads())
+    _C.gae(rewards, *others, advantages, returns, torch.get_num_threads())
     return advantages, returns
 
 
-def _reference(rewards, values, gamma, lam, bootstrap, mask, offsets, gamma_of_all, lam_of_all):
+def _reference(rewards, values, gamma, lam, *others):
+    *others, gamma_of_all, lam_of_all = others
     gamma, lam = gamma_of_all if gamma is None else gamma, lam_of_all if lam is None else lam
-    return reference(rewards, values, gamma, lam, bootstrap, mask, offsets)
+    return reference(rewards, values, gamma, lam, *others)
 
 
 IMPLS = {"triton": _triton, "cpu": _cpu, "reference": _reference}

@@ -85,7 +85,7 @@ MUTATIONS = {
     "reinforce_pp-sums": ("reinforce_pp", advantages, "discounted", lambda x, batch, factor: x),
     "reinforce_pp-scale": ("reinforce_pp", advantages, "whitened", lambda x: x - x.mean()),
     "ppo-advantage": ("ppo", "recipe", "generalised", larger(advantages.generalised)),
-    "ppo-sums": ("ppo", advantages, "discounted", lambda x, batch, factor: x),
+    "ppo-sums": ("ppo", advantages, "gae", lambda rewards, values, **_: (rewards - values, rewards)),
     "ppo-end": ("ppo", advantages, "token_rewards", lambda batch, beta: batch.to_tokens(batch.rewards)),
     "dpo-loss": ("dpo", "recipe", "preference", scaled(losses.preference)),
     "dpo-smoothing": ("dpo", "recipe", "preference", smoothed),
