@@ -40,10 +40,11 @@ FUSERL_INLINE V last_everywhere(V x, Indices<i...>) {
   return __builtin_shufflevector(x, x, (forward ? static_cast<int>(sizeof...(i)) - 1 : i * 0)...);
 }
 
-// The products of the links: over 1, 2, 4, ... lanes, as the steps need them, and in the end over all lanes before.
+// The products of the links: over 1, 2, 4, ... lanes, as the steps need them, and in the end over all lanes before, of
+// which `rest` is what rounding lost. One link for all tokens would otherwise lose the same at every vector.
 template <class V>
 struct Products {
-  V step[4], all;
+  V step[4], all, rest;
 };
 
 template <class T, bool forward, class V>
@@ -61,6 +62,24 @@ FUSERL_INLINE Products<V> products(V a) {
   p.step[3] = a;
   if constexpr (n > 8) a *= shifted<8, forward>(a, one, lanes);
   p.all = a;
+  p.rest = V{};
+  return p;
+}
+
+template <class T, bool forward, class V>
+FUSERL_INLINE Products<V> powers(T factor) {
+  constexpr int n = Lanes<T>::count;
+  Products<V> p = {};
+  long double power = 1;
+  for (int i = 0; i < n; ++i) {
+    power *= factor;
+    const T rounded = static_cast<T>(power);
+    const int lane = forward ? i : n - 1 - i;
+    p.all[lane] = rounded;
+    p.rest[lane] = static_cast<T>(power - rounded);
+    for (int k = 0; k < 4; ++k)
+      if (i + 1 == 1 << k) p.step[k] = V{} + rounded;
+  }
   return p;
 }
 
@@ -84,7 +103,7 @@ void scan(const ScanBlock<T>& at, ScanState<T>& state) {
   const typename First<n>::Of lanes;
   const bool carried = at.carry != 0;  // an overflown product times 0 would be NaN
   V local = V{} + state.local, product = V{} + state.product, link = V{} + state.link;
-  Products<V> p = products<T, forward>(V{} + at.factor);
+  Products<V> p = powers<T, forward, V>(at.factor);
 
   const auto step = [&](V b, V a) {
     if (linked) {
@@ -95,7 +114,12 @@ void scan(const ScanBlock<T>& at, ScanState<T>& state) {
       }
       p = products<T, forward>(a);
     }
-    const V x = scanned<T, forward>(b, p) + p.all * local, q = p.all * product;
+    V x = scanned<T, forward>(b, p), q = p.all * product;
+    if (!linked) {
+      x += p.rest * local;
+      q += p.rest * product;
+    }
+    x += p.all * local;
     local = last_everywhere<forward>(x, lanes);
     // A step late, so that the comparison is not waited for.
     product = (product < smallest) & (product > -smallest) ? V{} : last_everywhere<forward>(q, lanes);
