@@ -1,28 +1,17 @@
 """Ragged segments, and what runs along them as the textbooks have it: one token at a time, in NumPy's precision."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
+from backends import INTERPRETING
 
 from fuserl.kernels import scan_tiles, segment_sum
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETING:  # which takes its time over each lane
     scan_tiles.LAUNCH.update(BLOCK=32, TILES=4)
     segment_sum.LAUNCH.update(BLOCK=32)
-    FAST = [("cpu", "triton")]
-    BACKENDS = FAST
-    TILE = 32
-else:
-    FAST = [("cpu", "cpu"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
-    BACKENDS = [*FAST, ("cpu", "reference")]
-    TILE = 4096  # of the C++; a multiple of Triton's
-each_backend = pytest.mark.parametrize("device,backend", BACKENDS)
-each_fast_backend = pytest.mark.parametrize("device,backend", FAST)
+TILE = 32 if INTERPRETING else 4096  # of the C++; a multiple of Triton's
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-cpu_only = pytest.mark.skipif(INTERPRETING, reason="says nothing of Triton")
 # Empty segments at every place, single tokens, whole tiles and a token more or less, several tiles and a part of one.
 RAGGED = [0, 1, 5, 0, 0, TILE - 1, 1, TILE, TILE + 1, 17, 5 * TILE + 3, 0]
 SHAPES = {"ragged": RAGGED, "one": [1], "empty first": [0, 0, 3], "none": [0, 0], "long": [6 * TILE - 5]}

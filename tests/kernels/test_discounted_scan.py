@@ -1,30 +1,15 @@
-"""discounted_scan against textbook loops in extended precision: ragged segments, both directions, masks, gradients.
+"""discounted_scan against textbook loops in extended precision: ragged segments, both directions, masks, gradients."""
 
-Triton runs here on the CPU, under its interpreter, which must be chosen before triton is imported: one test starts this
-file again in a process of its own with TRITON_INTERPRET=1, where the same tests take the Triton backend.
-"""
-
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from backends import INTERPRETING, cpu_only, each_backend, each_fast_backend, run_interpreted
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sequences import (
-    INTERPRETING,
-    RAGGED,
-    SHAPES,
-    TILE,
-    both_dtypes,
-    cpu_only,
-    each_backend,
-    each_fast_backend,
-    offsets_of,
-    scan_by_hand,
-)
+from sequences import RAGGED, SHAPES, TILE, both_dtypes, offsets_of, scan_by_hand
 from tolerance import check
 
 from fuserl import _C
@@ -295,13 +280,7 @@ def test_nothing_waits_for_the_device():
 @pytest.mark.skipif(INTERPRETING, reason="is the other process")
 @pytest.mark.parametrize("file", ["discounted_scan", "gae", "returns", "segment_sum"])
 def test_triton_in_the_interpreter(file):
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    path = __file__.replace("test_discounted_scan", f"test_{file}")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", path]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    run_interpreted(__file__.replace("test_discounted_scan", f"test_{file}"))
 
 
 @cpu_only

@@ -5,19 +5,10 @@ Triton takes the same tests under its interpreter, in the process that test_disc
 
 import pytest
 import torch
+from backends import INTERPRETING, cpu_only, each_backend, each_fast_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sequences import (
-    INTERPRETING,
-    SHAPES,
-    TILE,
-    both_dtypes,
-    cpu_only,
-    each_backend,
-    each_fast_backend,
-    gae_by_hand,
-    offsets_of,
-)
+from sequences import SHAPES, TILE, both_dtypes, gae_by_hand, offsets_of
 from tolerance import check
 
 from fuserl.kernels.discounted_scan import discounted_scan

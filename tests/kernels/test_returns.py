@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from sequences import INTERPRETING, both_dtypes, cpu_only, each_backend, each_segment, gae_by_hand, offsets_of
+from backends import INTERPRETING, cpu_only, each_backend
+from sequences import both_dtypes, each_segment, gae_by_hand, offsets_of
 from tolerance import check
 
 from fuserl.kernels.gae import gae

@@ -6,18 +6,10 @@ Triton takes the same tests under its interpreter, in the process that test_disc
 import numpy as np
 import pytest
 import torch
+from backends import INTERPRETING, cpu_only, each_backend, each_fast_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sequences import (
-    INTERPRETING,
-    SHAPES,
-    both_dtypes,
-    cpu_only,
-    each_backend,
-    each_fast_backend,
-    each_segment,
-    offsets_of,
-)
+from sequences import SHAPES, both_dtypes, each_segment, offsets_of
 from tolerance import check
 
 from fuserl.kernels.segment_sum import reference, segment_mean, segment_sum, to_tokens
