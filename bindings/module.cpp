@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 
 #include "caster.h"
@@ -131,6 +132,27 @@ void to_tokens(const TensorView& x, const TensorView& offsets, const TensorView&
   fuserl::cpu::to_tokens(x, offsets, out, threads);
 }
 
+using Views = std::array<TensorView, 5>;
+
+fuserl::cpu::TreeTensors tree_of(const Views& tree) { return {tree[0], tree[1], tree[2], tree[3], tree[4]}; }
+
+void tree_attention_forward(const Views& tree, const TensorView& q, const TensorView& k_t, const TensorView& v,
+                            std::int64_t tokens, std::int64_t window, double scale, double softcap,
+                            const TensorView& out, const TensorView& lse, int threads) {
+  share_torch_threads();
+  fuserl::cpu::tree_attention_forward(tree_of(tree), q, k_t, v, {tokens, window, scale, softcap}, out, lse, threads);
+}
+
+void tree_attention_backward(const Views& tree, const TensorView& q, const TensorView& k, const TensorView& k_t,
+                             const TensorView& v_t, const TensorView& d_out, const TensorView& lse,
+                             const TensorView& delta, std::int64_t tokens, std::int64_t window, double scale,
+                             double softcap, const TensorView& dq, const TensorView& dk, const TensorView& dv,
+                             int threads) {
+  share_torch_threads();
+  fuserl::cpu::tree_attention_backward(tree_of(tree), {q, k, k_t, v_t, d_out, lse, delta, dq, dk, dv},
+                                       {tokens, window, scale, softcap}, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -159,6 +181,11 @@ PYBIND11_MODULE(_C, m) {
         "lam_of_all"_a, "advantages"_a, "returns"_a, "threads"_a, no_gil());
   m.def("segment_sum", segment_sum, "x"_a, "offsets"_a, "out"_a, "threads"_a, no_gil());
   m.def("to_tokens", to_tokens, "x"_a, "offsets"_a, "out"_a, "threads"_a, no_gil());
+  m.def("tree_attention_forward", tree_attention_forward, "tree"_a, "q"_a, "k_t"_a, "v"_a, "tokens"_a, "window"_a,
+        "scale"_a, "softcap"_a, "out"_a, "lse"_a, "threads"_a, no_gil());
+  m.def("tree_attention_backward", tree_attention_backward, "tree"_a, "q"_a, "k"_a, "k_t"_a, "v_t"_a, "d_out"_a,
+        "lse"_a, "delta"_a, "tokens"_a, "window"_a, "scale"_a, "softcap"_a, "dq"_a, "dk"_a, "dv"_a, "threads"_a,
+        no_gil());
   m.def("isa", [] { return fuserl::name(fuserl::isa()); }, "The instruction set in use: avx512, avx2 or baseline.");
   m.def("set_isa", fuserl::set_isa, "name"_a, "For tests: run the copy for this instruction set from now on.");
   m.attr("compiler") = FUSERL_COMPILER;

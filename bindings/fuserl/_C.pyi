@@ -112,5 +112,36 @@ def gae(
 ) -> None: ...
 def segment_sum(x: Tensor, offsets: Tensor, out: Tensor, threads: int) -> None: ...
 def to_tokens(x: Tensor, offsets: Tensor, out: Tensor, threads: int) -> None: ...
+def tree_attention_forward(
+    tree: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    q: Tensor,
+    k_t: Tensor,
+    v: Tensor,
+    tokens: int,
+    window: int,
+    scale: float,
+    softcap: float,
+    out: Tensor,
+    lse: Tensor,
+    threads: int,
+) -> None: ...
+def tree_attention_backward(
+    tree: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    k_t: Tensor,
+    v_t: Tensor,
+    d_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    tokens: int,
+    window: int,
+    scale: float,
+    softcap: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    threads: int,
+) -> None: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...

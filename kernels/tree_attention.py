@@ -1,0 +1,280 @@
+"""Attention in which a token sees its own segment up to itself, and all tokens of its segment's ancestors.
+
+    s[i,j] = scale q[i].k[j],  or softcap tanh(scale q[i].k[j] / softcap);   -inf where token i may not see token j
+    lse[i] = log sum_j exp s[i,j]       p[i,j] = exp(s[i,j] - lse[i])       out[i] = sum_j p[i,j] v[j]
+
+    dv[j]  = sum_i p[i,j] dout[i]       ds[i,j] = p[i,j] (dout[i].v[j] - dout[i].out[i] + dlse[i])
+    dq[i]  = scale sum_j ds[i,j] k[j]   dk[j]  = scale sum_i ds[i,j] q[i]   (ds times 1 - (s / softcap)^2 under a cap)
+
+A prompt and its rollouts, forked rollouts and trees of any depth are the same rule over other segments. A parent's keys
+are read once for all its descendants, and its gradients are summed once, in a fixed order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fuserl.kernels import tree_segments
+from fuserl.kernels.dispatch import choose
+from fuserl.kernels.tree_segments import Layout
+
+_NAME = "tree_attention"
+_NO_WINDOW = 2**31 - 1
+_TILE = 64  # tokens: tree_tile in csrc
+_WIDTH = 16  # the C++ takes head dimensions in multiples of this
+
+
+class Rule(NamedTuple):
+    """The numbers of a call."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+class Implementation(NamedTuple):
+    """One backend: (q, k, v, layout, rule) -> (out, lse), and (d_out, d_lse, q, k, v, out, lse, layout, rule) -> d_*.
+
+    Tokens are in preorder; d_lse is None where lse has no gradient.
+    """
+
+    forward: Callable
+    backward: Callable
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor]:
+    """The definition, in plain torch: the scores of all pairs, masked."""
+    i, last, place = (x.to(q.device) for x in (torch.arange(len(q)), layout.last, layout.position))
+    seen = (i[:, None] >= i) & (i[:, None] < last)
+    if rule.window is not None:
+        seen &= place[:, None] - place < rule.window
+    queries, keys, values = (x.to(_accumulator(q)).transpose(0, 1) for x in (q, k, v))
+    keys, values = (x.repeat_interleave(len(queries) // len(keys), dim=0) for x in (keys, values))
+    scores = queries @ keys.mT * rule.scale
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    lse = scores.logsumexp(-1)
+    return ((scores - lse[..., None]).exp() @ values).transpose(0, 1).to(q.dtype).contiguous(), lse.mT.contiguous()
+
+
+def _reference_backward(d_out, d_lse, q, k, v, out, lse, layout, rule):
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        found = reference(*leaves, layout, rule)
+    return torch.autograd.grad(found, leaves, (d_out, torch.zeros_like(lse) if d_lse is None else d_lse))
+
+
+def delta(d_out: Tensor, d_lse: Tensor | None, out: Tensor) -> Tensor:
+    """(L, H): d_out . out - d_lse, what the gradient of every weight of a row is less by."""
+    inner = (d_out.to(_accumulator(out)) * out).sum(-1)
+    return inner if d_lse is None else inner - d_lse
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@functools.lru_cache(maxsize=16)
+def _tiles(layout: Layout) -> tuple[Tensor, ...]:
+    """What the C++ asks of a layout: last, position, start, parent, and the segment of every tile's first token."""
+    padding = -layout.tokens % _TILE
+    last, position = (torch.nn.functional.pad(x, (0, padding)) for x in (layout.last, layout.position))
+    return last, position, layout.start, layout.parent, layout.owner()[::_TILE].to(torch.int32)
+
+
+def _padded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(L, H, D) as (H, whole tiles, a multiple of 16), filled up with zeros."""
+    (tokens, heads), dim = x.shape[:2], x.shape[2:]
+    room = torch.zeros(heads, tokens + -tokens % _TILE, *(d + -d % _WIDTH for d in dim), dtype=dtype)
+    room[:, :tokens][..., *(slice(d) for d in dim)] = x.transpose(0, 1)
+    return room
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """(H, P, D) as (H, tiles, D, tokens of a tile)."""
+    return x.unflatten(1, (-1, _TILE)).mT.contiguous()
+
+
+def _unpadded(x: Tensor, like: Tensor) -> Tensor:
+    return x[:, : len(like), : like.shape[-1]].transpose(0, 1).to(like.dtype).contiguous()
+
+
+def _numbers(layout: Layout, rule: Rule) -> tuple[int, int, float, float]:
+    return layout.tokens, min(rule.window or _NO_WINDOW, _NO_WINDOW), rule.scale, rule.softcap or 0.0
+
+
+def _cpu_forward(q, k, v, layout, rule):
+    from fuserl import _C
+
+    queries, keys, values = (_padded(x, _accumulator(q)) for x in (q, k, v))
+    out, lse = torch.empty_like(queries), queries.new_empty(queries.shape[:2])
+    _C.tree_attention_forward(
+        _tiles(layout), queries, _transposed(keys), values, *_numbers(layout, rule), out, lse, torch.get_num_threads()
+    )
+    return _unpadded(out, q), lse[:, : len(q)].mT.contiguous()
+
+
+def _cpu_backward(d_out, d_lse, q, k, v, out, lse, layout, rule):
+    from fuserl import _C
+
+    dtype = _accumulator(q)
+    queries, keys, values, arriving = (_padded(x, dtype) for x in (q, k, v, d_out))
+    less, lse = (_padded(x, dtype) for x in (delta(d_out, d_lse, out), lse))
+    gradients = [torch.zeros_like(x) for x in (queries, keys, values)]
+    _C.tree_attention_backward(
+        _tiles(layout), queries, keys, _transposed(keys), _transposed(values), arriving, lse, less,
+        *_numbers(layout, rule), *gradients, torch.get_num_threads(),
+    )  # fmt: skip
+    return [_unpadded(gradient, x) for gradient, x in zip(gradients, (q, k, v), strict=True)]
+
+
+IMPLS = {
+    "cpu": Implementation(_cpu_forward, _cpu_backward),
+    "reference": Implementation(reference, _reference_backward),
+}
+
+
+def _forward(q, k, v, parent, length, *numbers_and_backend):
+    *numbers, backend = numbers_and_backend
+    backend = choose(_NAME, IMPLS, q.device, backend)
+    layout = _layout(parent, length, q)
+    if layout.tokens == 0:
+        return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=_accumulator(q))
+    found = IMPLS[backend].forward(*(layout.gathered(x) for x in (q, k, v)), layout, Rule(*numbers))
+    return tuple(layout.scattered(x) for x in found)
+
+
+def _backward(d_out, d_lse, q, k, v, out, lse, parent, length, *numbers_and_backend):
+    *numbers, backend = numbers_and_backend
+    backend = choose(_NAME, IMPLS, q.device, backend)
+    layout = _layout(parent, length, q)
+    if layout.tokens == 0:
+        return tuple(torch.zeros_like(x) for x in (q, k, v))
+    d_out = torch.zeros_like(out) if d_out is None else d_out
+    given = [None if x is None else layout.gathered(x) for x in (d_out, d_lse, q, k, v, out, lse)]
+    found = IMPLS[backend].backward(*given, layout, Rule(*numbers))
+    return tuple(layout.scattered(x) for x in found)
+
+
+def _layout(parent: Tensor, length: Tensor, q: Tensor) -> Layout:
+    layout = tree_segments.layout(parent, length)
+    if layout.tokens != len(q):
+        raise ValueError(
+            f"{_NAME}: length must sum to the tokens of q; got {layout.tokens} for {len(q)}. Describe every token."
+        )
+    return layout
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, parent, length, *ctx.settings = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, parent, length)
+
+
+def _autograd(ctx, d_out, d_lse):
+    if d_out is None and d_lse is None:
+        return (None,) * 9
+    found = torch.ops.fuserl.tree_attention_backward(d_out, d_lse, *ctx.saved_tensors, *ctx.settings)
+    return *(d if need else None for d, need in zip(found, ctx.needs_input_grad, strict=False)), *[None] * 6
+
+
+_CALL = "Tensor parent, Tensor length, float scale, int? window, float? softcap, str? backend"
+_library = torch.library.Library("fuserl", "FRAGMENT")
+_library.define(f"tree_attention(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)")
+_library.define(
+    "tree_attention_backward(Tensor? d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_CALL}) -> (Tensor, Tensor, Tensor)"
+)
+_library.impl("tree_attention", _forward, "CompositeExplicitAutograd")
+_library.impl("tree_attention_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_autograd("fuserl::tree_attention", _autograd, setup_context=_setup_context, lib=_library)
+
+
+@torch.library.register_fake("fuserl::tree_attention", lib=_library)
+def _fake_forward(q, *_):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=_accumulator(q))
+
+
+@torch.library.register_fake("fuserl::tree_attention_backward", lib=_library)
+def _fake_backward(_d_out, _d_lse, q, k, v, *_):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of packed tokens along a forest of segments: each token sees its ancestors, and its own segment so far.
+
+        out[i] = sum_j softmax_j(scale q[i].k[j]) v[j],   j over what token i sees
+
+    Args:
+        q: (L, H, D) float32, bfloat16, float16 or float64, tokens of all segments end to end; D up to 256.
+        k, v: (L, Hkv, D) of q's dtype, Hkv a divisor of H: query head h reads key head h // (H / Hkv).
+        segments: (parent, length), each (S,) integers on the host, or an object with these attributes: the segment that
+            each one continues, -1 for none, and its tokens, 0 or more. They may come in any order; in preorder, each
+            parent right before its descendants, no token has to be moved.
+        scale: of the scores; D ** -0.5 by default.
+        window: a token at position p of its text, counted along its ancestors, sees positions p - window + 1 to p.
+        softcap: c makes each score c tanh(score / c).
+        backend: "triton", "cpu" or "reference"; the fastest that runs here by default.
+
+    Returns:
+        (out, lse): (L, H, D) of q's dtype, and (L, H), float32 (float64 from float64), the log of each softmax's
+        denominator, with which partial results over other keys merge. Both are differentiable, once, in q, k and v.
+
+    Raises:
+        ValueError: on a wrong shape, dtype, device, number or forest.
+
+    Memory: linear in tokens, forward and backward. Ten runs give the same bits: nothing is added in the order in which
+    threads arrive. A length or a new forest compiles nothing anew.
+
+    Source: a prompt once for all its rollouts, Prefix Grouper (arXiv:2506.05433), here for trees of any depth.
+    Sibling: `chunked_context_attention`, the same for a query and its chunks of bounded context.
+    """
+    parent, length = tree_segments.arrays(segments)
+    _check(q, k, v)
+    _check_numbers(scale, window, softcap)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    softcap = None if softcap is None else float(softcap)
+    return torch.ops.fuserl.tree_attention(q, k, v, parent, length, scale, window, softcap, backend)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dim() != 3 or not q.is_floating_point() or not 0 < q.shape[2] <= 256 or q.shape[1] == 0:
+        raise ValueError(
+            f"{_NAME}: q must be (L, H, D) of a floating dtype, D up to 256; got {tuple(q.shape)} {q.dtype}. Lay the "
+            "tokens of all segments end to end."
+        )
+    for name, x in {"k": k, "v": v}.items():
+        fits = x.dim() == 3 and len(x) == len(q) and x.shape[2] == q.shape[2] and x.shape == k.shape
+        if not (fits and x.shape[1] > 0 and q.shape[1] % x.shape[1] == 0):
+            raise ValueError(
+                f"{_NAME}: {name} must be ({len(q)}, Hkv, {q.shape[2]}) with Hkv a divisor of {q.shape[1]}; got "
+                f"{tuple(x.shape)}. Give a key and a value per token."
+            )
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{_NAME}: {name} must be {q.dtype} on {q.device}; got {x.dtype} on {x.device}. Convert it with .to()."
+            )
+
+
+def _check_numbers(scale: float | None, window: int | None, softcap: float | None) -> None:
+    for name, value in {"scale": scale, "softcap": softcap}.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{_NAME}: {name} must be positive and finite; got {value}. Use None for the default.")
+    if window is not None and not window > 0:
+        raise ValueError(f"{_NAME}: window must be positive; got {window}. Use None for no window.")
