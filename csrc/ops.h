@@ -177,11 +177,12 @@ struct TreeRule {
   std::int64_t tokens, window;  // without padding; 2^31 - 1 for no window
   double scale, softcap;        // 0 for no cap
 };
-//   q, out  (H, P, D) f32 | f64;  v (Hkv, P, D);  k_t (Hkv, M, D, tree_tile), transposed tile by tile;  lse (H, P)
+//   q, out  (H, P, D) f32 | f64;  v (Hkv, P, D);  k_t (Hkv, M, D, tree_tile), transposed tile by tile;
+//   lse  (2, H, P): as rounded, and what the rounding took
 void tree_attention_forward(const TreeTensors& tree, const TensorView& q, const TensorView& k_t, const TensorView& v,
                             const TreeRule& rule, const TensorView& out, const TensorView& lse, int threads);
 
-//   d_out, dq as q; k, dk, dv as v; v_t as k_t; delta (H, P): d_out . out - d_lse. dq, dk and dv must be zero before.
+//   d_out, dq as q; k, dk, dv as v; v_t as k_t; lse (2, H, P); delta (H, P): d_out . out - d_lse. dq, dk and dv must be zero before.
 struct TreeGradients {
   const TensorView &q, &k, &k_t, &v_t, &d_out, &lse, &delta, &dq, &dk, &dv;
 };

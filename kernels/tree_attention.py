@@ -40,7 +40,8 @@ class Rule(NamedTuple):
 class Implementation(NamedTuple):
     """One backend: (q, k, v, layout, rule) -> (out, lse), and (d_out, d_lse, q, k, v, out, lse, layout, rule) -> d_*.
 
-    Tokens are in preorder; d_lse is None where lse has no gradient.
+    Tokens are in preorder, and out may have more digits than q. lse is (L, 2, H), rounded and what rounding took from
+    it, without which every weight of the backward would be off by its size; d_lse is (L, H), or None for no gradient.
     """
 
     forward: Callable
@@ -59,15 +60,18 @@ def reference(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> tu
     if rule.softcap is not None:
         scores = rule.softcap * torch.tanh(scores / rule.softcap)
     scores = scores.masked_fill(~seen, -torch.inf)
-    lse = scores.logsumexp(-1)
-    return ((scores - lse[..., None]).exp() @ values).transpose(0, 1).to(q.dtype).contiguous(), lse.mT.contiguous()
+    lse = scores.logsumexp(-1).mT
+    return (scores.softmax(-1) @ values).transpose(0, 1).contiguous(), torch.stack([lse, torch.zeros_like(lse)], dim=1)
 
 
 def _reference_backward(d_out, d_lse, q, k, v, out, lse, layout, rule):
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        found = reference(*leaves, layout, rule)
-    return torch.autograd.grad(found, leaves, (d_out, torch.zeros_like(lse) if d_lse is None else d_lse))
+        found, sums = reference(*leaves, layout, rule)
+    d_sums = torch.zeros_like(lse)
+    if d_lse is not None:
+        d_sums[:, 0] = d_lse
+    return torch.autograd.grad((found, sums), leaves, (d_out.to(found.dtype), d_sums))
 
 
 def delta(d_out: Tensor, d_lse: Tensor | None, out: Tensor) -> Tensor:
@@ -101,8 +105,8 @@ def _transposed(x: Tensor) -> Tensor:
     return x.unflatten(1, (-1, _TILE)).mT.contiguous()
 
 
-def _unpadded(x: Tensor, like: Tensor) -> Tensor:
-    return x[:, : len(like), : like.shape[-1]].transpose(0, 1).to(like.dtype).contiguous()
+def _unpadded(x: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    return x[:, : len(like), : like.shape[-1]].transpose(0, 1).to(dtype).contiguous()
 
 
 def _numbers(layout: Layout, rule: Rule) -> tuple[int, int, float, float]:
@@ -113,11 +117,11 @@ def _cpu_forward(q, k, v, layout, rule):
     from fuserl import _C
 
     queries, keys, values = (_padded(x, _accumulator(q)) for x in (q, k, v))
-    out, lse = torch.empty_like(queries), queries.new_empty(queries.shape[:2])
+    out, lse = torch.empty_like(queries), queries.new_empty(2, *queries.shape[:2])
     _C.tree_attention_forward(
         _tiles(layout), queries, _transposed(keys), values, *_numbers(layout, rule), out, lse, torch.get_num_threads()
     )
-    return _unpadded(out, q), lse[:, : len(q)].mT.contiguous()
+    return _unpadded(out, q, out.dtype), lse[..., : len(q)].permute(2, 0, 1).contiguous()
 
 
 def _cpu_backward(d_out, d_lse, q, k, v, out, lse, layout, rule):
@@ -125,13 +129,13 @@ def _cpu_backward(d_out, d_lse, q, k, v, out, lse, layout, rule):
 
     dtype = _accumulator(q)
     queries, keys, values, arriving = (_padded(x, dtype) for x in (q, k, v, d_out))
-    less, lse = (_padded(x, dtype) for x in (delta(d_out, d_lse, out), lse))
+    less, lse = _padded(delta(d_out, d_lse, out), dtype), _padded(lse.flatten(1), dtype).unflatten(0, (2, -1))
     gradients = [torch.zeros_like(x) for x in (queries, keys, values)]
     _C.tree_attention_backward(
         _tiles(layout), queries, keys, _transposed(keys), _transposed(values), arriving, lse, less,
         *_numbers(layout, rule), *gradients, torch.get_num_threads(),
     )  # fmt: skip
-    return [_unpadded(gradient, x) for gradient, x in zip(gradients, (q, k, v), strict=True)]
+    return [_unpadded(gradient, x, x.dtype) for gradient, x in zip(gradients, (q, k, v), strict=True)]
 
 
 IMPLS = {
@@ -145,18 +149,27 @@ def _forward(q, k, v, parent, length, *numbers_and_backend):
     backend = choose(_NAME, IMPLS, q.device, backend)
     layout = _layout(parent, length, q)
     if layout.tokens == 0:
-        return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=_accumulator(q))
+        return _fake_forward(q)
     found = IMPLS[backend].forward(*(layout.gathered(x) for x in (q, k, v)), layout, Rule(*numbers))
-    return tuple(layout.scattered(x) for x in found)
+    wide, lse = (layout.scattered(x) for x in found)
+    out = wide.to(q.dtype)
+    return out, lse, (wide - out).to(q.dtype) if _keeps_rest(q) else q.new_empty(0)
 
 
-def _backward(d_out, d_lse, q, k, v, out, lse, parent, length, *numbers_and_backend):
+def _keeps_rest(q: Tensor) -> bool:
+    """Whether what rounding took from out is kept for the backward, where d_out . v - d_out . out may cancel."""
+    return q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
+
+
+def _backward(d_out, d_lse, q, k, v, out, lse, rest, parent, length, *numbers_and_backend):
     *numbers, backend = numbers_and_backend
     backend = choose(_NAME, IMPLS, q.device, backend)
     layout = _layout(parent, length, q)
     if layout.tokens == 0:
         return tuple(torch.zeros_like(x) for x in (q, k, v))
     d_out = torch.zeros_like(out) if d_out is None else d_out
+    out = out.float() + rest if _keeps_rest(q) else out
+    d_lse = None if d_lse is None else d_lse[:, 0]
     given = [None if x is None else layout.gathered(x) for x in (d_out, d_lse, q, k, v, out, lse)]
     found = IMPLS[backend].backward(*given, layout, Rule(*numbers))
     return tuple(layout.scattered(x) for x in found)
@@ -174,10 +187,12 @@ def _layout(parent: Tensor, length: Tensor, q: Tensor) -> Layout:
 def _setup_context(ctx, inputs, output):
     q, k, v, parent, length, *ctx.settings = inputs
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(q, k, v, *output, parent, length)
 
 
-def _autograd(ctx, d_out, d_lse):
+@torch.autograd.function.once_differentiable
+def _autograd(ctx, d_out, d_lse, _):
     if d_out is None and d_lse is None:
         return (None,) * 9
     found = torch.ops.fuserl.tree_attention_backward(d_out, d_lse, *ctx.saved_tensors, *ctx.settings)
@@ -186,10 +201,10 @@ def _autograd(ctx, d_out, d_lse):
 
 _CALL = "Tensor parent, Tensor length, float scale, int? window, float? softcap, str? backend"
 _library = torch.library.Library("fuserl", "FRAGMENT")
-_library.define(f"tree_attention(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)")
+_library.define(f"tree_attention(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor, Tensor)")
 _library.define(
     "tree_attention_backward(Tensor? d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_CALL}) -> (Tensor, Tensor, Tensor)"
+    f"Tensor rest, {_CALL}) -> (Tensor, Tensor, Tensor)"
 )
 _library.impl("tree_attention", _forward, "CompositeExplicitAutograd")
 _library.impl("tree_attention_backward", _backward, "CompositeExplicitAutograd")
@@ -198,11 +213,12 @@ torch.library.register_autograd("fuserl::tree_attention", _autograd, setup_conte
 
 @torch.library.register_fake("fuserl::tree_attention", lib=_library)
 def _fake_forward(q, *_):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=_accumulator(q))
+    rest = q.new_empty(q.shape if _keeps_rest(q) else 0)
+    return q.new_empty(q.shape), q.new_empty((len(q), 2, q.shape[1]), dtype=_accumulator(q)), rest
 
 
 @torch.library.register_fake("fuserl::tree_attention_backward", lib=_library)
-def _fake_backward(_d_out, _d_lse, q, k, v, *_):
+def _fake_backward(_d_out, _d_lse, q, k, v, *_others):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
@@ -250,7 +266,8 @@ def tree_attention(
     _check_numbers(scale, window, softcap)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
-    return torch.ops.fuserl.tree_attention(q, k, v, parent, length, scale, window, softcap, backend)
+    out, lse, _ = torch.ops.fuserl.tree_attention(q, k, v, parent, length, scale, window, softcap, backend)
+    return out, lse[:, 0]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -26,6 +26,7 @@ OPS = (
     "segment_sum",
     "token_logprob",
     "topk_divergence",
+    "tree_attention",
 )
 # What stands on an op and lives in another file than one of its own name.
 _FORMS = {

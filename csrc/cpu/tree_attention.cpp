@@ -149,16 +149,18 @@ void run_forward(const cpu::TreeTensors& x, const TensorView& q, const TensorVie
   const Layout tree(x, rule);
   Forward<T> all = {tree,
                     {rule.scale, rule.softcap},
-                    {q.shape[0] / v.shape[0], q.shape[2], q.as<T>(), k_t.as<T>(), v.as<T>(), out.as<T>(), lse.as<T>()}};
+                    {q.shape[0] / v.shape[0], q.shape[2], q.as<T>(), k_t.as<T>(), v.as<T>(), out.as<T>(), lse.as<T>(),
+                     lse.as<T>() + lse.size() / 2}};
   parallel_for(q.shape[0] * tree.tiles, 1, threads, forward_tiles<T>, &all);
 }
 
 template <class T>
 void run_backward(const cpu::TreeTensors& x, const cpu::TreeGradients& g, const cpu::TreeRule& rule, int threads) {
   const Layout tree(x, rule);
-  const TreeBackward<T> arrays = {g.q.shape[0] / g.k.shape[0], g.q.shape[2], g.q.as<T>(),    g.k.as<T>(),
-                                  g.k_t.as<T>(),               g.v_t.as<T>(), g.d_out.as<T>(), g.lse.as<T>(),
-                                  g.delta.as<T>(),             g.dq.as<T>(),  g.dk.as<T>(),    g.dv.as<T>()};
+  const T* lse = g.lse.as<T>();
+  const TreeBackward<T> arrays = {
+      g.q.shape[0] / g.k.shape[0], g.q.shape[2],  g.q.as<T>(), g.k.as<T>(), g.k_t.as<T>(), g.v_t.as<T>(),
+      g.d_out.as<T>(), lse, lse + g.lse.size() / 2, g.delta.as<T>(), g.dq.as<T>(), g.dk.as<T>(), g.dv.as<T>()};
   Backward<T> all(tree, {rule.scale, rule.softcap}, arrays, g.k.shape[0]);
   parallel_for(all.parts * all.kv_heads, 1, threads, backward_parts<T>, &all);
   parallel_for(all.kv_heads * tree.tiles, 1, threads, merge_tiles<T>, &all);
@@ -205,7 +207,7 @@ void tree_attention_forward(const TreeTensors& x, const TensorView& q, const Ten
   check_dense(function, "k_t", k_t, q.dtype, Device::cpu, {kv_heads, rows / tree_tile, dim, tree_tile});
   check_array("v", v, q.dtype, kv_heads, rows, dim);
   check_array("out", out, q.dtype, heads, rows, dim);
-  check_dense(function, "lse", lse, q.dtype, Device::cpu, {heads, rows});
+  check_dense(function, "lse", lse, q.dtype, Device::cpu, {2, heads, rows});
   (q.dtype == DType::f64 ? run_forward<double> : run_forward<float>)(x, q, k_t, v, rule, out, lse, threads);
 }
 
@@ -219,7 +221,7 @@ void tree_attention_backward(const TreeTensors& x, const TreeGradients& g, const
     check_array(argument, *view, g.q.dtype, kv_heads, rows, dim);
   for (const auto& [argument, view] : {std::pair{"k_t", &g.k_t}, {"v_t", &g.v_t}})
     check_dense(function, argument, *view, g.q.dtype, Device::cpu, {kv_heads, rows / tree_tile, dim, tree_tile});
-  check_dense(function, "lse", g.lse, g.q.dtype, Device::cpu, {heads, rows});
+  check_dense(function, "lse", g.lse, g.q.dtype, Device::cpu, {2, heads, rows});
   check_dense(function, "delta", g.delta, g.q.dtype, Device::cpu, {heads, rows});
   (g.q.dtype == DType::f64 ? run_backward<double> : run_backward<float>)(x, g, rule, threads);
 }

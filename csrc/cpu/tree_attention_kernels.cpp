@@ -176,24 +176,28 @@ void forward(const TreeLayout& tree, const TreeScores& scores, const TreeForward
     product<T, true>(weights, side, 1, x.v + at, dim, sums, dim, dim, side);
   }
   T *out = x.out + (head * tree.tiles + query) * tile, *lse = x.lse + (head * tree.tiles + query) * side;
+  T* rest = x.lse_rest + (head * tree.tiles + query) * side;
   for (std::int64_t r = 0; r < side; ++r) {
     const T inverse = query * side + r < tree.tokens ? 1 / totals[r] : T(0);
     for (std::int64_t n = 0; n < dim; n += size) store(out + r * dim + n, load(sums + r * dim + n) * inverse);
-    lse[r] = highest[r] + static_cast<T>(__builtin_log(totals[r]));
+    const double exact = static_cast<double>(highest[r]) + __builtin_log(static_cast<double>(totals[r]));
+    lse[r] = static_cast<T>(exact);
+    rest[r] = static_cast<T>(exact - static_cast<double>(lse[r]));
   }
 }
 
 // Weights p in place of `weights`, and dL/d(q . k) in place of `slopes`, which holds d_out . v.
 template <class T>
 FUSERL_INLINE void gradient_rows(const TreeLayout& tree, const TreeScores& scores, std::int64_t query,
-                                 std::int64_t key, const T* lse, const T* delta, T* weights, T* slopes) {
+                                 std::int64_t key, const T* lse, const T* lse_rest, const T* delta, T* weights,
+                                 T* slopes) {
   constexpr int size = Step<T>::size;
   const bool whole = sees_all(tree, query, key), capped = scores.softcap != 0;
   const T scale = static_cast<T>(scores.scale);
   for (std::int64_t r = 0; r < side; ++r, weights += side, slopes += side) {
     Vector<T> row[vectors<T>], slope[vectors<T>];
     score_row<T>(tree, scores, weights, query * side + r, key, whole, row, capped ? slope : nullptr);
-    for (int n = 0; n < vectors<T>; ++n) row[n] -= lse[r];
+    for (int n = 0; n < vectors<T>; ++n) row[n] = (row[n] - lse[r]) - lse_rest[r];
     exponentiate(row);
     for (int n = 0; n < vectors<T>; ++n) {
       store(weights + n * size, row[n]);
@@ -219,7 +223,8 @@ void backward(const TreeLayout& tree, const TreeScores& scores, const TreeBackwa
         const std::int64_t at = (kv_head * tree.tiles + key) * tile;
         product<T, false>(q, dim, 1, x.k_t + at, side, weights, side, side, dim);
         product<T, false>(d_out, dim, 1, x.v_t + at, side, slopes, side, side, dim);
-        gradient_rows(tree, scores, query, key, x.lse + row * side, x.delta + row * side, weights, slopes);
+        gradient_rows(tree, scores, query, key, x.lse + row * side, x.lse_rest + row * side, x.delta + row * side,
+                      weights, slopes);
         T* dk = key < part.begin ? part.dk + part.place[key] * tile : x.dk + at;
         T* dv = key < part.begin ? part.dv + part.place[key] * tile : x.dv + at;
         product<T, true>(weights, 1, side, d_out, dim, dv, dim, dim, side);

@@ -45,12 +45,12 @@ template <class T>
 struct TreeForward {
   std::int64_t repeat, dim;  // query heads per key head
   const T *q, *k_t, *v;
-  T *out, *lse;
+  T *out, *lse, *lse_rest;  // lse_rest: what rounding took from lse, without which weights would be off by its size
 };
 template <class T>
 struct TreeBackward {
   std::int64_t repeat, dim;
-  const T *q, *k, *k_t, *v_t, *d_out, *lse, *delta;
+  const T *q, *k, *k_t, *v_t, *d_out, *lse, *lse_rest, *delta;
   T *dq, *dk, *dv;
 };
 
