@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fuserl.kernels import tree_segments
+from fuserl.kernels import tree_segments, tree_tiles
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.tree_segments import Layout
 
@@ -138,7 +138,12 @@ def _cpu_backward(d_out, d_lse, q, k, v, out, lse, layout, rule):
     return [_unpadded(gradient, x, x.dtype) for gradient, x in zip(gradients, (q, k, v), strict=True)]
 
 
+def _triton_backward(d_out, d_lse, q, k, v, out, lse, layout, rule):
+    return tree_tiles.backward(d_out, delta(d_out, d_lse, out), q, k, v, lse, layout, rule)
+
+
 IMPLS = {
+    "triton": Implementation(tree_tiles.forward, _triton_backward),
     "cpu": Implementation(_cpu_forward, _cpu_backward),
     "reference": Implementation(reference, _reference_backward),
 }
@@ -146,7 +151,7 @@ IMPLS = {
 
 def _forward(q, k, v, parent, length, *numbers_and_backend):
     *numbers, backend = numbers_and_backend
-    backend = choose(_NAME, IMPLS, q.device, backend)
+    backend = _chosen(q, backend)
     layout = _layout(parent, length, q)
     if layout.tokens == 0:
         return _fake_forward(q)
@@ -163,7 +168,7 @@ def _keeps_rest(q: Tensor) -> bool:
 
 def _backward(d_out, d_lse, q, k, v, out, lse, rest, parent, length, *numbers_and_backend):
     *numbers, backend = numbers_and_backend
-    backend = choose(_NAME, IMPLS, q.device, backend)
+    backend = _chosen(q, backend)
     layout = _layout(parent, length, q)
     if layout.tokens == 0:
         return tuple(torch.zeros_like(x) for x in (q, k, v))
@@ -173,6 +178,17 @@ def _backward(d_out, d_lse, q, k, v, out, lse, rest, parent, length, *numbers_an
     given = [None if x is None else layout.gathered(x) for x in (d_out, d_lse, q, k, v, out, lse)]
     found = IMPLS[backend].backward(*given, layout, Rule(*numbers))
     return tuple(layout.scattered(x) for x in found)
+
+
+def _chosen(q: Tensor, backend: str | None) -> str:
+    backend = choose(_NAME, IMPLS, q.device, backend or ("reference" if _too_wide(q) else None))
+    if backend == "triton" and _too_wide(q):
+        raise RuntimeError(f"{_NAME}: backend 'triton' cannot run on float64: its products have at most 32 bits.")
+    return backend
+
+
+def _too_wide(q: Tensor) -> bool:
+    return q.dtype == torch.float64 and q.device.type != "cpu"
 
 
 def _layout(parent: Tensor, length: Tensor, q: Tensor) -> Layout:

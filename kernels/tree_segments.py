@@ -145,7 +145,7 @@ def _preorder(parent: tuple[int, ...]) -> list[int]:
     if len(found) < len(parent):
         lost = min(set(range(len(parent))) - set(found))
         raise ValueError(
-            f"{_NAME}: parent must lead from every segment to a root; got a circle at segment {lost}. Use -1 for a root."
+            f"{_NAME}: parent must lead from every segment to a root; got a circle at {lost}. Use -1 for a root."
         )
     return found
 

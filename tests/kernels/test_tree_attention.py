@@ -26,7 +26,7 @@ else:
 each_backend = pytest.mark.parametrize("device,backend", BACKENDS)
 cpu_only = pytest.mark.skipif(INTERPRETING, reason="says nothing of Triton, or would take it minutes")
 
-DTYPES = [torch.float32, torch.bfloat16] if INTERPRETING else [torch.float32, torch.bfloat16, torch.float64]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16] if INTERPRETING else [torch.float32, torch.bfloat16, torch.float64]
 SHAPES = [(2, 1, 16), (1, 1, 80)] if INTERPRETING else [(2, 1, 16), (1, 1, 80), (4, 4, 64), (6, 2, 128), (2, 1, 256)]
 SCORES = {
     "plain": {},
@@ -286,7 +286,7 @@ def test_one_layout_for_every_layer():
         ({"v": torch.zeros(3, 2, 8).double()}, "v must be torch.float32"),
         ({"segments": ([-1], [4])}, "length must sum to the tokens of q; got 4 for 3"),
         ({"segments": ([-1, 2], [1, 2])}, "parent must name one of 2 segments"),
-        ({"segments": ([1, 0], [1, 2])}, "got a circle at segment 0"),
+        ({"segments": ([1, 0], [1, 2])}, "got a circle at 0"),
         ({"segments": ([-1, -1], [4, -1])}, "length must not be negative"),
         ({"segments": ([-1], [1, 2])}, r"segments must be two \(S,\) arrays"),
         ({"segments": ([-1],)}, "segments must be"),
