@@ -53,7 +53,7 @@ def _reasons(op: str) -> dict[str, str | None]:
     implemented = import_module(f"fuserl.kernels.{op}").IMPLS
     gpu = "cuda" if machine.machine()["gpus"] else "cpu"
     # Asked about the device each is made for, a backend answers with what this machine lacks.
-    devices = {"cuda": "cuda", "triton": gpu, "cpu": "cpu", "reference": gpu}
+    devices = {"cuda": "cuda", "triton": gpu, "cpu": "cpu", "flash": "cuda", "reference": gpu}
     return {backend: dispatch.why_not(op, implemented, backend, devices[backend]) for backend in dispatch.BACKENDS}
 
 

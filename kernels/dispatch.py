@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")
+BACKENDS = ("cuda", "triton", "cpu", "flash", "reference")
 _ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 
 
@@ -45,6 +45,8 @@ def why_not(op: str, implemented: Iterable[str], backend: str, device_type: str)
         return None
     if backend == "cpu" and device_type != "cpu":
         return "the C++ kernels take CPU tensors."
+    if backend == "flash" and device_type != "cuda":
+        return _import_failure("flash_attn", "pip install flash-attn") or "flash-attn takes CUDA tensors."
     if backend == "cuda" and device_type != "cuda":
         return "the CUDA kernels take CUDA tensors."
     if backend == "triton" and device_type == "cpu" and not _interpreting():
@@ -59,6 +61,7 @@ def backends() -> dict[str, str | None]:
         or (None if torch.cuda.is_available() else "torch sees no CUDA device."),
         "triton": _import_failure("triton", "pip install triton"),
         "cpu": _import_failure("fuserl._C", "reinstall fuserl with a C++17 compiler"),
+        "flash": _import_failure("flash_attn", "pip install flash-attn"),
         "reference": None,
     }
 

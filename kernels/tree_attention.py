@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fuserl.kernels import tree_segments, tree_tiles
+from fuserl.kernels import tree_flash, tree_segments, tree_tiles
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.tree_segments import Layout
 
@@ -145,6 +145,7 @@ def _triton_backward(d_out, d_lse, q, k, v, out, lse, layout, rule):
 IMPLS = {
     "triton": Implementation(tree_tiles.forward, _triton_backward),
     "cpu": Implementation(_cpu_forward, _cpu_backward),
+    "flash": Implementation(tree_flash.forward, tree_flash.backward),
     "reference": Implementation(reference, _reference_backward),
 }
 
@@ -262,7 +263,8 @@ def tree_attention(
         scale: of the scores; D ** -0.5 by default.
         window: a token at position p of its text, counted along its ancestors, sees positions p - window + 1 to p.
         softcap: c makes each score c tanh(score / c).
-        backend: "triton", "cpu" or "reference"; the fastest that runs here by default.
+        backend: "triton", "cpu", "reference", or "flash" (flash-attn, 16 bits, no window and no gradient of lse); by
+            default the fastest of the first three that runs here.
 
     Returns:
         (out, lse): (L, H, D) of q's dtype, and (L, H), float32 (float64 from float64), the log of each softmax's

@@ -17,25 +17,39 @@ from fuserl.kernels.tree_segments import Layout
 
 _PARTS, _LEAST = 8, 4096  # parts of the queries of one tile of keys, and queries that a part has at least
 _NO_WINDOW = 2**31 - 1
-MERGE_LAUNCH = {"num_warps": 4}
+MERGE_LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
 
 
-def launch(dim: int, dtype: torch.dtype) -> dict[str, dict]:
-    """Tile sizes and options of the three kernels with products, for a head dimension and a dtype."""
-    if dtype == torch.float32:
-        forward = backward = (32, 32, 4, 1) if dim <= 64 else (16, 16, 4, 1)
-    elif dim <= 64:
-        forward, backward = (128, 64, 4, 3), (64, 64, 4, 2)
-    elif dim <= 128:
-        forward, backward = (128, 64, 8, 2), (64, 64, 8, 2)
-    else:
-        forward, backward = (64, 32, 8, 2), (32, 32, 8, 1)
+# (queries, keys, warps, stages) of the forward, dq and dk/dv kernels up to a head dimension: what compiles without a
+# register spilled for sm_80, sm_90 and sm_100, and for gfx942, whose wavefronts are twice as wide.
+_HALVES = {
+    64: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 4, 2)),
+    128: ((128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+    256: ((64, 32, 8, 2), (32, 64, 8, 1), (32, 32, 8, 1)),
+}
+_FLOATS = {
+    64: ((16, 16, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
+    128: ((16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
+    256: ((16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
+}
+_AMD_HALVES = {
+    64: ((64, 64, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
+    128: ((128, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
+    256: ((32, 32, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),
+}
+_AMD_FLOATS = dict.fromkeys((64, 128, 256), 3 * ((16, 16, 4, 1),))
 
-    def named(queries: int, keys: int, warps: int, stages: int) -> dict:
-        sizes = {"BLOCK_Q": queries, "BLOCK_K": keys, "BLOCK_D": max(16, 1 << (dim - 1).bit_length())}
-        return {**sizes, "num_warps": warps, "num_stages": stages}
 
-    return {"forward": named(*forward), "queries": named(*backward), "keys": named(*backward)}
+def launch(dim: int, dtype: torch.dtype, amd: bool = torch.version.hip is not None) -> dict[str, dict]:
+    """Tile sizes and options of the three kernels with products."""
+    table = (_AMD_FLOATS if amd else _FLOATS) if dtype == torch.float32 else (_AMD_HALVES if amd else _HALVES)
+    width = max(16, 1 << (dim - 1).bit_length())
+    names = ("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages")
+    rows = table[max(64, width)]
+    return {
+        kernel: {**dict(zip(names, row, strict=True)), "BLOCK_D": width, "enable_fp_fusion": True}
+        for kernel, row in zip(("forward", "queries", "keys"), rows, strict=True)
+    }
 
 
 @triton.jit

@@ -36,12 +36,17 @@ def compile_ahead(kernel, target, types, settings, aligned=()):
 
 
 def resources(compiled):
-    """Registers a thread, bytes of shared memory, and bytes or registers spilled."""
+    """Registers a thread, bytes of shared memory, and bytes or registers spilled; on AMD, how many of those are scalars.
+
+    A scalar register is spilled into a lane of a vector register, not to memory.
+    """
     shared = compiled.metadata.shared
     if "amdgcn" in compiled.asm:
         found = {name: int(re.search(rf"\.{name}:\s+(\d+)", compiled.asm["amdgcn"])[1]) for name in _AMD}
         spills = found["vgpr_spill_count"] + found["sgpr_spill_count"] + found["private_segment_fixed_size"]
-        return {"registers": found["vgpr_count"], "shared": shared, "spills": spills}
+        return {
+            "registers": found["vgpr_count"], "shared": shared, "spills": spills, "scalars": found["sgpr_spill_count"],
+        }  # fmt: skip
     listing = _resource_usage(compiled.asm["cubin"])
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", listing)[1]) for name in ("REG", "STACK", "LOCAL"))
     return {"registers": registers, "shared": shared, "spills": stack + local}
