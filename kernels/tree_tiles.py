@@ -23,7 +23,7 @@ MERGE_LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
 # (queries, keys, warps, stages) of the forward, dq and dk/dv kernels up to a head dimension: what compiles without a
 # register spilled for sm_80, sm_90 and sm_100, and for gfx942, whose wavefronts are twice as wide.
 _HALVES = {
-    64: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 4, 2)),
+    64: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)),
     128: ((128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
     256: ((64, 32, 8, 2), (32, 64, 8, 1), (32, 32, 8, 1)),
 }
@@ -70,7 +70,8 @@ def _score(raw, scale, softcap, CAP: tl.constexpr, EXACT: tl.constexpr):
     if CAP:
         tanh = _tanh(raw * (scale / softcap))
         return tanh * (softcap * unit), 1.0 - tanh * tanh
-    return raw * (scale * unit), 1.0
+    else:
+        return raw * (scale * unit), 1.0
 
 
 @triton.jit

@@ -36,7 +36,7 @@ def compile_ahead(kernel, target, types, settings, aligned=()):
 
 
 def resources(compiled):
-    """Registers a thread, bytes of shared memory, and bytes or registers spilled; on AMD, how many of those are scalars.
+    """Registers a thread, bytes of shared memory, and bytes or registers spilled; on AMD, the scalars among those.
 
     A scalar register is spilled into a lane of a vector register, not to memory.
     """

@@ -65,23 +65,32 @@ def dense(q, k, v, segments, *, scale=None, window=None, softcap=None):
     return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v), scores.logsumexp(-1).mT
 
 
-def plainly(tensors, segments, *, scale=None, window=None, softcap=None, weights=None):
-    """(out, lse, dq, dk, dv) by the equations in plain torch, the weights rounded to the dtype `weights` if given."""
+def plainly(tensors, segments, *, scale=None, window=None, softcap=None, weights=None, anew=False):
+    """(out, lse, dq, dk, dv) by the equations in plain torch, the weights rounded to the dtype `weights` if given.
+
+    anew: the backward makes the scores anew, summed in another order, as a kernel does that keeps the lse only.
+    """
     q, k, v, g, g_lse = tensors
     scale = q.shape[2] ** -0.5 if scale is None else scale
     repeat, seen = q.shape[1] // k.shape[1], mask(segments, window)
     k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
-    scores, slope = torch.einsum("ihd,jhd->hij", q, k) * scale, 1.0
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-        slope = 1 - (scores / softcap).square()
-    scores = scores.masked_fill(~seen, -torch.inf)
+
+    def scored(q, k):
+        raw = torch.einsum("ihd,jhd->hij", q, k) * scale
+        capped = raw if softcap is None else softcap * torch.tanh(raw / softcap)
+        slope = 1.0 if softcap is None else 1 - (capped / softcap).square()
+        return capped.masked_fill(~seen, -torch.inf), slope
+
+    scores, slope = scored(q, k)
     p, lse = scores.softmax(-1), scores.logsumexp(-1)
 
     def rounded(x):
         return x if weights is None else x.to(weights).to(x.dtype)
 
     out = rounded(torch.einsum("hij,jhd->ihd", rounded(p), v))
+    if anew:
+        scores, slope = scored(q.flip(-1), k.flip(-1))
+        p = (scores - lse[..., None]).exp()
     less = (g * out).sum(-1) - g_lse
     ds = p * (torch.einsum("ihd,jhd->hij", g, v) - less.mT[..., None])
     ds = rounded(torch.where(seen, ds * slope, 0.0))

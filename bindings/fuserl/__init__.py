@@ -12,6 +12,7 @@ from importlib.metadata import version as _version
 __version__ = _version("fuserl")
 
 OPS = (
+    "chunked_context_attention",
     "discounted_scan",
     "divergence",
     "gae",

@@ -26,7 +26,9 @@ else:
 each_backend = pytest.mark.parametrize("device,backend", BACKENDS)
 cpu_only = pytest.mark.skipif(INTERPRETING, reason="says nothing of Triton, or would take it minutes")
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16] if INTERPRETING else [torch.float32, torch.bfloat16, torch.float64]
+DTYPES = (
+    [torch.float32, torch.float16, torch.bfloat16] if INTERPRETING else [torch.float32, torch.bfloat16, torch.float64]
+)
 SHAPES = [(2, 1, 16), (1, 1, 80)] if INTERPRETING else [(2, 1, 16), (1, 1, 80), (4, 4, 64), (6, 2, 128), (2, 1, 256)]
 SCORES = {
     "plain": {},
@@ -54,7 +56,8 @@ def compare(tensors, segments, backend, **options):
             torch.testing.assert_close(each, expected, rtol=1e-10, atol=1e-12)
         return
     weights = dtype if backend == "triton" else None
-    plain = plainly([x.float() for x in here], segments, **options, weights=weights)
+    here = [x.float() for x in here]
+    plain = plainly(here, segments, **options, weights=weights, anew=backend == "triton")
     check("out", got[0], truth[0], plain[0], dtype)
     check("lse", got[1], truth[1], plain[1], wide)
     for name, *each in zip(NAMES[2:], got[2:], truth[2:], plain[2:], strict=True):

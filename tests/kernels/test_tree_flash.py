@@ -89,7 +89,7 @@ def test_what_it_cannot_do_is_refused(stand_in):
     q, k, v, *_ = inputs([3], dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="cannot run with a window"):
         tree_attention(q, k, v, ([-1], [3]), window=2)
-    with pytest.raises(RuntimeError, match="cannot run on torch.float32"):
+    with pytest.raises(RuntimeError, match=r"cannot run on torch\.float32"):
         tree_attention(q.float(), k.float(), v.float(), ([-1], [3]))
     leaf = q.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="cannot run backward from lse"):

@@ -1,0 +1,62 @@
+"""The Triton kernels of tree_attention for every machine we name, without one at hand: they compile, none spills."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter and the compiler cannot share a process", allow_module_level=True)
+
+from ahead_of_time import TARGETS, compile_ahead, resources
+
+from fuserl.kernels import tree_tiles
+
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+FOREST = dict.fromkeys(("start_ptr", "parent_ptr", "segment_ptr", "last_ptr", "position_ptr"), "*i32")
+NUMBERS = {**dict.fromkeys(("L", "window", "heads", "repeat"), "i32"), "scale": "fp32", "softcap": "fp32"}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def kernels(target, dtype, dim, cap=False, window=False):
+    """(name, kernel, types of its run-time arguments, its settings) for heads of `dim` numbers of `dtype`."""
+    launch = tree_tiles.launch(dim, DTYPES[dtype], amd=target.startswith("gfx"))
+    tensors = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}")
+    arriving = {"d_out_ptr": f"*{dtype}", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+    switches = {"D": dim, "CAP": cap, "WINDOW": window, "EXACT": dtype == "fp32"}
+    types = {**tensors, "out_ptr": f"*{dtype}", "lse_ptr": "*fp32", **FOREST, **NUMBERS}
+    yield "forward", tree_tiles._forward_kernel, types, {**switches, **launch["forward"]}
+    types = {**tensors, **arriving, "dq_ptr": f"*{dtype}", **FOREST, **NUMBERS}
+    yield "queries", tree_tiles._queries_kernel, types, {**switches, **launch["queries"]}
+    numbers = {"partial_ptr": "*fp32", "item_ptr": "*i32", "last_ptr": "*i32", "position_ptr": "*i32", **NUMBERS}
+    yield "keys", tree_tiles._keys_kernel, {**tensors, **arriving, **numbers}, {**switches, **launch["keys"]}
+    types = {"partial_ptr": "*fp32", "dk_ptr": f"*{dtype}", "dv_ptr": f"*{dtype}", "first_ptr": "*i32"}
+    blocks = {name: launch["keys"][name] for name in ("BLOCK_D", "BLOCK_K")}
+    settings = {"D": dim, **blocks, **tree_tiles.MERGE_LAUNCH}
+    yield "merge", tree_tiles._merge_kernel, {**types, "L": "i32", "kv_heads": "i32"}, settings
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_nothing_is_spilled(target, dim):
+    for name, kernel, types, settings in kernels(target, "bf16", dim):
+        used = resources(compile_ahead(kernel, target, types, settings, [t for t in types if t.endswith("_ptr")]))
+        print(f"{target:7} {name} {settings}: {used}")
+        # On AMD scalars go to lanes of vector registers, which costs an instruction and no memory.
+        assert used["spills"] == used.get("scalars", 0) and used["shared"] <= SHARED[target], f"{name}: {used}"
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype,dim", [("bf16", 80), ("fp16", 128), ("fp32", 128)])
+def test_caps_windows_and_the_other_dtypes_compile(target, dtype, dim):
+    for name, kernel, types, settings in kernels(target, dtype, dim, cap=True, window=True):
+        assert compile_ahead(kernel, target, types, settings).metadata.shared <= SHARED[target], name
+
+
+def test_no_length_is_compiled_in():
+    """Numbers that change from batch to batch are neither constants nor looked at for divisors."""
+    for _, kernel, _, settings in kernels("sm_90", "bf16", 128):
+        changing = {p.name for p in kernel.params} & {"L", "window", "begin", "end"}
+        fixed = {p.name for p in kernel.params if p.is_constexpr or not p.do_not_specialize}
+        assert not changing & fixed and not changing & set(settings)
