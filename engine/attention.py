@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from fuserl.kernels.tree_attention import tree_attention
+
 NAME = "fuserl"
 _WORTH_SHARING = 16  # tokens
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -63,12 +65,16 @@ class Segments:
     _blocks: dict = field(default_factory=dict, repr=False, compare=False)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        """Exact attention, block by block: no score between two trees is ever computed."""
+        """Exact attention, in one kernel or block by block: no score between two trees is ever computed."""
         if query.shape[0] != 1 or query.shape[2] != len(self.position) or key.shape[2] != len(self.position):
             raise ValueError(
                 f"attention: segments must describe the whole input; got {len(self.position)} positions for query "
                 f"{tuple(query.shape)} and key {tuple(key.shape)}. Pass **packed.inputs() and no cache"
             )
+        if query.device.type == "cpu" and query.dtype != torch.float64 and scores.dropout == 0:
+            given = (x[0].transpose(0, 1) for x in (query, key, value))
+            numbers = {"scale": scores.scaling, "window": scores.window, "softcap": scores.softcap}
+            return tree_attention(*given, self, **numbers)[0].transpose(0, 1)[None]
         pieces = [
             dense(query[:, :, asking], _columns(key, seen), _columns(value, seen), mask, scores)
             for asking, seen, mask in self.blocks(scores.window, query.device)

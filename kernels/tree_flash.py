@@ -1,8 +1,8 @@
 """tree_attention by flash-attn: its kernels see one text or one ancestor at a time, and the parts merge by their lse.
 
 The first part is every segment on itself, causally. Then, level by level, each segment of that depth is seen by all
-that descends from it, which in preorder is one stretch right after it. The backward of a part is exact given the lse and
-the output of the whole; a parent's keys are in one part, which sums its gradients once.
+that descends from it, which in preorder is one stretch right after it. The backward of a part is exact, given the lse
+and the output of the whole; a parent's keys are in one part, which sums its gradients once.
 """
 
 from __future__ import annotations
