@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import attention_subjects as attentions
 import divergence_subjects as divergences
 import sequence_subjects as sequences
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from fuserl.engine import bench, machine
 from fuserl.kernels import (
+    chunked_context_attention,
     divergence,
     group_advantage,
     linear_divergence,
@@ -35,6 +37,7 @@ from fuserl.kernels import (
     sampled_divergence,
     token_logprob,
     topk_divergence,
+    tree_attention,
 )
 
 RESULTS = Path(__file__).parent / "results" / "numerics.jsonl"
@@ -282,6 +285,16 @@ SUBJECTS = {
     "sampled_divergence": Subject(
         divergences.samples, divergences.sampled_run, divergences.sampled_eager, sampled_divergence.IMPLS,
         {"usual": "log-ratios of standard deviation 0.1", "near": "of 1e-4", "far": "of 3"}, (torch.float32,),
+    ),
+    "tree_attention": Subject(
+        lambda kind, rows: attentions.group(kind, rows, WIDTH), attentions.tree_attention_run,
+        attentions.tree_attention_eager, tree_attention.IMPLS,
+        {"usual": f"a prompt of 128 tokens and 6 rollouts of 64{attentions.SCORES}", "peaky": "the same at 8"},
+    ),
+    "chunked_context_attention": Subject(
+        lambda kind, rows: attentions.group(kind, rows, WIDTH), attentions.chunked_run,
+        attentions.chunked_eager, chunked_context_attention.IMPLS,
+        {"usual": f"a query and 7 chunks of 64 tokens{attentions.SCORES}", "peaky": "the same at 8"},
     ),
     "group_advantage": Subject(
         rewards_of, group_advantage_run, group_advantage_eager, group_advantage.IMPLS,

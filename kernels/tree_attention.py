@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fuserl.kernels import tree_flash, tree_segments, tree_tiles
 from fuserl.kernels.dispatch import choose
-from fuserl.kernels.tree_segments import Layout
+from fuserl.kernels.tree_segments import Layout, Rule, Saved
 
 _NAME = "tree_attention"
 _NO_WINDOW = 2**31 - 1
@@ -29,16 +29,8 @@ _TILE = 64  # tokens: tree_tile in csrc
 _WIDTH = 16  # the C++ takes head dimensions in multiples of this
 
 
-class Rule(NamedTuple):
-    """The numbers of a call."""
-
-    scale: float
-    window: int | None
-    softcap: float | None
-
-
 class Implementation(NamedTuple):
-    """One backend: (q, k, v, layout, rule) -> (out, lse), and (d_out, d_lse, q, k, v, out, lse, layout, rule) -> d_*.
+    """One backend: (q, k, v, layout, rule) -> (out, lse), and (d_out, d_lse, saved, layout, rule) -> dq, dk, dv.
 
     Tokens are in preorder, and out may have more digits than q. lse is (L, 2, H), rounded and what rounding took from
     it, without which every weight of the backward would be off by its size; d_lse is (L, H), or None for no gradient.
@@ -64,11 +56,11 @@ def reference(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> tu
     return (scores.softmax(-1) @ values).transpose(0, 1).contiguous(), torch.stack([lse, torch.zeros_like(lse)], dim=1)
 
 
-def _reference_backward(d_out, d_lse, q, k, v, out, lse, layout, rule):
+def _reference_backward(d_out, d_lse, saved, layout, rule):
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        leaves = [x.detach().requires_grad_() for x in saved[:3]]
         found, sums = reference(*leaves, layout, rule)
-    d_sums = torch.zeros_like(lse)
+    d_sums = torch.zeros_like(saved.lse)
     if d_lse is not None:
         d_sums[:, 0] = d_lse
     return torch.autograd.grad((found, sums), leaves, (d_out.to(found.dtype), d_sums))
@@ -124,10 +116,10 @@ def _cpu_forward(q, k, v, layout, rule):
     return _unpadded(out, q, out.dtype), lse[..., : len(q)].permute(2, 0, 1).contiguous()
 
 
-def _cpu_backward(d_out, d_lse, q, k, v, out, lse, layout, rule):
+def _cpu_backward(d_out, d_lse, saved, layout, rule):
     from fuserl import _C
 
-    dtype = _accumulator(q)
+    (q, k, v, out, lse), dtype = saved, _accumulator(saved.q)
     queries, keys, values, arriving = (_padded(x, dtype) for x in (q, k, v, d_out))
     less, lse = _padded(delta(d_out, d_lse, out), dtype), _padded(lse.flatten(1), dtype).unflatten(0, (2, -1))
     gradients = [torch.zeros_like(x) for x in (queries, keys, values)]
@@ -138,8 +130,8 @@ def _cpu_backward(d_out, d_lse, q, k, v, out, lse, layout, rule):
     return [_unpadded(gradient, x, x.dtype) for gradient, x in zip(gradients, (q, k, v), strict=True)]
 
 
-def _triton_backward(d_out, d_lse, q, k, v, out, lse, layout, rule):
-    return tree_tiles.backward(d_out, delta(d_out, d_lse, out), q, k, v, lse, layout, rule)
+def _triton_backward(d_out, d_lse, saved, layout, rule):
+    return tree_tiles.backward(d_out, delta(d_out, d_lse, saved.out), saved, layout, rule)
 
 
 IMPLS = {
@@ -167,8 +159,8 @@ def _keeps_rest(q: Tensor) -> bool:
     return q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
 
 
-def _backward(d_out, d_lse, q, k, v, out, lse, rest, parent, length, *numbers_and_backend):
-    *numbers, backend = numbers_and_backend
+def _backward(d_out, d_lse, *saved_and_call):
+    q, k, v, out, lse, rest, parent, length, *numbers, backend = saved_and_call
     backend = _chosen(q, backend)
     layout = _layout(parent, length, q)
     if layout.tokens == 0:
@@ -176,8 +168,9 @@ def _backward(d_out, d_lse, q, k, v, out, lse, rest, parent, length, *numbers_an
     d_out = torch.zeros_like(out) if d_out is None else d_out
     out = out.float() + rest if _keeps_rest(q) else out
     d_lse = None if d_lse is None else d_lse[:, 0]
-    given = [None if x is None else layout.gathered(x) for x in (d_out, d_lse, q, k, v, out, lse)]
-    found = IMPLS[backend].backward(*given, layout, Rule(*numbers))
+    arriving = (None if x is None else layout.gathered(x) for x in (d_out, d_lse))
+    saved = Saved(*(layout.gathered(x) for x in (q, k, v, out, lse)))
+    found = IMPLS[backend].backward(*arriving, saved, layout, Rule(*numbers))
     return tuple(layout.scattered(x) for x in found)
 
 

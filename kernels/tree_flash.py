@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fuserl.kernels.tree_segments import Layout
+from fuserl.kernels.tree_segments import Layout, Rule, Saved
 
 _NAME = "tree_attention"
 
@@ -58,7 +58,7 @@ def _part(from_: Tensor, to: Tensor, key_from: Tensor, key_to: Tensor, causal: b
     return Part(*arrays, int((to - from_).max()), int((key_to - key_from).max()), causal)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor]:
     """out, float32, and lse (L, 2, H)."""
     _check(q, rule)
     flash = importlib.import_module("flash_attn.flash_attn_interface")
@@ -76,8 +76,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule) -> tuple[Tens
     return out, torch.stack([lse, torch.zeros_like(lse)], dim=1)
 
 
-def backward(d_out, d_lse, q, k, v, out, lse, layout: Layout, rule) -> list[Tensor]:
+def backward(d_out: Tensor, d_lse: Tensor | None, saved: Saved, layout: Layout, rule: Rule) -> list[Tensor]:
     """dq, dk and dv."""
+    q, k, v, out, lse = saved
     _check(q, rule)
     if d_lse is not None:
         raise RuntimeError(f"{_NAME}: backend 'flash' cannot run backward from lse: flash-attn has no gradient for it.")
@@ -96,7 +97,7 @@ def backward(d_out, d_lse, q, k, v, out, lse, layout: Layout, rule) -> list[Tens
     return [total.to(x.dtype) for total, x in zip(whole, (q, k, v), strict=True)]
 
 
-def _check(q: Tensor, rule) -> None:
+def _check(q: Tensor, rule: Rule) -> None:
     if rule.window is not None:
         raise RuntimeError(f"{_NAME}: backend 'flash' cannot run with a window: it counts places, not positions.")
     if q.dtype not in (torch.float16, torch.bfloat16):

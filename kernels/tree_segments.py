@@ -14,11 +14,30 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _NAME = "tree_attention"
+
+
+class Rule(NamedTuple):
+    """The numbers of a call of tree_attention."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+class Saved(NamedTuple):
+    """What its backward has of the forward, tokens in preorder; lse is (L, 2, H), rounded and what rounding took."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fuserl.kernels.jit import tl, triton
-from fuserl.kernels.tree_segments import Layout
+from fuserl.kernels.tree_segments import Layout, Rule, Saved
 
 _PARTS, _LEAST = 8, 4096  # parts of the queries of one tile of keys, and queries that a part has at least
 _NO_WINDOW = 2**31 - 1
@@ -344,7 +344,7 @@ def _items(layout: Layout, keys: int, queries: int, device: torch.device) -> tup
     return tuple(x.to(torch.int32).to(device, non_blocking=True) for x in (items, first))
 
 
-def _numbers(q: Tensor, k: Tensor, layout: Layout, rule) -> tuple[list, dict]:
+def _numbers(q: Tensor, k: Tensor, layout: Layout, rule: Rule) -> tuple[list, dict]:
     window = _NO_WINDOW if rule.window is None else min(rule.window, _NO_WINDOW)
     numbers = [layout.tokens, window, q.shape[1], q.shape[1] // k.shape[1], rule.scale, rule.softcap or 1.0]
     switches = {"CAP": rule.softcap is not None, "WINDOW": rule.window is not None, "EXACT": q.dtype == torch.float32}
@@ -356,7 +356,7 @@ def _readable(x: Tensor) -> Tensor:
     return (x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x).contiguous()
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor]:
     """out and lse (L, 2, H)."""
     q, k, v = map(_readable, (q, k, v))
     out, lse = torch.empty_like(q), q.new_empty((len(q), 2, q.shape[1]), dtype=torch.float32)
@@ -368,10 +368,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule) -> tuple[Tens
     return out, lse
 
 
-def backward(d_out, delta, q, k, v, lse, layout: Layout, rule) -> list[Tensor]:
+def backward(d_out: Tensor, delta: Tensor, saved: Saved, layout: Layout, rule: Rule) -> list[Tensor]:
     """dq, dk and dv; delta (L, H) float32."""
-    dtype = q.dtype
-    q, k, v, d_out, lse, delta = map(_readable, (q, k, v, d_out, lse, delta))
+    q, k, v, d_out, lse, delta = map(_readable, (*saved[:3], d_out, saved.lse, delta))
     gradients, (numbers, switches) = [torch.empty_like(x) for x in (q, k, v)], _numbers(q, k, layout, rule)
     settings, (tokens, heads) = launch(q.shape[2], q.dtype), k.shape[:2]
     sizes = settings["queries"]
@@ -388,4 +387,4 @@ def backward(d_out, delta, q, k, v, lse, layout: Layout, rule) -> list[Tensor]:
     )
     blocks = {"D": q.shape[2], "BLOCK_D": sizes["BLOCK_D"], "BLOCK_K": sizes["BLOCK_K"], **MERGE_LAUNCH}
     _merge_kernel[((len(first) - 1) * heads,)](partial, *gradients[1:], first, tokens, heads, **blocks)
-    return [x.to(dtype) for x in gradients]
+    return [x.to(saved.q.dtype) for x in gradients]

@@ -65,10 +65,10 @@ def dense(q, k, v, segments, *, scale=None, window=None, softcap=None):
     return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v), scores.logsumexp(-1).mT
 
 
-def plainly(tensors, segments, *, scale=None, window=None, softcap=None, weights=None, anew=False):
+def plainly(tensors, segments, *, scale=None, window=None, softcap=None, weights=None, order=None):
     """(out, lse, dq, dk, dv) by the equations in plain torch, the weights rounded to the dtype `weights` if given.
 
-    anew: the backward makes the scores anew, summed in another order, as a kernel does that keeps the lse only.
+    order: of the dimensions, in which the backward sums the scores anew, as a kernel does that keeps the lse only.
     """
     q, k, v, g, g_lse = tensors
     scale = q.shape[2] ** -0.5 if scale is None else scale
@@ -88,8 +88,8 @@ def plainly(tensors, segments, *, scale=None, window=None, softcap=None, weights
         return x if weights is None else x.to(weights).to(x.dtype)
 
     out = rounded(torch.einsum("hij,jhd->ihd", rounded(p), v))
-    if anew:
-        scores, slope = scored(q.flip(-1), k.flip(-1))
+    if order is not None:
+        scores, slope = scored(q[..., order], k[..., order])
         p = (scores - lse[..., None]).exp()
     less = (g * out).sum(-1) - g_lse
     ds = p * (torch.einsum("ihd,jhd->hij", g, v) - less.mT[..., None])

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import check, check_rows
 
-from fuserl.kernels import tree_segments
+from fuserl.kernels import tree_segments, tree_tiles
 from fuserl.kernels.tree_attention import IMPLS, tree_attention
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -43,7 +43,8 @@ NAMES = ("out", "lse", "dq", "dk", "dv")
 def compare(tensors, segments, backend, **options):
     """Outputs and gradients of a backend within what the equations err in plain float32 torch on the same values.
 
-    On a GPU products of 16-bit numbers take 16-bit weights: there plain torch rounds its own as well.
+    On a GPU products of 16-bit numbers take 16-bit weights, and the backward makes the scores anew in other tiles:
+    there plain torch does so too, in some order; what it errs in the worst of four counts.
     """
     dtype = tensors[0].dtype
     got = [x.cpu() for x in with_gradients(tree_attention, tensors, segments, backend=backend, **options)]
@@ -55,25 +56,29 @@ def compare(tensors, segments, backend, **options):
         for each, expected in zip(got, truth, strict=True):
             torch.testing.assert_close(each, expected, rtol=1e-10, atol=1e-12)
         return
-    weights = dtype if backend == "triton" else None
     here = [x.float() for x in here]
-    plain = plainly(here, segments, **options, weights=weights, anew=backend == "triton")
-    check("out", got[0], truth[0], plain[0], dtype)
-    check("lse", got[1], truth[1], plain[1], wide)
-    for name, *each in zip(NAMES[2:], got[2:], truth[2:], plain[2:], strict=True):
-        check_rows(name, *each, dtype)
+    plains = [plainly(here, segments, **options)]
+    if backend == "triton":
+        orders = [torch.randperm(here[0].shape[2]) for _ in range(4)]
+        plains = [plainly(here, segments, **options, weights=dtype, order=order) for order in orders]
+    for n, name in enumerate(NAMES):
+        plain = max((each[n] for each in plains), key=lambda x, n=n: (x - truth[n]).norm())
+        if n < 2:
+            check(name, got[n], truth[n], plain, dtype if n == 0 else wide)
+        else:
+            check_rows(name, got[n], truth[n], plain, dtype)
 
 
 @each_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", FORESTS)
+@pytest.mark.parametrize("name", ["groups", "deep", "any_order"] if INTERPRETING else FORESTS)
 def test_equals_the_dense_softmax(name, dtype, device, backend):
     segments = FORESTS[name]
     compare(inputs(segments[1], dtype=dtype, device=device), segments, backend)
 
 
 @each_backend
-@pytest.mark.parametrize("scores", SCORES)
+@pytest.mark.parametrize("scores", ["window", "softcap"] if INTERPRETING else SCORES)
 def test_scores(scores, device, backend):
     for name in ("deep",) if INTERPRETING else ("groups", "deep", "any_order"):
         segments = FORESTS[name]
@@ -84,25 +89,28 @@ def test_scores(scores, device, backend):
 @pytest.mark.parametrize("heads,kv_heads,dim", SHAPES)
 def test_heads_and_head_dims(heads, kv_heads, dim, device, backend):
     segments = FORESTS["group"]
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32,) if INTERPRETING else (torch.float32, torch.bfloat16):
         compare(inputs(segments[1], heads, kv_heads, dim, dtype, device), segments, backend)
 
 
 @each_backend
 def test_random_trees(device, backend):
-    for seed in range(2 if INTERPRETING else 12):
+    for seed in range(1 if INTERPRETING else 12):
         segments = forest(seed)
         options = {"window": 30} if seed % 3 == 2 else {}
         compare(inputs(segments[1], device=device), segments, backend, **options)
 
 
 @each_backend
-def test_a_long_prefix_is_reduced_in_parts(device, backend):
+def test_a_long_prefix_is_reduced_in_parts(device, backend, monkeypatch):
     """More queries than one task of the backward takes, over a prefix that all of them see."""
-    sizes = [70, *[130] * 9] if INTERPRETING else [200, *[100] * 12]
+    monkeypatch.setattr(tree_tiles, "_LEAST", 100)
+    tree_tiles._items.cache_clear()
+    sizes = [70, *[50] * 5] if INTERPRETING else [200, *[100] * 12]
     segments = ([-1, *[0] * (len(sizes) - 2), 1], sizes)
     compare(inputs(sizes, device=device), segments, backend)
     compare(inputs([sum(sizes)], device=device), ([-1], [sum(sizes)]), backend, window=300)
+    tree_tiles._items.cache_clear()
 
 
 @each_backend
@@ -147,10 +155,10 @@ def test_partial_results_merge(device, backend):
 
 @each_backend
 def test_ten_runs_give_the_same_bits(device, backend):
-    sizes = [40, *[30] * 8] if INTERPRETING else [200, *[90] * 12]
+    sizes = [40, *[30] * 3] if INTERPRETING else [200, *[90] * 12]
     segments, tensors = ([-1, *[0] * (len(sizes) - 1)], sizes), inputs(sizes, device=device)
     first = with_gradients(tree_attention, tensors, segments, backend=backend)
-    for _ in range(2 if INTERPRETING else 9):
+    for _ in range(1 if INTERPRETING else 9):
         again = with_gradients(tree_attention, tensors, segments, backend=backend)
         assert all(map(torch.equal, first, again))
 

@@ -9,7 +9,7 @@ from tolerance import check_rows
 
 from fuserl.kernels import tree_attention as module
 from fuserl.kernels import tree_flash, tree_segments
-from fuserl.kernels.tree_attention import IMPLS, Rule, tree_attention
+from fuserl.kernels.tree_attention import IMPLS, tree_attention
 
 
 def stretches(q, k, query_bounds, key_bounds, causal):
@@ -28,15 +28,16 @@ def scores(q, k, bounds, scale, causal, softcap):
     return raw.masked_fill(~stretches(q, k, *bounds, causal), -torch.inf)
 
 
-def flash_forward(q, k, v, query_bounds, key_bounds, longest_q, longest_k, dropout, scale, causal, softcap=0.0):
+def flash_forward(q, k, v, query_bounds, key_bounds, *rest, softcap):
+    longest_q, longest_k, dropout, scale, causal = rest
     s = scores(q, k, (query_bounds, key_bounds), scale, causal, softcap)
     assert longest_q == query_bounds.diff().max() and longest_k == key_bounds.diff().max() and dropout == 0
     values = v.float().repeat_interleave(q.shape[1] // v.shape[1], 1)
     return torch.einsum("hij,jhd->ihd", s.softmax(-1), values).to(q.dtype), s.logsumexp(-1), None, None
 
 
-def flash_backward(d_out, q, k, v, out, lse, dq, dk, dv, query_bounds, key_bounds, *rest):
-    _, _, _, scale, causal, left, right, softcap, alibi, deterministic = rest
+def flash_backward(d_out, q, k, v, out, lse, *rest):
+    dq, dk, dv, query_bounds, key_bounds, _, _, _, scale, causal, left, right, softcap, alibi, deterministic = rest
     assert (left, right, alibi, deterministic) == (-1, -1, None, True)
     with torch.enable_grad():
         leaves = [x.detach().float().requires_grad_() for x in (q, k)]
@@ -100,4 +101,4 @@ def test_without_flash_attn_the_reason_is_said():
     q, k, v, *_ = inputs([3], dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match=r"backend 'flash' cannot run on cpu: .*(pip install flash-attn|CUDA)"):
         tree_attention(q, k, v, ([-1], [3]), backend="flash")
-    assert "flash" in IMPLS and Rule._fields == ("scale", "window", "softcap")
+    assert "flash" in IMPLS

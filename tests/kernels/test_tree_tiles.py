@@ -37,8 +37,11 @@ def kernels(target, dtype, dim, cap=False, window=False):
     yield "merge", tree_tiles._merge_kernel, {**types, "L": "i32", "kv_heads": "i32"}, settings
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dim", [64, 128, 256])
+USUAL = [("sm_90", 64), ("sm_90", 128), ("sm_90", 256), ("sm_80", 128), ("sm_100", 128), ("gfx942", 128)]
+REST = [(target, dim) for target in TARGETS for dim in (64, 256) if target != "sm_90"]
+
+
+@pytest.mark.parametrize("target,dim", [*USUAL, *(pytest.param(*each, marks=pytest.mark.slow) for each in REST)])
 def test_nothing_is_spilled(target, dim):
     for name, kernel, types, settings in kernels(target, "bf16", dim):
         used = resources(compile_ahead(kernel, target, types, settings, [t for t in types if t.endswith("_ptr")]))
@@ -47,8 +50,7 @@ def test_nothing_is_spilled(target, dim):
         assert used["spills"] == used.get("scalars", 0) and used["shared"] <= SHARED[target], f"{name}: {used}"
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-@pytest.mark.parametrize("dtype,dim", [("bf16", 80), ("fp16", 128), ("fp32", 128)])
+@pytest.mark.parametrize("target,dtype,dim", [("sm_90", "bf16", 80), ("sm_90", "fp32", 64), ("gfx942", "fp16", 128)])
 def test_caps_windows_and_the_other_dtypes_compile(target, dtype, dim):
     for name, kernel, types, settings in kernels(target, dtype, dim, cap=True, window=True):
         assert compile_ahead(kernel, target, types, settings).metadata.shared <= SHARED[target], name

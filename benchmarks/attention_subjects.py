@@ -1,0 +1,65 @@
+"""What the numerics page tries the attentions on, a prompt with rollouts and a query with chunks, and plain torch."""
+
+import torch
+from torch import Tensor
+
+from fuserl.kernels.chunked_context_attention import chunked_context_attention
+from fuserl.kernels.tree_attention import tree_attention
+
+HEADS = 4
+SCORES = ", 4 heads of 64, scores of standard deviation 2"
+
+
+def group(kind: str, rows: int, width: int) -> tuple[Tensor, ...]:
+    """Queries, keys, values and gradients, (8 rows, width)."""
+    q, k, v, g = torch.randn(4, 8 * rows, width)
+    return {"usual": 2.0, "peaky": 8.0}[kind] * q, k, v, g
+
+
+def _forest(tokens: int) -> tuple[list[int], list[int]]:
+    """A prompt of a quarter of the tokens, and six rollouts of an eighth."""
+    return [-1, *[0] * 6], [tokens // 4, *[tokens // 8] * 6]
+
+
+def _outputs(attend, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    *leaves, g = (x.unflatten(1, (HEADS, -1)).clone() for x in tensors)
+    leaves = [x.requires_grad_() for x in leaves]
+    out = attend(*leaves)
+    gradients = torch.autograd.grad(out, leaves, g)
+    found = dict(zip(("out", "d_q", "d_k", "d_v"), (out, *gradients), strict=True))
+    return {name: x.flatten(1) for name, x in found.items()}
+
+
+def tree_attention_run(backend: str, *tensors: Tensor) -> dict[str, Tensor]:
+    """The op, and autograd through it."""
+    forest = _forest(len(tensors[0]))
+    return _outputs(lambda *x: tree_attention(*x, forest, backend=backend)[0], tensors)
+
+
+def chunked_run(backend: str, *tensors: Tensor) -> dict[str, Tensor]:
+    """The op on a query of an eighth of the tokens and seven chunks of as many, and autograd through it."""
+    size = len(tensors[0]) // 8
+    return _outputs(lambda *x: chunked_context_attention(*x, [size], [[[size] * 7]], backend=backend)[0], tensors)
+
+
+def tree_attention_eager(*tensors: Tensor) -> dict[str, Tensor]:
+    """Products and the softmax of every score in the dtype, under a mask."""
+    return _eager(_forest(len(tensors[0]))[1], tensors)
+
+
+def chunked_eager(*tensors: Tensor) -> dict[str, Tensor]:
+    """The same for the chunks."""
+    return _eager([len(tensors[0]) // 8] * 8, tensors)
+
+
+def _eager(lengths: list[int], tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    length = torch.tensor(lengths, device=tensors[0].device)
+    owner = torch.repeat_interleave(torch.arange(len(length), device=length.device), length)
+    seen = ((owner[:, None] == owner) | (owner == 0)).tril()
+
+    def attend(q, k, v):
+        scores = torch.einsum("ihd,jhd->hij", q, k) / q.shape[2] ** 0.5
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        return torch.einsum("hij,jhd->ihd", weights, v)
+
+    return _outputs(attend, tensors)
