@@ -39,7 +39,7 @@ def parts(layout: Layout, device: torch.device) -> list[Part]:
     reach = end.clone()
     reach[full] = layout.last[start[full]].long()
     found = [_part(start[full], end[full], start[full], end[full], True, device)]
-    for level in range(int(layout.depth.max()) + 1):
+    for level in range(int(layout.depth.max())):
         here = full & (layout.depth == level) & (reach > end)
         if here.any():
             found.append(_part(end[here], reach[here], start[here], end[here], False, device))

@@ -18,7 +18,10 @@ struct TreeLayout {
   std::int64_t window;           // a query at position p sees keys at positions > p - window
 };
 
-// The tiles of keys of which tile `query` may see anything, from its own down, each once.
+namespace {
+
+// The tiles of keys of which tile `query` may see anything, from its own down, each once. Of internal linkage, as all
+// code that is compiled once per instruction set.
 struct TreeWalk {
   std::int64_t at, segment;
 
@@ -35,6 +38,8 @@ struct TreeWalk {
     }
   }
 };
+
+}  // namespace
 
 struct TreeScores {
   double scale, softcap;  // softcap 0: none

@@ -313,6 +313,37 @@ def test_refuses(change, message):
         tree_attention(**call)
 
 
+def run_on_gpu(lengths):
+    segments = [-1, *[0] * (len(lengths) - 1)], lengths
+    q, k, v, g, _ = inputs(lengths, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, device="cuda")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, _ = tree_attention(*leaves, segments)
+    return torch.autograd.grad(out, leaves, g)
+
+
+@pytest.mark.gpu
+def test_one_compilation_over_twenty_lengths():
+    kernels = (tree_tiles._forward_kernel, tree_tiles._queries_kernel, tree_tiles._keys_kernel)
+    compiled = []
+    for n in range(20):
+        run_on_gpu([64 + 37 * n, *[16 + 5 * m for m in range(n % 7)]])
+        compiled.append([sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels])
+    assert compiled[0] == compiled[-1], f"recompiled: {compiled}"
+
+
+@pytest.mark.gpu
+def test_waits_for_nothing():
+    run_on_gpu([300, 50, 60])
+    segments = [-1, 0, 0], [300, 50, 60]
+    leaves = [x.requires_grad_() for x in inputs(segments[1], 4, 2, 64, torch.bfloat16, "cuda")[:3]]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out, lse = tree_attention(*leaves, segments)
+        (out.float().sum() + lse.sum()).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @cpu_only
 def test_triton_in_the_interpreter():
     pytest.importorskip("triton")
