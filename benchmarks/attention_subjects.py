@@ -1,10 +1,11 @@
 """What the numerics page tries the attentions on, a prompt with rollouts and a query with chunks, and plain torch."""
 
 import torch
+from subject import WIDTH, Subject
 from torch import Tensor
 
-from fuserl.kernels.chunked_context_attention import chunked_context_attention
-from fuserl.kernels.tree_attention import tree_attention
+from fuserl.kernels import chunked_context_attention as chunked
+from fuserl.kernels import tree_attention
 
 HEADS = 4
 SCORES = ", 4 heads of 64, scores of standard deviation 2"
@@ -33,13 +34,16 @@ def _outputs(attend, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
 def tree_attention_run(backend: str, *tensors: Tensor) -> dict[str, Tensor]:
     """The op, and autograd through it."""
     forest = _forest(len(tensors[0]))
-    return _outputs(lambda *x: tree_attention(*x, forest, backend=backend)[0], tensors)
+    return _outputs(lambda *x: tree_attention.tree_attention(*x, forest, backend=backend)[0], tensors)
 
 
 def chunked_run(backend: str, *tensors: Tensor) -> dict[str, Tensor]:
     """The op on a query of an eighth of the tokens and seven chunks of as many, and autograd through it."""
     size = len(tensors[0]) // 8
-    return _outputs(lambda *x: chunked_context_attention(*x, [size], [[[size] * 7]], backend=backend)[0], tensors)
+    return _outputs(
+        lambda *x: chunked.chunked_context_attention(*x, [size], [[[size] * 7]], backend=backend)[0],
+        tensors,
+    )
 
 
 def tree_attention_eager(*tensors: Tensor) -> dict[str, Tensor]:
@@ -63,3 +67,17 @@ def _eager(lengths: list[int], tensors: tuple[Tensor, ...]) -> dict[str, Tensor]
         return torch.einsum("hij,jhd->ihd", weights, v)
 
     return _outputs(attend, tensors)
+
+
+SUBJECTS = {
+    "tree_attention": Subject(
+        lambda kind, rows: group(kind, rows, WIDTH), tree_attention_run,
+        tree_attention_eager, tree_attention.IMPLS,
+        {"usual": f"a prompt of 128 tokens and 6 rollouts of 64{SCORES}", "peaky": "the same at 8"},
+    ),
+    "chunked_context_attention": Subject(
+        lambda kind, rows: group(kind, rows, WIDTH), chunked_run,
+        chunked_eager, chunked.IMPLS,
+        {"usual": f"a query and 7 chunks of 64 tokens{SCORES}", "peaky": "the same at 8"},
+    ),
+}  # fmt: skip

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from subject import VOCABULARY, WIDTH, Subject
 from torch import Tensor
 
-from fuserl.kernels.divergence import divergence
-from fuserl.kernels.linear_divergence import linear_divergence
-from fuserl.kernels.linear_topk_divergence import linear_topk_divergence
-from fuserl.kernels.sampled_divergence import sampled_divergence
-from fuserl.kernels.topk_divergence import topk_divergence
+from fuserl.kernels import (
+    divergence,
+    linear_divergence,
+    linear_topk_divergence,
+    sampled_divergence,
+    topk_divergence,
+)
 
 LISTED = 64
 
@@ -55,7 +58,7 @@ def samples(kind: str, rows: int) -> tuple[Tensor, ...]:
 def divergence_run(backend: str, student: Tensor, teacher: Tensor, g: Tensor) -> dict[str, Tensor]:
     """The op for three kinds, and autograd through it."""
     kinds = ("forward_kl", "reverse_kl", "jensen_shannon")
-    return _each(kinds, student, g, lambda leaf, kind: divergence(leaf, teacher, kind, backend=backend)[0])
+    return _each(kinds, student, g, lambda leaf, kind: divergence.divergence(leaf, teacher, kind, backend=backend)[0])
 
 
 def divergence_eager(student: Tensor, teacher: Tensor, g: Tensor) -> dict[str, Tensor]:
@@ -68,7 +71,7 @@ def topk_run(backend: str, student: Tensor, ids: Tensor, teacher: Tensor, g: Ten
     """The op for both KLs, and autograd through it."""
 
     def ours(leaf, kind):
-        return topk_divergence(leaf, ids, teacher, kind, backend=backend)[0]
+        return topk_divergence.topk_divergence(leaf, ids, teacher, kind, backend=backend)[0]
 
     return _each(("forward_kl", "reverse_kl"), student, g, ours)
 
@@ -82,7 +85,7 @@ def linear_run(backend: str, hidden: Tensor, weight: Tensor, states: Tensor, hea
     """The op for three kinds, and autograd through it."""
 
     def ours(hidden, weight, kind):
-        return linear_divergence(hidden, weight, states, head, kind, backend=backend)[0]
+        return linear_divergence.linear_divergence(hidden, weight, states, head, kind, backend=backend)[0]
 
     return _each_of_states(("forward_kl", "reverse_kl", "jensen_shannon"), hidden, weight, g, ours)
 
@@ -100,7 +103,7 @@ def linear_topk_run(backend: str, hidden: Tensor, weight: Tensor, ids: Tensor, t
     """The op for both KLs, and autograd through it."""
 
     def ours(hidden, weight, kind):
-        return linear_topk_divergence(hidden, weight, ids, teacher, kind, backend=backend)[0]
+        return linear_topk_divergence.linear_topk_divergence(hidden, weight, ids, teacher, kind, backend=backend)[0]
 
     return _each_of_states(("forward_kl", "reverse_kl"), hidden, weight, g, ours)
 
@@ -118,7 +121,7 @@ def sampled_run(backend: str, logprobs: Tensor, reference: Tensor) -> dict[str, 
     """The op for three kinds, and autograd through it."""
 
     def ours(leaf, kind):
-        return sampled_divergence(leaf, reference, kind, backend=backend)
+        return sampled_divergence.sampled_divergence(leaf, reference, kind, backend=backend)
 
     return _each(("k3", "forward_kl", "jensen_shannon"), logprobs, None, ours)
 
@@ -174,3 +177,34 @@ def _plain_buckets(student: Tensor, ids: Tensor, teacher: Tensor, kind: str) -> 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(q || p) as torch names it."""
     return torch.nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+
+
+_NEAR = {
+    "usual": "logits of standard deviation 4, of a student and a teacher at a distance of 1",
+    "near": "the same at a distance of 0.001",
+    "large": "the same at a distance of 1, where the student's is above 4 both moved up by 1e4",
+}  # fmt: skip
+SUBJECTS = {
+    "divergence": Subject(
+        lambda kind, rows: students(kind, rows, VOCABULARY), divergence_run,
+        divergence_eager, divergence.IMPLS, _NEAR,
+    ),
+    "topk_divergence": Subject(
+        lambda kind, rows: listed(kind, rows, VOCABULARY), topk_run,
+        topk_eager, topk_divergence.IMPLS, {"usual": f"{_NEAR['usual']}, whose 64 best tokens are known"},
+    ),
+    "linear_divergence": Subject(
+        lambda kind, rows: pairs(kind, rows, VOCABULARY, WIDTH), linear_run,
+        linear_eager, linear_divergence.IMPLS,
+        {"usual": f"{_NEAR['usual']}, from their states", "near": "the same at a distance of 0.004"},
+    ),
+    "linear_topk_divergence": Subject(
+        lambda kind, rows: listed_pairs(kind, rows, VOCABULARY, WIDTH), linear_topk_run,
+        linear_topk_eager, linear_topk_divergence.IMPLS,
+        {"usual": f"{_NEAR['usual']}, from the student's states and the teacher's 64 best tokens"},
+    ),
+    "sampled_divergence": Subject(
+        samples, sampled_run, sampled_eager, sampled_divergence.IMPLS,
+        {"usual": "log-ratios of standard deviation 0.1", "near": "of 1e-4", "far": "of 3"}, (torch.float32,),
+    ),
+}  # fmt: skip

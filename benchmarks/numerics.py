@@ -13,58 +13,29 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-import attention_subjects as attentions
-import divergence_subjects as divergences
-import sequence_subjects as sequences
+import attention_subjects
+import divergence_subjects
+import sequence_subjects
 import torch
+from subject import FLOATS, VOCABULARY, WIDTH, Subject
 from torch import Tensor
 
 from fuserl.engine import bench, machine
 from fuserl.kernels import (
-    chunked_context_attention,
-    divergence,
     group_advantage,
-    linear_divergence,
     linear_logprob,
     linear_policy_loss,
-    linear_topk_divergence,
     policy_loss,
     sample,
-    sampled_divergence,
     token_logprob,
-    topk_divergence,
-    tree_attention,
 )
 
 RESULTS = Path(__file__).parent / "results" / "numerics.jsonl"
-ROWS, VOCABULARY, WIDTH, TOKENS = 64, 32768, 256, 8192
+ROWS, TOKENS = 64, 8192
 _SOFTCAP = 30.0
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """An op, what it is tried on, and its outputs by name.
-
-    Args:
-        inputs: (kind, rows) -> float32 and integer tensors.
-        run: (backend, *inputs) -> outputs of the op.
-        eager: (*inputs) -> the same outputs by plain torch.
-        implemented: the op's backends.
-        kinds: names of inputs, and what they are.
-        dtypes: that the op takes.
-    """
-
-    inputs: Callable
-    run: Callable
-    eager: Callable
-    implemented: dict
-    kinds: dict[str, str]
-    dtypes: tuple[torch.dtype, ...] = FLOATS
 
 
 def logits_of(kind: str, rows: int) -> tuple[Tensor, ...]:
@@ -238,11 +209,6 @@ _LOGITS = {
     "usual": "logits of standard deviation 4",
     "peaky": "the same, and one token of each row at 30; in every second row it is the chosen one",
 }
-_NEAR = {
-    "usual": "logits of standard deviation 4, of a student and a teacher at a distance of 1",
-    "near": "the same at a distance of 0.001",
-    "large": "the same at a distance of 1, where the student's is above 4 both moved up by 1e4",
-}  # fmt: skip
 SUBJECTS = {
     "token_logprob": Subject(
         logits_of, token_logprob_run, token_logprob_eager, token_logprob.IMPLS,
@@ -264,44 +230,14 @@ SUBJECTS = {
         draws_of, sample_run, sample_eager, sample.IMPLS,
         {"usual": _LOGITS["usual"], "peaky": "the same, and one token of each row at 30"},
     ),
-    "divergence": Subject(
-        lambda kind, rows: divergences.students(kind, rows, VOCABULARY), divergences.divergence_run,
-        divergences.divergence_eager, divergence.IMPLS, _NEAR,
-    ),
-    "topk_divergence": Subject(
-        lambda kind, rows: divergences.listed(kind, rows, VOCABULARY), divergences.topk_run,
-        divergences.topk_eager, topk_divergence.IMPLS, {"usual": f"{_NEAR['usual']}, whose 64 best tokens are known"},
-    ),
-    "linear_divergence": Subject(
-        lambda kind, rows: divergences.pairs(kind, rows, VOCABULARY, WIDTH), divergences.linear_run,
-        divergences.linear_eager, linear_divergence.IMPLS,
-        {"usual": f"{_NEAR['usual']}, from their states", "near": "the same at a distance of 0.004"},
-    ),
-    "linear_topk_divergence": Subject(
-        lambda kind, rows: divergences.listed_pairs(kind, rows, VOCABULARY, WIDTH), divergences.linear_topk_run,
-        divergences.linear_topk_eager, linear_topk_divergence.IMPLS,
-        {"usual": f"{_NEAR['usual']}, from the student's states and the teacher's 64 best tokens"},
-    ),
-    "sampled_divergence": Subject(
-        divergences.samples, divergences.sampled_run, divergences.sampled_eager, sampled_divergence.IMPLS,
-        {"usual": "log-ratios of standard deviation 0.1", "near": "of 1e-4", "far": "of 3"}, (torch.float32,),
-    ),
-    "tree_attention": Subject(
-        lambda kind, rows: attentions.group(kind, rows, WIDTH), attentions.tree_attention_run,
-        attentions.tree_attention_eager, tree_attention.IMPLS,
-        {"usual": f"a prompt of 128 tokens and 6 rollouts of 64{attentions.SCORES}", "peaky": "the same at 8"},
-    ),
-    "chunked_context_attention": Subject(
-        lambda kind, rows: attentions.group(kind, rows, WIDTH), attentions.chunked_run,
-        attentions.chunked_eager, chunked_context_attention.IMPLS,
-        {"usual": f"a query and 7 chunks of 64 tokens{attentions.SCORES}", "peaky": "the same at 8"},
-    ),
     "group_advantage": Subject(
         rewards_of, group_advantage_run, group_advantage_eager, group_advantage.IMPLS,
         {"usual": "rewards of 0 and 1", "near": "0.1 and a spread of 1e-3", "large": "1e4 and a spread of 3"},
         (torch.float32,),
     ),
-    **{op: Subject(**parts) for op, parts in sequences.SUBJECTS.items()},
+    **divergence_subjects.SUBJECTS,
+    **sequence_subjects.SUBJECTS,
+    **attention_subjects.SUBJECTS,
 }  # fmt: skip
 
 

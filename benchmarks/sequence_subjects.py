@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from subject import Subject
 from torch import Tensor
 
 from fuserl.kernels import discounted_scan, gae, segment_sum
@@ -76,7 +77,7 @@ def segment_sum_eager(b: Tensor, _a: Tensor, offsets: Tensor, _g: Tensor) -> dic
 
 
 SUBJECTS = {
-    "discounted_scan": dict(
+    "discounted_scan": Subject(
         inputs=links_of,
         run=discounted_scan_run,
         eager=functools.partial(discounted_scan_run, "reference"),
@@ -84,7 +85,7 @@ SUBJECTS = {
         kinds={"usual": "ragged segments, links between 0.9 and 1", "sums": "the same, links of 1"},
         dtypes=(torch.float32,),
     ),
-    "gae": dict(
+    "gae": Subject(
         inputs=rewards_of,
         run=gae_run,
         eager=gae_eager,
@@ -96,7 +97,7 @@ SUBJECTS = {
         },
         dtypes=(torch.float32,),
     ),
-    "segment_sum": dict(
+    "segment_sum": Subject(
         inputs=links_of,
         run=segment_sum_run,
         eager=segment_sum_eager,
