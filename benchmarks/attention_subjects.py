@@ -1,7 +1,8 @@
 """What the numerics page tries the attentions on, a prompt with rollouts and a query with chunks, and plain torch."""
 
+import subjects
 import torch
-from subject import WIDTH, Subject
+from subjects import Subject
 from torch import Tensor
 
 from fuserl.kernels import chunked_context_attention as chunked
@@ -71,12 +72,12 @@ def _eager(lengths: list[int], tensors: tuple[Tensor, ...]) -> dict[str, Tensor]
 
 SUBJECTS = {
     "tree_attention": Subject(
-        lambda kind, rows: group(kind, rows, WIDTH), tree_attention_run,
+        lambda kind, rows: group(kind, rows, subjects.WIDTH), tree_attention_run,
         tree_attention_eager, tree_attention.IMPLS,
         {"usual": f"a prompt of 128 tokens and 6 rollouts of 64{SCORES}", "peaky": "the same at 8"},
     ),
     "chunked_context_attention": Subject(
-        lambda kind, rows: group(kind, rows, WIDTH), chunked_run,
+        lambda kind, rows: group(kind, rows, subjects.WIDTH), chunked_run,
         chunked_eager, chunked.IMPLS,
         {"usual": f"a query and 7 chunks of 64 tokens{SCORES}", "peaky": "the same at 8"},
     ),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import subjects
 import torch
-from subject import VOCABULARY, WIDTH, Subject
+from subjects import Subject
 from torch import Tensor
 
 from fuserl.kernels import (
@@ -186,20 +187,20 @@ _NEAR = {
 }  # fmt: skip
 SUBJECTS = {
     "divergence": Subject(
-        lambda kind, rows: students(kind, rows, VOCABULARY), divergence_run,
+        lambda kind, rows: students(kind, rows, subjects.VOCABULARY), divergence_run,
         divergence_eager, divergence.IMPLS, _NEAR,
     ),
     "topk_divergence": Subject(
-        lambda kind, rows: listed(kind, rows, VOCABULARY), topk_run,
+        lambda kind, rows: listed(kind, rows, subjects.VOCABULARY), topk_run,
         topk_eager, topk_divergence.IMPLS, {"usual": f"{_NEAR['usual']}, whose 64 best tokens are known"},
     ),
     "linear_divergence": Subject(
-        lambda kind, rows: pairs(kind, rows, VOCABULARY, WIDTH), linear_run,
+        lambda kind, rows: pairs(kind, rows, subjects.VOCABULARY, subjects.WIDTH), linear_run,
         linear_eager, linear_divergence.IMPLS,
         {"usual": f"{_NEAR['usual']}, from their states", "near": "the same at a distance of 0.004"},
     ),
     "linear_topk_divergence": Subject(
-        lambda kind, rows: listed_pairs(kind, rows, VOCABULARY, WIDTH), linear_topk_run,
+        lambda kind, rows: listed_pairs(kind, rows, subjects.VOCABULARY, subjects.WIDTH), linear_topk_run,
         linear_topk_eager, linear_topk_divergence.IMPLS,
         {"usual": f"{_NEAR['usual']}, from the student's states and the teacher's 64 best tokens"},
     ),

@@ -19,8 +19,9 @@ from pathlib import Path
 import attention_subjects
 import divergence_subjects
 import sequence_subjects
+import subjects
 import torch
-from subject import FLOATS, VOCABULARY, WIDTH, Subject
+from subjects import FLOATS, Subject
 from torch import Tensor
 
 from fuserl.engine import bench, machine
@@ -40,7 +41,7 @@ _SOFTCAP = 30.0
 
 def logits_of(kind: str, rows: int) -> tuple[Tensor, ...]:
     """Logits, tokens, and the gradients that come from above."""
-    x, ids = 4 * torch.randn(rows, VOCABULARY), torch.randint(VOCABULARY, (rows,))
+    x, ids = 4 * torch.randn(rows, subjects.VOCABULARY), torch.randint(subjects.VOCABULARY, (rows,))
     if kind == "peaky":
         x.scatter_(1, _peaks(ids)[:, None], 30.0)
     elif kind == "large":
@@ -62,8 +63,11 @@ def token_logprob_eager(logits: Tensor, ids: Tensor, g: Tensor) -> dict[str, Ten
 
 def states_of(kind: str, rows: int) -> tuple[Tensor, ...]:
     """Hidden states, a head, tokens, and what the loss needs of each token."""
-    hidden, weight = torch.randn(rows, WIDTH), torch.randn(VOCABULARY, WIDTH) * 4 / WIDTH**0.5
-    ids = torch.randint(VOCABULARY, (rows,))
+    hidden, weight = (
+        torch.randn(rows, subjects.WIDTH),
+        torch.randn(subjects.VOCABULARY, subjects.WIDTH) * 4 / subjects.WIDTH**0.5,
+    )
+    ids = torch.randint(subjects.VOCABULARY, (rows,))
     if kind == "peaky":
         peaks = weight[_peaks(ids)]
         hidden += peaks * ((30 - (hidden * peaks).sum(1)) / peaks.square().sum(1))[:, None]
@@ -264,7 +268,7 @@ def measured(op: str, kind: str, dtype: torch.dtype, backend: str, *, device="cp
     inputs = subject.inputs(kind, rows or (ROWS if subject.dtypes == FLOATS else TOKENS))
     given = inputs
     if subject.dtypes == FLOATS:  # 16 bits for logits, states and head, and never for numbers of the loss
-        large = [x.is_floating_point() and x.shape[-1] in (VOCABULARY, WIDTH) for x in inputs]
+        large = [x.is_floating_point() and x.shape[-1] in (subjects.VOCABULARY, subjects.WIDTH) for x in inputs]
         given = [x.to(dtype) if wide else x for x, wide in zip(inputs, large, strict=True)]
     truth = subject.run("reference", *(x.double() if x.is_floating_point() else x for x in given))
     there = [x.to(device) for x in given]
@@ -313,7 +317,7 @@ def main(arguments: list[str]) -> None:
 
 def _peaks(ids: Tensor) -> Tensor:
     """Which token stands out in each row: the chosen one in every second, else its neighbour."""
-    return (ids + torch.arange(len(ids)) % 2) % VOCABULARY
+    return (ids + torch.arange(len(ids)) % 2) % subjects.VOCABULARY
 
 
 def _logprobs(leaf: Tensor, g: Tensor, logprob: Tensor, entropy: Tensor) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from subject import Subject
+from subjects import Subject
 from torch import Tensor
 
 from fuserl.kernels import discounted_scan, gae, segment_sum

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import subjects
 import torch
 
 import fuserl
@@ -32,7 +33,7 @@ def test_every_op_is_a_subject():
 
 @pytest.mark.parametrize("op", numerics.SUBJECTS)
 def test_ours_are_small_and_plain_ones_are_seen(op, monkeypatch):
-    monkeypatch.setattr(numerics, "VOCABULARY", 600)
+    monkeypatch.setattr(subjects, "VOCABULARY", 600)
     subject = numerics.SUBJECTS[op]
     for kind in subject.kinds:
         ours = numerics.measured(op, kind, torch.float32, "cpu", rows=16)
@@ -43,14 +44,14 @@ def test_ours_are_small_and_plain_ones_are_seen(op, monkeypatch):
 
 @pytest.mark.parametrize("op", numerics.SUBJECTS)
 def test_plain_torch_means_the_same(op, monkeypatch):
-    monkeypatch.setattr(numerics, "VOCABULARY", 600)
+    monkeypatch.setattr(subjects, "VOCABULARY", 600)
     figures = numerics.measured(op, "usual", torch.float32, "torch", rows=16)
     assert all(each["relative"] < 1e-4 for each in figures.values()), figures
 
 
 @pytest.mark.parametrize("op", ["token_logprob", "linear_policy_loss"])
 def test_in_float64_nothing_is_left(op, monkeypatch):
-    monkeypatch.setattr(numerics, "VOCABULARY", 600)
+    monkeypatch.setattr(subjects, "VOCABULARY", 600)
     for backend in ("cpu", "torch"):
         figures = numerics.measured(op, "usual", torch.float64, backend, rows=16)
         assert all(each["absolute"] < 1e-12 for each in figures.values())
