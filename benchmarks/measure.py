@@ -69,7 +69,7 @@ def _failure(provider: Provider, returned: dict[str, float]) -> str | None:
     """Why a provider is not timed; its first run also warms it up, and leaves the size of what it returns."""
     try:
         result = provider.run()
-        tensors = [result] if isinstance(result, torch.Tensor) else result
+        tensors = [result] if isinstance(result, torch.Tensor) else result or ()
         returned[provider.name] = sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor)) / 1e6
         if provider.gate is not None:
             provider.gate(result)
