@@ -7,8 +7,10 @@ starts the file again, in a process of its own, where the same tests take the Tr
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
+import torch
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETING:
@@ -19,6 +21,17 @@ else:
 each_backend = pytest.mark.parametrize("device,backend", BACKENDS)
 each_fast_backend = pytest.mark.parametrize("device,backend", FAST)
 cpu_only = pytest.mark.skipif(INTERPRETING, reason="says nothing of Triton")
+
+
+@contextmanager
+def threads(count):
+    """Run a block on this many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_interpreted(file, *options):

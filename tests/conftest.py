@@ -8,6 +8,8 @@ import hypothesis
 import pytest
 import torch
 
+from fuserl import _C
+
 # The same examples every time, however slow the machine.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steady")
@@ -24,6 +26,18 @@ def poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=("baseline", "avx2", "avx512"))
+def isa(request):
+    """The name of the instruction set that the C++ runs on: a test that takes it runs on each that the machine has."""
+    best = _C.isa()
+    try:
+        _C.set_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    _C.set_isa(best)
 
 
 def pytest_collection_modifyitems(items):

@@ -6,13 +6,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from backends import INTERPRETING, cpu_only, each_backend, each_fast_backend, run_interpreted
+from backends import INTERPRETING, cpu_only, each_backend, each_fast_backend, run_interpreted, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sequences import RAGGED, SHAPES, TILE, both_dtypes, offsets_of, scan_by_hand
 from tolerance import check
 
-from fuserl import _C
 from fuserl.kernels.discounted_scan import discounted_scan
 
 BACKEND = "triton" if INTERPRETING else "cpu"
@@ -160,24 +159,17 @@ def test_no_underflow_or_overflow_leaks(device, backend):
 
 @cpu_only
 @pytest.mark.parametrize("forward", [False, True])
-def test_threads_and_instruction_sets(forward):
+def test_threads_and_instruction_sets(forward, isa):
     b, a, offsets = inputs(RAGGED, 2)
     truth = scan_by_hand(b, a, offsets, forward=forward)
     plain = scan_by_hand(b, a, offsets, forward=forward, precision=np.float32)
-    best, threads, number = _C.isa(), torch.get_num_threads(), float(a.mean())
-    try:
-        for isa in ("baseline", "avx2", "avx512")[: ("baseline", "avx2", "avx512").index(best) + 1]:
-            _C.set_isa(isa)
-            found = []
-            for count in (1, 2, 5):
-                torch.set_num_threads(count)
-                found += [discounted_scan(b, a, offsets=offsets, forward=forward) for _ in range(4)]
-                found += [discounted_scan(b, number, offsets=offsets, forward=forward) for _ in range(4)]
-            check(isa, found[0], truth, plain, torch.float32)
-            assert all(torch.equal(found[i], found[i % 8 // 4 * 4]) for i in range(len(found)))
-    finally:
-        _C.set_isa(best)
-        torch.set_num_threads(threads)
+    found, number = [], float(a.mean())
+    for count in (1, 2, 5):
+        with threads(count):
+            found += [discounted_scan(b, a, offsets=offsets, forward=forward) for _ in range(4)]
+            found += [discounted_scan(b, number, offsets=offsets, forward=forward) for _ in range(4)]
+    check(isa, found[0], truth, plain, torch.float32)
+    assert all(torch.equal(found[i], found[i % 8 // 4 * 4]) for i in range(len(found)))
 
 
 @cpu_only

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from backends import FAST, INTERPRETING, cpu_only, each_backend, each_fast_backend, run_interpreted
+from backends import FAST, INTERPRETING, cpu_only, each_backend, each_fast_backend, run_interpreted, threads
 from divergences import KINDS, by_hand, with_roundings
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -276,35 +276,22 @@ def test_detached_and_in_place(device, backend):
 def test_runs_threads_and_neighbours_change_nothing(device, backend):
     count = 9 if INTERPRETING else 300
     p, q = pair(count, 1003, device=device)
-    g, threads = torch.randn(2, count, device=device), torch.get_num_threads()
+    g, own = torch.randn(2, count, device=device), torch.get_num_threads()
     whole = run(p, q, g, "jensen_shannon", backend=backend)
-    try:
-        for number in (threads,) if INTERPRETING else (*[threads] * 9, 1, 2, 3):
-            torch.set_num_threads(number)
+    for number in (own,) if INTERPRETING else (*[own] * 9, 1, 2, 3):
+        with threads(number):
             again = run(p, q, g, "jensen_shannon", backend=backend)
-            assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True))
-    finally:
-        torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True))
     for n in (1, 2, 8) if INTERPRETING else (1, 2, 8, 15, 16, 17):
         part = run(p[:n], q[:n], g[:, :n], "jensen_shannon", backend=backend)
         assert all(torch.equal(a, b[:n]) for a, b in zip(part, whole, strict=True))
 
 
 @cpu_only
-def test_every_instruction_set():
-    from fuserl import _C
-
-    best = _C.isa()
-    try:
-        for isa in ("baseline", "avx2", "avx512"):
-            _C.set_isa(isa)
-            for kind in KINDS:
-                compare(*pair(2, 4099), kind, "cpu")
-                compare(*pair(2, 77, dtype=torch.bfloat16), kind, "cpu")
-            if isa == best:
-                break
-    finally:
-        _C.set_isa(best)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_instruction_set(kind, isa):
+    compare(*pair(2, 4099), kind, "cpu")
+    compare(*pair(2, 77, dtype=torch.bfloat16), kind, "cpu")
 
 
 @cpu_only

@@ -5,7 +5,7 @@ Triton takes the same tests under its interpreter, in the process that test_disc
 
 import pytest
 import torch
-from backends import INTERPRETING, cpu_only, each_backend, each_fast_backend
+from backends import INTERPRETING, cpu_only, each_backend, each_fast_backend, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sequences import SHAPES, TILE, both_dtypes, gae_by_hand, offsets_of
@@ -209,14 +209,11 @@ def test_any_lengths(lengths, channels, seed):
 def test_threads_and_ten_runs(device, backend):
     lengths = [6 * TILE + 7, 3, 0]
     rewards, values, beyond, offsets = (x.to(device) for x in inputs(lengths))
-    mask, threads = rewards > -2, torch.get_num_threads()
-    for kept in (None, mask):
-        found = []
+    for mask in (None, rewards > -2):
+        found, options = [], {"offsets": offsets, "bootstrap": beyond, "mask": mask, "backend": backend}
         for run in range(10):
-            torch.set_num_threads((1, 2, 5)[run % 3])
-            found.append(gae(rewards, values, gamma=0.99, lam=0.95, offsets=offsets, bootstrap=beyond, mask=kept,
-                             backend=backend))  # fmt: skip
-        torch.set_num_threads(threads)
+            with threads((1, 2, 5)[run % 3]):
+                found.append(gae(rewards, values, gamma=0.99, lam=0.95, **options))
         assert all(torch.equal(x, y) for each in found for x, y in zip(each, found[0], strict=True))
 
 

@@ -6,7 +6,7 @@ there are; a fixed number of them takes that away, and the last tests say how.
 
 import pytest
 import torch
-from backends import INTERPRETING, run_interpreted
+from backends import INTERPRETING, run_interpreted, threads
 
 from fuserl.kernels import softmax_rows
 from fuserl.kernels.divergence import KINDS, divergence
@@ -120,14 +120,10 @@ def test_neighbours_change_nothing(name, device, backend):
 @native
 @pytest.mark.parametrize("name", BY_ROW)
 def test_threads_change_nothing(name):
-    every, threads = rows(), torch.get_num_threads()
-    whole = BY_ROW[name]("cpu", *every)
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
+    whole = BY_ROW[name]("cpu", *(every := rows()))
+    for count in (1, 2, 3, 7):
+        with threads(count):
             assert equal(BY_ROW[name]("cpu", *every), whole), count
-    finally:
-        torch.set_num_threads(threads)
 
 
 def head(width=96, vocabulary=2003, device="cpu"):
@@ -175,13 +171,13 @@ def test_ten_runs_of_the_head(function, options, device, backend):
 
 
 @native
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("width,vocabulary", [(96, 2003), (576, 4000), (1536, 1000)])
 @pytest.mark.parametrize("function", [by_linear_logprob, by_linear_policy_loss])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_head_told_to_be_invariant(dtype, function, width, vocabulary, threads):
+def test_the_head_told_to_be_invariant(dtype, function, width, vocabulary, number):
     """Outputs and d_hidden of a row, alone and among others, some of which have no gradient, or are masked."""
-    (hidden, weight, ids, g), before = head(width, vocabulary), torch.get_num_threads()
+    hidden, weight, ids, g = head(width, vocabulary)
     hidden, weight, g = hidden.to(dtype), weight.to(dtype), g.masked_fill(torch.arange(ROWS) % 3 == 0, 0.0)
 
     def run(chosen, **options):
@@ -189,8 +185,7 @@ def test_the_head_told_to_be_invariant(dtype, function, width, vocabulary, threa
         found = function("cpu", *given, batch_invariant=True, **options)
         return [x for x in found if x.shape[:1] == ids[chosen].shape]
 
-    try:
-        torch.set_num_threads(threads)
+    with threads(number):
         whole = run(torch.arange(ROWS))
         assert len(whole) >= 3
         for count in COUNTS:
@@ -198,8 +193,6 @@ def test_the_head_told_to_be_invariant(dtype, function, width, vocabulary, threa
             assert equal(run(chosen), [x[chosen] for x in whole]), count
         if function is by_linear_logprob:
             assert equal(run(torch.arange(ROWS), memory=10**9), whole)
-    finally:
-        torch.set_num_threads(before)
 
 
 @native

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import threads
 from tolerance import check, check_rows
 
 from fuserl.kernels import head_products
@@ -88,10 +89,8 @@ def test_all_outputs_together_with_a_temperature_per_token(device, backend):
 @pytest.fixture
 def one_thread():
     """With more, a product's rounding depends on how many rows it has, which is what keeping logits changes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from backends import INTERPRETING, cpu_only, each_backend, run_interpreted
+from backends import INTERPRETING, cpu_only, each_backend, run_interpreted, threads
 from drawn_tokens import CUTS, DTYPES, allowed, grid, names, peaky, uniforms
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,10 +49,8 @@ def test_equals_the_definition(vocabulary, dtype, device, backend):
 
 @cpu_only
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_backends_and_instruction_sets_draw_the_same(dtype):
-    from fuserl import _C
-
-    logits, best = peaky(60, 30_001, dtype), _C.isa()
+def test_backends_and_instruction_sets_draw_the_same(dtype, isa):
+    logits = peaky(60, 30_001, dtype)
     logits[5] = logits[5].round()  # ties
     logits[6] = 0.0
     logits[7] *= 3000
@@ -61,16 +59,9 @@ def test_backends_and_instruction_sets_draw_the_same(dtype):
     temperature[10], temperature[11] = 1e-30, 1e30
     for cuts in (*CUTS, {"temperature": temperature}, {"temperature": temperature, "top_k": 9, "top_p": 0.5}):
         expected = sample(logits, **cuts, **names(60), backend="reference")
-        try:
-            for isa in ("baseline", "avx2", "avx512"):
-                _C.set_isa(isa)
-                got = sample(logits, **cuts, **names(60), backend="cpu")
-                assert torch.equal(got[0], expected[0]), (isa, cuts)
-                assert torch.allclose(torch.stack(got[1:]), torch.stack(expected[1:]), rtol=1e-6, atol=1e-6)
-                if isa == best:
-                    break
-        finally:
-            _C.set_isa(best)
+        got = sample(logits, **cuts, **names(60), backend="cpu")
+        assert torch.equal(got[0], expected[0]), cuts
+        assert torch.allclose(torch.stack(got[1:]), torch.stack(expected[1:]), rtol=1e-6, atol=1e-6)
 
 
 def differing_weights(backend):
@@ -93,18 +84,8 @@ def differing_weights(backend):
 
 
 @cpu_only
-def test_weights_are_the_same_to_the_last_bit():
-    from fuserl import _C
-
-    best = _C.isa()
-    try:
-        for isa in ("baseline", "avx2", "avx512"):
-            _C.set_isa(isa)
-            assert differing_weights("cpu") == 0, isa
-            if isa == best:
-                break
-    finally:
-        _C.set_isa(best)
+def test_weights_are_the_same_to_the_last_bit(isa):
+    assert differing_weights("cpu") == 0
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="asks Triton, in the interpreter")
@@ -181,18 +162,15 @@ def test_a_million_draws(cuts):
 @each_backend
 def test_a_row_does_not_depend_on_the_others_on_threads_or_on_the_run(device, backend):
     rows, vocabulary = (5, 300) if INTERPRETING else (300, 5000)
-    logits, given, threads = peaky(rows, vocabulary).to(device), names(rows, device), torch.get_num_threads()
+    logits, given = peaky(rows, vocabulary).to(device), names(rows, device)
     cuts = {"temperature": 0.8, "top_k": 500, "top_p": 0.9}
     for each in ({}, cuts):
         together = sample(logits, **each, **given, backend=backend)
-        try:
-            for count in (1, 2) if INTERPRETING else (1, 2, 3):
-                torch.set_num_threads(count)
+        for count in (1, 2) if INTERPRETING else (1, 2, 3):
+            with threads(count):
                 for _ in range(1 if INTERPRETING else 4):
                     again = sample(logits, **each, **given, backend=backend)
                     assert all(torch.equal(a, b) for a, b in zip(again, together, strict=True))
-        finally:
-            torch.set_num_threads(threads)
         for size in (1, 3) if INTERPRETING else (1, 2, 8, 15, 16, 17):
             part = {**given, **{name: given[name][-size:] for name in ("rollout_ids", "positions")}}
             some = sample(logits[-size:], **each, **part, backend=backend)

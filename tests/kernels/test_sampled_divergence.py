@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from backends import FAST, INTERPRETING, cpu_only, each_backend, each_fast_backend, run_interpreted
+from backends import FAST, INTERPRETING, cpu_only, each_backend, each_fast_backend, run_interpreted, threads
 from divergences import KINDS, generator
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -155,35 +155,22 @@ def test_none_but_k1_is_negative(seed, apart):
 def test_strides_threads_and_neighbours(device, backend):
     count = 2 * BLOCK + 5 if INTERPRETING else 100_000
     logprobs, ref_logprobs = pair(2, count, device=device)
-    whole, threads = run(logprobs, ref_logprobs, "jensen_shannon", backend=backend), torch.get_num_threads()
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
+    whole = run(logprobs, ref_logprobs, "jensen_shannon", backend=backend)
+    for number in (1, 2, 3):
+        with threads(number):
             again = run(logprobs, ref_logprobs, "jensen_shannon", backend=backend)
-            assert all(map(torch.equal, again, whole))
-    finally:
-        torch.set_num_threads(threads)
+        assert all(map(torch.equal, again, whole))
     for part in ((slice(1, 2), slice(None, None, 3)), (slice(None), slice(17)), (slice(None), slice(-15, None))):
         some = run(logprobs[part], ref_logprobs[part], "jensen_shannon", backend=backend)
         assert all(torch.equal(a, b[part]) for a, b in zip(some, whole, strict=True))
 
 
 @cpu_only
-def test_every_instruction_set():
-    from fuserl import _C
-
-    best = _C.isa()
-    try:
-        for isa in ("baseline", "avx2", "avx512"):
-            _C.set_isa(isa)
-            for kind, options in OPTIONS:
-                for dtype in (torch.float32, torch.float64):
-                    test_equals_the_definition(kind, options, (1003,), dtype, "cpu", "cpu")
-                    test_small_differences_keep_their_digits(kind, options, dtype, "cpu", "cpu")
-            if isa == best:
-                break
-    finally:
-        _C.set_isa(best)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_instruction_set(dtype, isa):
+    for kind, options in OPTIONS:
+        test_equals_the_definition(kind, options, (1003,), dtype, "cpu", "cpu")
+        test_small_differences_keep_their_digits(kind, options, dtype, "cpu", "cpu")
 
 
 @cpu_only
