@@ -6,7 +6,7 @@ Triton takes the same tests under its interpreter, in the process that test_disc
 import numpy as np
 import pytest
 import torch
-from backends import INTERPRETING, cpu_only, each_backend, each_fast_backend
+from backends import INTERPRETING, cpu_only, each_backend, each_fast_backend, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sequences import SHAPES, both_dtypes, each_segment, offsets_of
@@ -75,11 +75,10 @@ def test_gradients(device, backend):
 @cpu_only
 def test_threads_and_ten_runs_of_a_long_segment():
     x, offsets = torch.randn(2, 3 * PART + 50), offsets_of([7, 3 * PART, 0, 43])
-    threads, found = torch.get_num_threads(), []
+    found = []
     for run in range(10):
-        torch.set_num_threads((1, 2, 5)[run % 3])
-        found.append(segment_sum(x, offsets))
-    torch.set_num_threads(threads)
+        with threads((1, 2, 5)[run % 3]):
+            found.append(segment_sum(x, offsets))
     assert all(torch.equal(each, found[0]) for each in found)
     compare(x, offsets, "cpu")
 
