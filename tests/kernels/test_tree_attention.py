@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from backends import threads
 from forests import FORESTS, dense, forest, inputs, plainly, with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -208,26 +209,14 @@ def test_gradcheck():
 
 
 @cpu_only
-def test_every_instruction_set_and_number_of_threads():
-    from fuserl import _C
-
-    segments, best, threads = ([-1, *[0] * 12], [130, *[90] * 12]), _C.isa(), torch.get_num_threads()
+def test_every_instruction_set_and_number_of_threads(isa):
+    segments, found = ([-1, *[0] * 12], [130, *[90] * 12]), []
     tensors = inputs(segments[1], heads=6, kv_heads=2)
-    try:
-        for isa in ("baseline", "avx2", "avx512"):
-            try:
-                _C.set_isa(isa)
-            except ValueError:
-                continue
-            compare(tensors, segments, "cpu", softcap=5.0)
-            found = []
-            for count in (1, 3):
-                torch.set_num_threads(count)
-                found.append(with_gradients(tree_attention, tensors, segments, backend="cpu"))
-            assert all(map(torch.equal, *found))
-    finally:
-        _C.set_isa(best)
-        torch.set_num_threads(threads)
+    compare(tensors, segments, "cpu", softcap=5.0)
+    for count in (1, 3):
+        with threads(count):
+            found.append(with_gradients(tree_attention, tensors, segments, backend="cpu"))
+    assert all(map(torch.equal, *found))
 
 
 @cpu_only
