@@ -52,6 +52,11 @@ def taken_rows(
     return rows, count, max(1, min(chunk or default_chunk(hidden, weight), count))
 
 
+def pieces(begin: int, end: int, chunk: int) -> list[slice]:
+    """The rows from begin to end, `chunk` at a time; fewer in the last."""
+    return [slice(at, min(at + chunk, end)) for at in range(begin, end, chunk)]
+
+
 def rows_alive(coefficients: Tensor, rows: Tensor | None) -> Tensor | None:
     """Those of `rows`, or of all, to which (K, N) coefficients give a gradient."""
     if coefficients.device.type != "cpu":  # elsewhere their number would have to be waited for

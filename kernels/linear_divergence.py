@@ -24,7 +24,7 @@ from fuserl.kernels.divergence import divergence
 from fuserl.kernels.divergence_rows import IMPLS, STATISTICS
 from fuserl.kernels.divergence_terms import Rule, rule
 from fuserl.kernels.head_outputs import Head
-from fuserl.kernels.head_products import HeadProducts, rows_alive, taken_rows
+from fuserl.kernels.head_products import HeadProducts, pieces, rows_alive, taken_rows
 from fuserl.kernels.softmax_rows import accumulator
 
 __all__ = ["IMPLS", "linear_divergence"]
@@ -125,7 +125,7 @@ def _forward(*arguments):
     backend, rows = choose(_NAME, IMPLS, call.hidden_p.device, call.backend), call.rows()
     kept = call.temperatures.new_zeros(STATISTICS, len(call.hidden_p))
     p, q = call.products(rows[0], rows[2])
-    for piece in _pieces(*rows[1:]):
+    for piece in pieces(0, *rows[1:]):
         at = p.row_numbers(piece)
         logits = p.logits(piece)[None], q.logits(piece)[None]
         kept[:, at] = IMPLS[backend][0](*logits, call.temperatures[:, at], call.rule())
@@ -139,7 +139,7 @@ def _backward(g, kept, needs, *arguments):
     count = len(call.hidden_p) if rows is None else len(rows)
     p, q = call.products(rows, max(1, min(chunk, count)), needs)
     both, g = any(needs[3:]), g * p.factor
-    for piece in _pieces(count, chunk):
+    for piece in pieces(0, count, chunk):
         at = p.row_numbers(piece)
         logits = p.logits(piece), q.logits(piece)
         d_p, d_q = _destination(p, piece, None if both else logits[1]), _destination(q, piece) if both else None
@@ -166,10 +166,6 @@ def _accumulate(products: HeadProducts, gradient: Tensor, piece: slice) -> None:
         products.through_tanh(gradient, x, out)
         gradient = out
     products.accumulate(gradient, piece, None)
-
-
-def _pieces(count: int, chunk: int) -> list[slice]:
-    return [slice(at, min(at + chunk, count)) for at in range(0, count, chunk)]
 
 
 def _setup_context(ctx, inputs, output):

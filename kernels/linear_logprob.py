@@ -11,7 +11,7 @@ without a gradient are left out of every product on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from fuserl.kernels import head_outputs, softmax_rows, vocabulary_shards
 from fuserl.kernels.allowed import Allowed, check_lists
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.head_outputs import Head, Outputs
-from fuserl.kernels.head_products import BUCKET, HeadProducts, Lora, taken_rows
+from fuserl.kernels.head_products import BUCKET, HeadProducts, Lora, pieces, taken_rows
 from fuserl.kernels.vocabulary_shards import VocabularyShards
 
 __all__ = ["linear_logprob"]
@@ -122,7 +122,7 @@ def _forward(*arguments):
     rows, count, chunk = call.rows()
     products, kept = call.products(head, rows, chunk, [False] * 5), call.empty_kept()
     statistics = kept.new_zeros(head_outputs.kinds(call.outputs), len(call.ids))
-    for piece in _pieces(0, count, chunk):
+    for piece in pieces(0, count, chunk):
         at = products.row_numbers(piece)
         x = products.logits(piece, kept[piece] if piece.stop <= len(kept) else None)
         statistics[:, at] = head.statistics(x, call.ids, at, call.outputs, backend)
@@ -143,7 +143,7 @@ def _backward(g, statistics, kept, needs, *arguments):
             rows = places if rows is None else rows[places]
             stored, count = int((places < stored).sum()), len(places)
     products = call.products(head, rows, min(chunk, max(1, count)), needs)
-    for piece in (*_pieces(0, stored, chunk), *_pieces(stored, count, chunk)):
+    for piece in (*pieces(0, stored, chunk), *pieces(stored, count, chunk)):
         at = products.row_numbers(piece)
         x, out = products.gradient_buffers(piece)
         if piece.stop > stored:
@@ -153,11 +153,6 @@ def _backward(g, statistics, kept, needs, *arguments):
         head.gradient(x, call.ids, at, statistics[2:4, at], coefficients[:, at], out, backend)
         products.accumulate(out, piece, None)
     return [gradient for gradient, need in zip(products.gradients(), needs, strict=True) if need]
-
-
-def _pieces(begin: int, end: int, chunk: int) -> Iterator[slice]:
-    for at in range(begin, end, chunk):
-        yield slice(at, min(at + chunk, end))
 
 
 def _setup_context(ctx, inputs, output):

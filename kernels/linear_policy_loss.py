@@ -115,17 +115,16 @@ class Call:
     def pieces(self, count: int) -> Iterator[list[slice]]:
         """Slices of the `count` live rows to run together: one per chunk, several for a rollout longer than a chunk."""
         if self.spans is None:
-            for begin in range(0, count, self.chunk):
-                yield [slice(begin, min(begin + self.chunk, count))]
+            yield from ([piece] for piece in head_products.pieces(0, count, self.chunk))
             return
         begin = end = 0
         for first, last in self.spans:
             if last - begin > self.chunk and end > begin:
-                yield _cut(begin, end, self.chunk)
+                yield head_products.pieces(begin, end, self.chunk)
                 begin = first
             end = last
         if end > begin:
-            yield _cut(begin, end, self.chunk)
+            yield head_products.pieces(begin, end, self.chunk)
 
 
 class _OnePass(torch.autograd.Function):
@@ -249,10 +248,6 @@ def _compact(logits: Tensor, alive: Tensor) -> None:
 
 def _chunk(hidden: Tensor, weight: Tensor, chunk: int | None, batch_invariant: bool) -> int:
     return head_products.BUCKET if batch_invariant else chunk or head_products.default_chunk(hidden, weight)
-
-
-def _cut(begin: int, end: int, chunk: int) -> list[slice]:
-    return [slice(at, min(at + chunk, end)) for at in range(begin, end, chunk)]
 
 
 def _call(

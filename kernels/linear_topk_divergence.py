@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fuserl.kernels import head_outputs, topk_divergence
-from fuserl.kernels.head_products import HeadProducts, rows_alive, taken_rows
+from fuserl.kernels.head_products import HeadProducts, pieces, rows_alive, taken_rows
 from fuserl.kernels.softmax_rows import accumulator
 
 __all__ = ["linear_topk_divergence"]
@@ -82,7 +82,7 @@ def _forward(*arguments):
     call = _Call(*arguments)
     rows, count, chunk = call.rows()
     products, (buckets, entropy, statistics) = call.products(rows, chunk), call.results()
-    for piece in _pieces(count, chunk):
+    for piece in pieces(0, count, chunk):
         at = products.row_numbers(piece)
         given = call.ids[at], call.temperature[at], call.backend
         buckets[at], entropy[at], statistics[:, at] = topk_divergence.buckets_of(products.logits(piece), *given, _NAME)
@@ -96,7 +96,7 @@ def _backward(g, g_entropy, buckets, statistics, needs, *arguments):
     count = len(call.hidden) if rows is None else len(rows)
     products = call.products(rows, max(1, min(chunk, count)), needs)
     g, g_entropy = g * products.factor, g_entropy * products.factor
-    for piece in _pieces(count, chunk):
+    for piece in pieces(0, count, chunk):
         at, x = products.row_numbers(piece), products.logits(piece)
         out = products.gradient_buffers(piece)[1]
         topk_divergence.write_gradient(
@@ -105,10 +105,6 @@ def _backward(g, g_entropy, buckets, statistics, needs, *arguments):
         )  # fmt: skip
         products.accumulate(out, piece, None)
     return [gradient for gradient, need in zip(products.gradients(), needs, strict=True) if need]
-
-
-def _pieces(count: int, chunk: int) -> list[slice]:
-    return [slice(at, min(at + chunk, count)) for at in range(0, count, chunk)]
 
 
 def _setup_context(ctx, inputs, output):
