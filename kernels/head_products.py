@@ -59,12 +59,18 @@ def pieces(begin: int, end: int, chunk: int) -> list[slice]:
 
 def rows_alive(coefficients: Tensor, rows: Tensor | None) -> Tensor | None:
     """Those of `rows`, or of all, to which (K, N) coefficients give a gradient."""
+    places = places_alive(coefficients, rows)
+    if places is None:
+        return rows
+    return places if rows is None else rows[places]
+
+
+def places_alive(coefficients: Tensor, rows: Tensor | None = None) -> Tensor | None:
+    """Where among `rows`, or all, those stand to which (K, N) coefficients give a gradient; None for everywhere."""
     if coefficients.device.type != "cpu":  # elsewhere their number would have to be waited for
-        return rows
+        return None
     alive = (coefficients if rows is None else coefficients[:, rows]).any(dim=0)
-    if alive.all():
-        return rows
-    return alive.nonzero().squeeze(-1) if rows is None else rows[alive]
+    return None if alive.all() else alive.nonzero().squeeze(-1)
 
 
 class HeadProducts:

@@ -21,7 +21,7 @@ from fuserl.kernels import head_outputs, softmax_rows, vocabulary_shards
 from fuserl.kernels.allowed import Allowed, check_lists
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.head_outputs import Head, Outputs
-from fuserl.kernels.head_products import BUCKET, HeadProducts, Lora, pieces, taken_rows
+from fuserl.kernels.head_products import BUCKET, HeadProducts, Lora, pieces, places_alive, taken_rows
 from fuserl.kernels.vocabulary_shards import VocabularyShards
 
 __all__ = ["linear_logprob"]
@@ -135,13 +135,10 @@ def _backward(g, statistics, kept, needs, *arguments):
     coefficients = head.coefficients(statistics, dict(zip(call.outputs, g, strict=True)), len(call.weight))
     rows, count, chunk = call.rows()
     stored = count if count <= len(kept) else len(kept) // chunk * chunk  # the forward kept whole chunks only
-    places = None  # in `rows` of those that have a gradient; None for all
-    if call.hidden.device.type == "cpu":  # elsewhere their number would have to be waited for
-        alive = (coefficients if rows is None else coefficients[:, rows]).any(dim=0)
-        if not alive.all():
-            places = alive.nonzero().squeeze(-1)
-            rows = places if rows is None else rows[places]
-            stored, count = int((places < stored).sum()), len(places)
+    places = places_alive(coefficients, rows)
+    if places is not None:
+        rows = places if rows is None else rows[places]
+        stored, count = int((places < stored).sum()), len(places)
     products = call.products(head, rows, min(chunk, max(1, count)), needs)
     for piece in (*pieces(0, stored, chunk), *pieces(stored, count, chunk)):
         at = products.row_numbers(piece)

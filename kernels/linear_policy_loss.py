@@ -216,10 +216,7 @@ def _differentiate(call, statistics, rows, params, d_params, backward):
 
 def _backpropagate(call, products, piece, rows, statistics, coefficients):
     """Turn the chunk's logits into their gradient and add its products; rows without a gradient cost no product."""
-    alive = None
-    if rows.device.type == "cpu":  # elsewhere the count would have to be waited for
-        alive = coefficients.any(dim=0).nonzero().squeeze(-1)
-        alive = None if len(alive) == len(rows) else alive
+    alive = head_products.places_alive(coefficients)
     logits, out = products.gradient_buffers(piece)
     if alive is not None:
         _compact(logits, alive)
