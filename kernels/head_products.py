@@ -73,6 +73,11 @@ def places_alive(coefficients: Tensor, rows: Tensor | None = None) -> Tensor | N
     return None if alive.all() else alive.nonzero().squeeze(-1)
 
 
+def through_tanh(gradient: Tensor, x: Tensor, out: Tensor) -> None:
+    """Write the gradient to u, `inner` apart, from that to x = tanh(inner u); out may be either."""
+    torch.ops.aten.tanh_backward.grad_input(gradient, x, grad_input=out)
+
+
 class HeadProducts:
     """Logits of chunks of (live) rows, and the accumulation of the gradients that come back.
 
@@ -166,10 +171,6 @@ class HeadProducts:
         """The chunk's logits, and where their gradient goes: the same memory, or 16-bit memory for device products."""
         logits = self.buffer[: piece.stop - piece.start]
         return logits, torch.empty_like(logits, dtype=self.hidden.dtype) if self.device_products else logits
-
-    def through_tanh(self, gradient: Tensor, x: Tensor, out: Tensor) -> None:
-        """Write the gradient to u, `inner` apart, from that to x = tanh(inner u); out may be either."""
-        torch.ops.aten.tanh_backward.grad_input(gradient, x, grad_input=out)
 
     def accumulate(self, gradient: Tensor, piece: slice, alive: Tensor | None) -> None:
         """Add the products of a chunk's logit gradient (n, V), whose rows are `alive` of the piece, or all of it."""

@@ -24,7 +24,7 @@ from fuserl.kernels.divergence import divergence
 from fuserl.kernels.divergence_rows import IMPLS, STATISTICS
 from fuserl.kernels.divergence_terms import Rule, rule
 from fuserl.kernels.head_outputs import Head
-from fuserl.kernels.head_products import HeadProducts, pieces, rows_alive, taken_rows
+from fuserl.kernels.head_products import HeadProducts, pieces, rows_alive, taken_rows, through_tanh
 from fuserl.kernels.softmax_rows import accumulator
 
 __all__ = ["IMPLS", "linear_divergence"]
@@ -163,7 +163,7 @@ def _destination(products: HeadProducts, piece: slice, spare: Tensor | None = No
 def _accumulate(products: HeadProducts, gradient: Tensor, piece: slice) -> None:
     if products.inner is not None:
         x, out = products.gradient_buffers(piece)
-        products.through_tanh(gradient, x, out)
+        through_tanh(gradient, x, out)
         gradient = out
     products.accumulate(gradient, piece, None)
 

@@ -20,7 +20,7 @@ from fuserl.kernels.divergence import divergence
 from fuserl.kernels.divergence_rows import IMPLS, STATISTICS
 from fuserl.kernels.divergence_terms import KINDS, Rule, rule
 from fuserl.kernels.head_outputs import Head
-from fuserl.kernels.head_products import HeadProducts
+from fuserl.kernels.head_products import HeadProducts, through_tanh
 from fuserl.kernels.softmax_rows import accumulator
 
 _NAME = "linear_policy_loss"
@@ -94,7 +94,7 @@ class SecondHead:
             IMPLS[self.backend][1](x[None], other[None], *given, list(self.rules.values())[i], out[None], None)
             total = out if total is None else out.add_(total)
         if wanted and self.head.inner is not None:
-            self.products.through_tanh(total, x, total)
+            through_tanh(total, x, total)
         return total
 
     def definition(self, hidden: Tensor, weight: Tensor, head: Head, rows: Tensor) -> dict[str, Tensor]:
