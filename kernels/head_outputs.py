@@ -306,8 +306,7 @@ def check(
     allowed: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Raise ValueError with the first broken contract of the arguments that both ops have."""
-    require = requirer(op)
-    shape = tuple(hidden.shape[:-1])
+    require, shape = requirer(op), tuple(hidden.shape[:-1])
     check_head(op, hidden, weight, bias)
     require(
         ids.shape == shape and ids.dtype == torch.int64 and ids.device == hidden.device,
@@ -332,7 +331,7 @@ def check(
         require(not means, "outputs must be finite where some tokens are not allowed", means, "Leave the means out.")
     if lora is not None:
         _check_lora(require, weight, lora)
-    require(chunk is None or chunk > 0, "chunk must be a positive number of rows", chunk, "Leave it out.")
+    check_chunk(op, chunk)
     require(not (chunk and batch_invariant), "chunk must be left out with batch_invariant", chunk, "It is 64 then.")
 
 
@@ -359,6 +358,11 @@ def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, sid
             f"bias{side} must be ({weight.shape[0]},) of a floating dtype on {weight.device}",
             f"{tuple(bias.shape)} {bias.dtype} on {bias.device}", "Pass the head's own.",
         )  # fmt: skip
+
+
+def check_chunk(op: str, chunk: int | None) -> None:
+    """As `check`, of how many rows are taken at a time."""
+    requirer(op)(chunk is None or chunk > 0, "chunk must be a positive number of rows", chunk, "Leave it out.")
 
 
 def check_mask(op: str, mask: Tensor | None, hidden: Tensor) -> None:

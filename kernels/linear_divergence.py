@@ -305,7 +305,7 @@ def _operands(sides: tuple[_Side, _Side], mask: Tensor | None, detach_q: bool, c
 
 def _check(sides: tuple[_Side, _Side], mask: Tensor | None, chunk: int | None) -> None:
     require, (p, q) = head_outputs.requirer(_NAME), sides
-    require(chunk is None or chunk > 0, "chunk must be a positive number of rows", chunk, "Leave it out.")
+    head_outputs.check_chunk(_NAME, chunk)
     for side, name in ((p, "_p"), (q, "_q")):
         head_outputs.check_head(_NAME, side.hidden, side.weight, side.bias, name)
     tokens = tuple(p.hidden.shape[:-1])

@@ -207,9 +207,7 @@ def linear_topk_divergence(
 def _buckets(hidden, weight, ids, teacher_logprobs, mask, *, chunk, backend, terms) -> tuple[Tensor, Tensor]:
     """The buckets of p, (..., k + 1), and its entropy, of arguments that are checked here."""
     head_outputs.check_head(_NAME, hidden, weight, terms["bias"])
-    head_outputs.requirer(_NAME)(
-        chunk is None or chunk > 0, "chunk must be a positive number of rows", chunk, "Leave it out."
-    )  # fmt: skip
+    head_outputs.check_chunk(_NAME, chunk)
     head_outputs.check_mask(_NAME, mask, hidden)
     rows, dtype = hidden[..., 0], accumulator(hidden.dtype)
     topk_divergence.check_lists(_NAME, ids, teacher_logprobs, rows, len(weight))
