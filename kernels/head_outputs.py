@@ -25,7 +25,7 @@ from torch import Tensor
 from fuserl.kernels import softmax_rows, vocabulary_shards, whole_weight
 from fuserl.kernels.allowed import Allowed, check_form
 from fuserl.kernels.head_products import Lora
-from fuserl.kernels.token_logprob import split_temperature
+from fuserl.kernels.token_logprob import each_temperature, split_temperature
 from fuserl.kernels.vocabulary_shards import VocabularyShards
 
 OUTPUTS = ("logprob", "entropy", "mean_logprob", "sum_sq_prob", "mean_logit", "is_top1")
@@ -84,7 +84,7 @@ class Head:
     def each_temperature(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """What turns x into z in each of all rows, (N,)."""
         number, rows = self.temperatures(slice(None))
-        return torch.full((count,), number, dtype=dtype, device=device) if rows is None else rows
+        return each_temperature(rows, number, count, dtype, device)
 
     def statistics(self, x: Tensor, ids: Tensor, rows: Tensor, outputs: Sequence[str], backend: str) -> Tensor:
         """(K, n) rows of softmax_rows.forward of a chunk, and extra_logprob as the last; K from `kinds`.

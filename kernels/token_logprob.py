@@ -160,6 +160,13 @@ def split_temperature(op: str, temperature: float | Tensor, ids: Tensor) -> tupl
     return temperature.to(ids.device).expand(ids.shape).reshape(-1).contiguous(), 1.0
 
 
+def each_temperature(
+    rows: Tensor | None, number: float, count: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """What `split_temperature` made of one, as a number for each of `count` rows."""
+    return torch.full((count,), number, dtype=dtype, device=device) if rows is None else rows.to(dtype)
+
+
 def _check(logits: Tensor, ids: Tensor) -> None:
     if not logits.is_floating_point() or logits.dim() == 0:
         raise ValueError(
