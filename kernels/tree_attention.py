@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fuserl.kernels import tree_flash, tree_segments, tree_tiles
+from fuserl.kernels import softmax_rows, tree_flash, tree_segments, tree_tiles
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.tree_segments import Layout, Rule, Saved
 
@@ -73,7 +73,7 @@ def delta(d_out: Tensor, d_lse: Tensor | None, out: Tensor) -> Tensor:
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return softmax_rows.accumulator(x.dtype)
 
 
 @functools.lru_cache(maxsize=16)
