@@ -35,20 +35,14 @@ def reference(
     ids: Tensor,
     *,
     outputs: Sequence[str] = ("logprob",),
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float | None = None,
-    lora: tuple[Tensor, Tensor, float] | None = None,
-    extra_ids: Tensor | None = None,
     allowed: tuple[Tensor, Tensor] | None = None,
     mask: Tensor | None = None,
+    **given,
 ) -> Outputs:
-    """The definition: all logits at once, and autograd through them."""
+    """The definition: all logits at once, and autograd through them; `given` as `head_outputs.head_of` takes it."""
     dtype, flat = softmax_rows.accumulator(hidden.dtype), ids.reshape(-1)
-    given = {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale, "lora": lora}
-    given |= {"extra_ids": extra_ids, "allowed": None if allowed is None else Allowed(*allowed)}
-    head = head_outputs.head_of(_NAME, ids, dtype, **given)
+    allowed = None if allowed is None else Allowed(*allowed)
+    head = head_outputs.head_of(_NAME, ids, dtype, allowed=allowed, **given)
     every = head_outputs.definition(
         hidden.reshape(-1, hidden.shape[-1]), weight, flat, torch.arange(len(flat), device=ids.device), head
     )

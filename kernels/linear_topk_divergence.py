@@ -39,7 +39,6 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """The definition: all logits at once, and autograd through them."""
     shape, dtype = hidden.shape[:-1], accumulator(hidden.dtype)
-    given = {"bias": None, "softcap": None, "logit_scale": None, "temperature": 1.0, **given}
     head, rows = head_outputs.head_of(_NAME, hidden[..., 0], dtype, **given), torch.arange(shape.numel())
     z = head_outputs.scaled_logits(hidden.reshape(-1, hidden.shape[-1]), weight, rows.to(hidden.device), head)
     listed = ids if mask is None else torch.where(mask[..., None], ids, torch.arange(ids.shape[-1]).to(ids))
