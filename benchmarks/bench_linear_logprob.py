@@ -2,6 +2,7 @@
 
 import head_rivals
 import torch
+from head_shape import check_gradient, operands
 from measure import Provider, compare
 
 from fuserl.kernels.linear_logprob import linear_logprob, reference
@@ -14,12 +15,8 @@ class Case:
     """Hidden states and a head of the benchmark's shape, and a loss of log-probs and entropies."""
 
     def __init__(self, device, smoke):
-        rows, width, vocabulary = (2048, 576, 49152) if device == "cpu" else (16384, 4096, 128256)
-        if smoke:
-            rows, width, vocabulary = 64, 16, 500
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        self.hidden = torch.randn(rows, width, device=device).to(dtype)
-        self.weight = (torch.randn(vocabulary, width, device=device) * 0.1).to(dtype)
+        self.hidden, self.weight = operands(device, smoke)
+        rows, vocabulary = len(self.hidden), len(self.weight)
         self.ids = torch.randint(vocabulary, (rows,), device=device)
         self.half = torch.arange(rows) % 2 == 0
         self.logits = 4 * rows * vocabulary  # bytes
@@ -83,8 +80,7 @@ class Case:
         gradient, hidden = gradients[0], self.hidden.detach()[:4].double().requires_grad_()
         out = reference(hidden, self.weight.detach().double(), self.ids[:4], outputs=OUTPUTS)
         (truth,) = torch.autograd.grad((out.logprob - coef * out.entropy).sum(), hidden)
-        error = (gradient[:4].double() - truth).norm() / truth.norm()
-        assert error < (1e-2 if gradient.dtype == torch.bfloat16 else 1e-4), f"relative error {error:.1e}"
+        check_gradient(gradient[:4], truth, coarse=1e-2)
 
 
 def test_linear_logprob(benchmark, device, smoke):

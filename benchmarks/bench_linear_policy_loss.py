@@ -2,6 +2,7 @@
 
 import head_rivals
 import torch
+from head_shape import check_gradient, operands
 from measure import Provider, compare
 
 from fuserl.kernels.linear_policy_loss import linear_policy_loss
@@ -13,17 +14,13 @@ class Case:
     """A clipped loss with an entropy bonus over a head of the benchmark's shape; rollouts of 64 tokens."""
 
     def __init__(self, device, smoke):
-        self.rows, self.width, self.vocabulary = (2048, 576, 49152) if device == "cpu" else (16384, 4096, 128256)
-        if smoke:
-            self.rows, self.width, self.vocabulary = 64, 16, 500
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        self.hidden = torch.randn(self.rows, self.width, device=device).to(dtype).requires_grad_()
-        self.weight = (torch.randn(self.vocabulary, self.width, device=device) * 0.1).to(dtype).requires_grad_()
-        self.ids = torch.randint(self.vocabulary, (self.rows,), device=device)
+        self.hidden, self.weight = (x.requires_grad_() for x in operands(device, smoke))
+        self.rows, vocabulary = len(self.hidden), len(self.weight)
+        self.ids = torch.randint(vocabulary, (self.rows,), device=device)
         self.advantages = torch.randn(self.rows // LENGTH, device=device).repeat_interleave(LENGTH)
         self.live = torch.arange(self.rows) % 2 == 0
         head = self.weight.detach().double()
-        self.few = torch.randint(self.vocabulary, (8,), device=device)
+        self.few = torch.randint(vocabulary, (8,), device=device)
         known = [self._known(rows, head) for rows in torch.arange(self.rows, device=device).split(256)]
         logprob, self.entropy, self.few_logp = (torch.cat(column) for column in zip(*known, strict=True))
         self.logprob = logprob
@@ -77,11 +74,8 @@ class Case:
         old = (self.half if half else self.old).double()
 
         def gate(gradients):
-            limit = 2e-2 if self.hidden.dtype == torch.bfloat16 else 1e-4
             for name, got, truth in zip(("d_hidden", "d_weight"), gradients, self._truth(old, coef), strict=False):
-                got = got[:4] if name == "d_hidden" else got[self.few]
-                error = (got.double() - truth).norm() / truth.norm()
-                assert error < limit, f"relative error {error:.1e} of {name}"
+                check_gradient(got[:4] if name == "d_hidden" else got[self.few], truth, of=name)
 
         return gate
 

@@ -1,6 +1,7 @@
 """linear_topk_divergence: against its four bare products, and plain torch on all logits, with the teacher's 64 best."""
 
 import torch
+from head_shape import check_gradient, operands
 from measure import Provider, compare
 
 from fuserl.kernels.linear_topk_divergence import linear_topk_divergence
@@ -24,12 +25,7 @@ class Case:
     """States, a head, and the lists of a teacher not far from them, in the benchmark's shape."""
 
     def __init__(self, device, smoke):
-        rows, width, vocabulary = (2048, 576, 49152) if device == "cpu" else (16384, 4096, 128256)
-        if smoke:
-            rows, width, vocabulary = 64, 16, 500
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        hidden = torch.randn(rows, width, device=device).to(dtype)
-        weight = (torch.randn(vocabulary, width, device=device) * 0.1).to(dtype)
+        hidden, weight = operands(device, smoke)
         near = (hidden + 0.1 * torch.randn_like(hidden)).split(512)
         lists = [(x @ weight.T).float().log_softmax(-1).topk(LISTED) for x in near]
         self.teacher, self.ids = (torch.cat(x) for x in zip(*lists, strict=True))
@@ -53,8 +49,7 @@ class Case:
 
     def right(self, gradient):
         """Compare the gradient of a few rows with float64."""
-        error = (gradient[:4].double() - self.truth).norm() / self.truth.norm()
-        assert error < (2e-2 if gradient.dtype == torch.bfloat16 else 1e-4), f"relative error {error:.1e}"
+        check_gradient(gradient[:4], self.truth)
 
 
 def test_linear_topk_divergence_forward_backward(benchmark, device, smoke):

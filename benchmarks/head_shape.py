@@ -1,0 +1,27 @@
+"""The vocabulary head that the ops from hidden states are timed on, and when a gradient through it is right."""
+
+import torch
+from torch import Tensor
+
+
+def operands(device: str, smoke: bool) -> tuple[Tensor, Tensor]:
+    """Hidden states (N, D) and a head's weight (V, D): a small model's, or on a GPU a large one's in bfloat16."""
+    rows, width, vocabulary = (2048, 576, 49152) if device == "cpu" else (16384, 4096, 128256)
+    if smoke:
+        rows, width, vocabulary = 64, 16, 500
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    hidden, weight = torch.randn(rows, width, device=device), torch.randn(vocabulary, width, device=device) * 0.1
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def check_gradient(got: Tensor, truth: Tensor, *, of: str = "d_hidden", coarse: float = 2e-2) -> None:
+    """Raise AssertionError where got, in norm, is further from a float64 truth than rounding explains.
+
+    Args:
+        got: of any floating dtype.
+        truth: of got's shape.
+        of: what it is the gradient to.
+        coarse: relative error allowed in bfloat16; in any other dtype it is 1e-4.
+    """
+    error = (got.double() - truth).norm() / truth.norm()
+    assert error < (coarse if got.dtype == torch.bfloat16 else 1e-4), f"relative error {error:.1e} of {of}"
