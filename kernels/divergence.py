@@ -18,8 +18,7 @@ from torch import Tensor
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.divergence_rows import IMPLS, STATISTICS, reference
 from fuserl.kernels.divergence_terms import KINDS, Rule, rule
-from fuserl.kernels.softmax_rows import accumulator
-from fuserl.kernels.token_logprob import each_temperature, rows_of, split_temperature
+from fuserl.kernels.token_logprob import row_temperatures, rows_of
 
 __all__ = ["IMPLS", "KINDS", "divergence", "reference"]
 
@@ -156,10 +155,7 @@ def divergence(
     _check(logits_p, logits_q)
     chosen = rule("divergence", kind, beta, alpha)
     temperature_q = temperature if temperature_q is None else temperature_q
-    tokens = logits_p[..., 0]
-    split = (split_temperature("divergence", each, tokens) for each in (temperature, temperature_q))
-    given = tokens.numel(), accumulator(tokens.dtype), tokens.device
-    temperatures = torch.stack([each_temperature(*each, *given) for each in split])
+    temperatures = torch.stack([row_temperatures("divergence", t, logits_p) for t in (temperature, temperature_q)])
     logits_q = logits_q.detach() if detach_q else logits_q
     result = torch.ops.fuserl.divergence(logits_p, logits_q, temperatures, *chosen, inplace_backward, backend)
     return result[0], result[1]

@@ -160,6 +160,13 @@ def split_temperature(op: str, temperature: float | Tensor, ids: Tensor) -> tupl
     return temperature.to(ids.device).expand(ids.shape).reshape(-1).contiguous(), 1.0
 
 
+def row_temperatures(op: str, temperature: float | Tensor, logits: Tensor) -> Tensor:
+    """The temperature of each row of logits (..., V), (N,) in the dtype of their statistics."""
+    rows = logits[..., 0]
+    split = split_temperature(op, temperature, rows)
+    return each_temperature(*split, rows.numel(), softmax_rows.accumulator(rows.dtype), rows.device)
+
+
 def each_temperature(
     rows: Tensor | None, number: float, count: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

@@ -17,7 +17,7 @@ from fuserl.kernels import softmax_rows
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.divergence import divergence
 from fuserl.kernels.softmax_rows import accumulator
-from fuserl.kernels.token_logprob import each_temperature, rows_of, split_temperature
+from fuserl.kernels.token_logprob import row_temperatures, rows_of
 
 __all__ = ["topk_divergence"]
 
@@ -165,9 +165,7 @@ def topk_divergence(
     Memory: k + 5 numbers a row forward; one tensor of the logits' size, the gradient, backward.
     """
     _check(logits, ids, teacher_logprobs)
-    tokens = logits[..., 0]
-    split = split_temperature("topk_divergence", temperature, tokens)
-    temperatures = each_temperature(*split, tokens.numel(), accumulator(tokens.dtype), tokens.device)
+    temperatures = row_temperatures("topk_divergence", temperature, logits)
     buckets, entropy, _ = torch.ops.fuserl.topk_buckets(logits, ids, temperatures, backend)
     given = {"kind": kind, "beta": beta, "alpha": alpha, "backend": backend}
     return from_teacher(buckets, teacher_logprobs, **given), entropy
