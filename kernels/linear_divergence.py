@@ -208,27 +208,13 @@ def _fake_backward(_g, _kept, needs, *arguments):
 
 
 def linear_divergence(
-    hidden_p: Tensor,
-    weight_p: Tensor,
-    hidden_q: Tensor,
-    weight_q: Tensor,
-    kind: str,
-    *,
-    beta: float = 0.5,
-    alpha: float = 0.5,
-    bias_p: Tensor | None = None,
-    bias_q: Tensor | None = None,
-    softcap_p: float | None = None,
-    softcap_q: float | None = None,
-    logit_scale_p: float | None = None,
-    logit_scale_q: float | None = None,
-    temperature: float | Tensor = 1.0,
-    temperature_q: float | Tensor | None = None,
-    detach_q: bool = True,
-    mask: Tensor | None = None,
-    chunk: int | None = None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+    hidden_p: Tensor, weight_p: Tensor, hidden_q: Tensor, weight_q: Tensor, kind: str, *,
+    beta: float = 0.5, alpha: float = 0.5, bias_p: Tensor | None = None, bias_q: Tensor | None = None,
+    softcap_p: float | None = None, softcap_q: float | None = None,
+    logit_scale_p: float | None = None, logit_scale_q: float | None = None,
+    temperature: float | Tensor = 1.0, temperature_q: float | Tensor | None = None,
+    detach_q: bool = True, mask: Tensor | None = None, chunk: int | None = None, backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Divergence of each token's whole distribution p from another's, q, and the entropy of p, from hidden states.
 
         p = softmax(z_p / temperature),    z_p = logit_scale_p (hidden_p @ weight_p.T + bias_p)

@@ -194,25 +194,13 @@ IMPLS = softmax_rows.IMPLS
 
 
 def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    *,
-    outputs: Sequence[str] = ("logprob",),
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float | None = None,
-    lora: tuple[Tensor, Tensor, float] | None = None,
-    extra_ids: Tensor | None = None,
-    allowed: tuple[Tensor, Tensor] | None = None,
-    mask: Tensor | None = None,
-    group: torch.distributed.ProcessGroup | None = None,
-    chunk: int | None = None,
-    memory: int | None = None,
-    batch_invariant: bool = False,
-    backend: str | None = None,
-) -> Outputs:
+    hidden: Tensor, weight: Tensor, ids: Tensor, *,
+    outputs: Sequence[str] = ("logprob",), bias: Tensor | None = None, temperature: float | Tensor = 1.0,
+    softcap: float | None = None, logit_scale: float | None = None, lora: tuple[Tensor, Tensor, float] | None = None,
+    extra_ids: Tensor | None = None, allowed: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None,
+    group: torch.distributed.ProcessGroup | None = None, chunk: int | None = None, memory: int | None = None,
+    batch_invariant: bool = False, backend: str | None = None,
+) -> Outputs:  # fmt: skip
     """Log-probability of each chosen token, entropy and more, from hidden states, without ever holding the logits.
 
         out.logprob = log_softmax(z / temperature)[ids]
@@ -263,10 +251,8 @@ def linear_logprob(
     call = _call(hidden, weight, ids, tuple(outputs), terms, backend=backend, **given)
     with torch.autocast(hidden.device.type, enabled=False):  # the operands are cast; the adapter stays as it is
         found, _, _ = torch.ops.fuserl.linear_logprob(*call)
-    return Outputs(**{
-        name: (row.detach() if name == "is_top1" else row).view(ids.shape)
-        for name, row in zip(outputs, found.unbind(), strict=True)
-    })  # fmt: skip
+    rows = zip(outputs, found.unbind(), strict=True)
+    return Outputs(**{name: (row.detach() if name == "is_top1" else row).view(ids.shape) for name, row in rows})
 
 
 def _call(hidden, weight, ids, outputs, terms, *, mask, chunk, memory, group, batch_invariant, backend) -> _Call:

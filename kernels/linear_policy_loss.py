@@ -301,30 +301,15 @@ IMPLS = {"triton": _OnePass.apply, "cpu": _OnePass.apply, "reference": reference
 
 
 def linear_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    token_loss: Callable,
-    *,
-    outputs: Sequence[str] = ("logprob",),
-    scope: str = "token",
-    offsets: Tensor | None = None,
-    live: Tensor | None = None,
-    params: Sequence[Tensor] = (),
-    grad_weight: Tensor | None = None,
-    group: torch.distributed.ProcessGroup | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float | None = None,
-    temperature: float | Tensor = 1.0,
-    reference: Sequence | None = None,
-    lora: tuple[Tensor, Tensor, float] | None = None,
-    extra_ids: Tensor | None = None,
-    allowed: tuple[Tensor, Tensor] | None = None,
-    chunk: int | None = None,
-    batch_invariant: bool = False,
+    hidden: Tensor, weight: Tensor, ids: Tensor, token_loss: Callable, *,
+    outputs: Sequence[str] = ("logprob",), scope: str = "token", offsets: Tensor | None = None,
+    live: Tensor | None = None, params: Sequence[Tensor] = (), grad_weight: Tensor | None = None,
+    group: torch.distributed.ProcessGroup | None = None, bias: Tensor | None = None, softcap: float | None = None,
+    logit_scale: float | None = None, temperature: float | Tensor = 1.0, reference: Sequence | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None, extra_ids: Tensor | None = None,
+    allowed: tuple[Tensor, Tensor] | None = None, chunk: int | None = None, batch_invariant: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, Outputs, dict[str, Tensor]]:
+) -> tuple[Tensor, Outputs, dict[str, Tensor]]:  # fmt: skip
     """Sum of any per-token loss of the log-probs, from hidden states, with its gradients, in one pass.
 
         loss = sum_n token_loss(out, rows)[n],    out.logprob = log_softmax(z / temperature)[ids]
@@ -332,14 +317,12 @@ def linear_policy_loss(
 
     Args:
         hidden: (N, D) float32, bfloat16, float16 or float64, the state that predicts each token of ids, (N,) int64.
-        weight: (V, D), the head, of hidden's dtype (autocast casts both); its gradient is skipped if it requires none.
-            A DTensor is gathered, and its gradient averaged over the mesh, as FSDP2 does: see `whole_weight`.
+        weight: (V, D), the head, of hidden's dtype, as `linear_logprob` takes it.
         token_loss: called as token_loss(out, rows) with out.<output> (n,) float32 for each requested output and rows
             (n,) int64, their indices in hidden. Returns one loss per row, already normalised, or that and a dict of
             statistics, each (n,), or (1, K) for numbers of the chunk. Evaluated once per chunk under autograd.
-        outputs: what out holds: logprob, entropy, mean_logprob and mean_logit (over the vocabulary, of the scaled
-            logits), sum_sq_prob, is_top1 (1.0 where the token has the largest logit; without gradient), and, with a
-            reference, kinds of `divergence` from it over the whole vocabulary: forward_kl, reverse_kl, ...
+        outputs: what out holds: logprob, entropy, ... as in `linear_logprob`, and, with a reference, kinds of
+            `divergence` from it over the whole vocabulary: forward_kl, reverse_kl, ...
         scope: "token" when a row's loss depends on that row only (checked under FUSERL_DEBUG=1); "rollout" when on its
             rollout's rows, "batch" on all, which token_loss then sees together: beyond a chunk, for one product more.
         offsets: (B + 1,) int64 on the host, rollout b is rows offsets[b] to offsets[b + 1]; for scope "rollout".
@@ -347,21 +330,16 @@ def linear_policy_loss(
             row costs nothing and token_loss never sees it.
         params: trainable tensors that token_loss uses besides out; their gradients are returned to them.
         grad_weight: (V, D) float32, to which d_weight is added during this call, instead of being returned.
-        group: process group that cuts the vocabulary (`vocabulary_shards`): each rank gives its rows of weight, bias,
-            B and grad_weight, and the same of all else; token_loss, run by each on the same bits, must be
-            deterministic. Not with extra_ids, allowed or a reference.
+        group: process group that cuts the vocabulary (`vocabulary_shards`), of grad_weight and B too; token_loss, run
+            by each rank on the same bits, must be deterministic. Not with extra_ids, allowed or a reference.
         bias: (V,), the head's; differentiable.
         softcap, logit_scale, temperature: positive numbers, temperature also (N,); not differentiable.
-        lora: (A, B, scale), (r, D) and (V, r) of a floating dtype and a number: an adapter on the head, whose
-            weight + scale B A is never formed; differentiable in A and B.
+        lora: (A, B, scale), (r, D) and (V, r) of a floating dtype and a number: an adapter, as in `linear_logprob`.
         extra_ids: (N,) int64, a second token per row, whose log-probability is the output extra_logprob.
-        allowed: (ids, offsets), (M,) int64 beside (N + 1,) int64 on the host: row n may choose among
-            ids[offsets[n] : offsets[n + 1]] only, and all outputs are of its softmax over them, as `sample` drew:
-            `kept.kept` makes the lists. Another token has logprob -inf and gradient 0; the two means are refused.
+        allowed: (ids, offsets), (M,) and (N + 1,) int64 on the host: each row's tokens, as in `linear_logprob`.
         reference: hidden (N, D_q) and weight (V, D_q) of a reference or teacher, or a `second_head.Reference`; as data.
         chunk: rows at a time; 512 on CPU; on GPU as many as make 512 MiB of logits, 2048 with group.
-        batch_invariant: give every row the same bits whatever is beside it, in outputs and d_hidden (shown on CPU):
-            products run on 64 rows at a time, which takes about a quarter longer; without chunk.
+        batch_invariant: the same bits for a row whatever is beside it, as in `linear_logprob`; without chunk.
         backend: "triton", "cpu" or "reference" (holds all logits); the fastest that runs here by default.
 
     Returns:
@@ -379,7 +357,6 @@ def linear_policy_loss(
     given = {"scope": scope, "offsets": offsets, "live": live, "grad_weight": grad_weight, "reference": reference}
     given |= {"group": group, "chunk": chunk, "batch_invariant": batch_invariant, "backend": backend}
     call = _call(hidden, weight, ids, token_loss, tuple(outputs), terms, **given)
-    down, up, _ = lora or (None, None, 1.0)
     with torch.autocast(hidden.device.type, enabled=False):
-        loss = IMPLS[call.backend](call, hidden, weight, bias, down, up, *params)
+        loss = IMPLS[call.backend](call, hidden, weight, bias, *(lora or (None, None))[:2], *params)
     return loss, Outputs(**call.out), call.stats
