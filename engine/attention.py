@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from fuserl.engine.families import unsupported
 from fuserl.kernels.tree_attention import tree_attention
 
 NAME = "fuserl"
 _WORTH_SHARING = 16  # tokens
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Arguments that models send along to every attention function and that do not change what attention computes here.
 _IRRELEVANT = {"position_ids", "use_cache", "cache_position", "output_hidden_states", "return_dict", "layer_idx",
                "num_items_in_batch"}  # fmt: skip
@@ -322,7 +322,8 @@ def attention(
         (B, L, H, D), and None in place of the weights.
 
     Raises:
-        ValueError: something in the call would be ignored: an unknown argument, or a padding mask beside `segments`.
+        ValueError: something in the call would be ignored: an unknown argument, or a padding mask beside `segments`; or
+            the model did not pass `segments` on.
     """
     for name, given in others.items():
         harmless = given is None or given is (name == "is_causal") or name in _IRRELEVANT
@@ -340,28 +341,17 @@ def attention(
             )
         _check_window(module, sliding_window)
         return segments.attend(module.layer_idx, query, key, value, scores).transpose(1, 2).contiguous(), None
+    if attention_mask is not None and attention_mask.numel() == 1 < key.shape[2]:
+        raise ValueError(
+            f"attention: segments must arrive with packed input; got None. {type(module).__name__} drops what it does "
+            "not know: use another model"
+        )
     if attention_mask is None and query.shape[2] == 1:
         # A single query comes last: causal, it sees every key.
         attention_mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=query.device)
     elif attention_mask is not None and attention_mask.dtype != torch.bool:
         raise ValueError(f"attention: attention_mask must be bool; got {attention_mask.dtype}. Give True where visible")
     return dense(query, key, value, attention_mask, scores).transpose(1, 2).contiguous(), None
-
-
-def unsupported(model: nn.Module) -> str | None:
-    """Why this model's forward cannot be given `segments`, or None if it can."""
-    config = model.config.get_text_config()
-    types = set(getattr(config, "layer_types", None) or ())
-    if not getattr(model, "_supports_attention_backend", False):
-        return f"{type(model).__name__} does not call attention through transformers' AttentionInterface"
-    if types - _LAYER_TYPES:
-        return f"{type(model).__name__} has layers of type {', '.join(sorted(types - _LAYER_TYPES))}"
-    if getattr(config, "num_kv_shared_layers", 0):
-        return f"{type(model).__name__} shares keys and values between layers"
-    encodes = any(getattr(module, "is_causal", True) is False for module in model.get_decoder().modules())
-    if encodes or getattr(config, "use_bidirectional_attention", False):
-        return f"{type(model).__name__} attends in both directions"
-    return None
 
 
 def attach(model: nn.Module) -> None:

@@ -42,7 +42,7 @@ def load(name: str | None = None, device="cpu", dtype: torch.dtype | None = None
         RuntimeError: a package is missing.
         ValueError: there is no whole causal language model with its tokenizer at `name`.
     """
-    from fuserl.engine import attention
+    from fuserl.engine import attention, families
 
     device = torch.device(device)
     if dtype is None:
@@ -57,8 +57,8 @@ def load(name: str | None = None, device="cpu", dtype: torch.dtype | None = None
             f"load: the tokenizer must have no more tokens than the model has embeddings; {source} has {len(words)} "
             f"tokens and {rows} embeddings. Save the tokenizer there that belongs to the model."
         )
-    if attention.unsupported(model) is None:
-        model.set_attn_implementation("fuserl")
+    if families.unsupported(model) is None:
+        model.set_attn_implementation(attention.NAME)
     return model, words
 
 

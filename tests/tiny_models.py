@@ -6,7 +6,7 @@ import torch
 import transformers
 
 VOCABULARY = 64
-_SIZES = dict(
+SIZES = dict(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
@@ -25,7 +25,7 @@ def model(family="llama", dtype=torch.float32, **changes):
     name, options = FAMILIES[family]
     config = getattr(transformers, f"{name}TextConfig" if family == "gemma3" else f"{name}Config")
     torch.manual_seed(3)
-    made = getattr(transformers, f"{name}ForCausalLM")(config(**{**_SIZES, **options, **changes}))
+    made = getattr(transformers, f"{name}ForCausalLM")(config(**{**SIZES, **options, **changes}))
     for parameter in made.parameters():
         if parameter.dim() > 1:
             parameter.data.mul_(6)
