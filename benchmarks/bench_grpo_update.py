@@ -1,4 +1,4 @@
-"""Forward and backward of a GRPO update of the built-in model: each prompt once for its rollouts, or before every one."""
+"""A GRPO update of the built-in model, forward and backward: each prompt once for its rollouts, or before every one."""
 
 import importlib.util
 
