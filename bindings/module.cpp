@@ -46,11 +46,17 @@ void softmax_rows_gradient(const TensorView& logits, const TensorView& ids, cons
                                      threads, through_tanh);
 }
 
-void group_advantage(const TensorView& rewards, const TensorView& group, const TensorView& out, int baseline, int scale,
-                     int ddof, double eps) {
-  fuserl::check_codes("group_advantage", baseline, scale);
-  fuserl::cpu::group_advantage(rewards, group, out, static_cast<fuserl::Baseline>(baseline),
-                               static_cast<fuserl::Scale>(scale), ddof, eps);
+void group_advantage(const TensorView& rewards, const std::optional<TensorView>& group, const std::optional<TensorView>& rounds,
+                     const std::optional<TensorView>& weights, const std::optional<TensorView>& baselines,
+                     const std::optional<TensorView>& scales, const std::optional<TensorView>& channel_weights,
+                     const TensorView& out, std::int64_t members, int baseline, int scale, int keep,
+                     double given_baseline, double given_scale, int ddof, double eps) {
+  fuserl::check_codes("group_advantage", baseline, scale, keep);
+  const fuserl::AdvantageRule rule{static_cast<fuserl::Baseline>(baseline), static_cast<fuserl::Scale>(scale),
+                                   static_cast<fuserl::Keep>(keep), given_baseline, given_scale, ddof, eps};
+  fuserl::cpu::group_advantage({rewards, pointer(group), pointer(rounds), pointer(weights), pointer(baselines),
+                                pointer(scales), pointer(channel_weights), out, members},
+                               rule);
 }
 
 void policy_loss(const TensorView& logprobs, const TensorView& advantages, const std::optional<TensorView>& old_logprobs,
@@ -162,8 +168,9 @@ PYBIND11_MODULE(_C, m) {
         "statistics"_a, "threads"_a, no_gil());
   m.def("softmax_rows_gradient", softmax_rows_gradient, "logits"_a, "ids"_a, "lse"_a, "coefficients"_a,
         "row_temperature"_a, "temperature"_a, "out"_a, "threads"_a, "through_tanh"_a, no_gil());
-  m.def("group_advantage", group_advantage, "rewards"_a, "group"_a, "out"_a, "baseline"_a, "scale"_a, "ddof"_a, "eps"_a,
-        no_gil());
+  m.def("group_advantage", group_advantage, "rewards"_a, "group"_a, "rounds"_a, "weights"_a, "baselines"_a, "scales"_a,
+        "channel_weights"_a, "out"_a, "members"_a, "baseline"_a, "scale"_a, "keep"_a, "given_baseline"_a,
+        "given_scale"_a, "ddof"_a, "eps"_a, no_gil());
   m.def("policy_loss", policy_loss, "logprobs"_a, "advantages"_a, "old_logprobs"_a, "ref_logprobs"_a, "weights"_a,
         "mask"_a, "low"_a, "high"_a, "dual"_a, "beta"_a, "kl"_a, "losses"_a, "derivative"_a, "statistics"_a,
         "threads"_a, no_gil());

@@ -51,22 +51,25 @@ inline void check_dense(const char* function, const char* argument, const Tensor
     refuse(function, std::string(argument) + " must be contiguous", "a strided view", "Call .contiguous() first.");
 }
 
-// Baseline and scale arrive as numbers from Python.
-inline void check_codes(const char* function, int baseline, int scale) {
-  if (baseline < 0 || baseline > 2)
-    refuse(function, "baseline must be 0 (none), 1 (mean) or 2 (leave one out)", std::to_string(baseline),
+// Names arrive as numbers from Python: those of an advantage's rule,
+inline void check_codes(const char* function, int baseline, int scale, int keep) {
+  if (baseline < 0 || baseline > 3)
+    refuse(function, "baseline must be 0 (given), 1 (mean), 2 (leave one out) or 3 (batch mean)",
+           std::to_string(baseline), "Pass one of them.");
+  if (scale < 0 || scale > 3)
+    refuse(function, "scale must be 0 (given), 1 (group std), 2 (batch std) or 3 (sign)", std::to_string(scale),
            "Pass one of them.");
-  if (scale < 0 || scale > 2)
-    refuse(function, "scale must be 0 (none), 1 (group std) or 2 (batch std)", std::to_string(scale),
-           "Pass one of them.");
+  if (keep < 0 || keep > 2)
+    refuse(function, "keep must be 0 (all), 1 (positive) or 2 (negative)", std::to_string(keep), "Pass one of them.");
 }
 
-// So does the estimator of a divergence.
+// the estimator of a divergence,
 inline void check_kl_code(const char* function, int kl) {
   if (kl < 0 || kl > 3)
     refuse(function, "kl must be 0 (none), 1 (k1), 2 (k2) or 3 (k3)", std::to_string(kl), "Pass one of them.");
 }
 
+// and which divergence.
 inline void check_divergence_code(const char* function, int kind) {
   if (kind < 0 || kind > 4)
     refuse(function, "kind must be 0 to 4, a DivergenceKind", std::to_string(kind), "Pass one of them.");

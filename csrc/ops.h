@@ -5,8 +5,25 @@
 
 namespace fuserl {
 
-enum class Baseline : int { none, mean, leave_one_out };
-enum class Scale : int { none, group_std, batch_std };
+// What a group's advantages are; kernels/group_advantage has the equations. `given` is per reward where a tensor is
+// handed over, else the one number; eps is added to a standard deviation, and to nothing that is given.
+enum class Baseline : int { given, mean, leave_one_out, batch_mean };
+enum class Scale : int { given, group_std, batch_std, sign };
+enum class Keep : int { all, positive, negative };
+struct AdvantageRule {
+  Baseline baseline;
+  Scale scale;
+  Keep keep;
+  double given_baseline, given_scale;
+  int ddof;
+  double eps;
+};
+struct AdvantageTensors {
+  const TensorView& rewards;
+  const TensorView *group, *rounds, *weights, *baselines, *scales, *channel_weights;
+  const TensorView& out;
+  std::int64_t members;  // of each group, where `group` is null
+};
 
 // What bounds the ratio of the policy to the one that sampled: [1 - low, 1 + high], and `dual` where the advantage is
 // negative; infinity is no bound. `beta` weighs the estimator of KL(policy || reference) in the loss.
@@ -71,12 +88,16 @@ void softmax_rows_gradient(const TensorView& logits, const TensorView& ids, cons
                            const TensorView& coefficients, const TensorView* row_temperature, double temperature,
                            const TensorView& out, int threads, bool through_tanh);
 
-// out = (r - baseline) / (scale + eps), statistics over the rollouts of one group (batch_std: of all), in double.
-//   rewards, out  (B,) f32 | f64, the same dtype; may be the same memory
-//   group         (B,) i64 ids in [0, B), any order
-// A group without spread gives exact 0 unless (none, none): out = r; (none, batch_std) asks for spread of the batch.
-void group_advantage(const TensorView& rewards, const TensorView& group, const TensorView& out, Baseline baseline,
-                     Scale scale, int ddof, double eps);
+// out = kept((rewards - baseline) / scale), statistics over the rollouts of one group (batch_*: of all), in double.
+//   rewards          (B,) or (B, C) f32 | f64
+//   group, rounds    (B,) i64, any order, or null: ids in [0, B), else members following each other; any numbers. Two
+//                    rollouts are together where both agree
+//   weights          as rewards, >= 0, or null for 1: of each reward in the mean and the standard deviation
+//   baselines, scales  as rewards, or null for the rule's number
+//   channel_weights  (C,), or null
+//   out              as rewards; with channel_weights (B,), the channels' weighted sum
+// A group without spread gives exact 0 where its mean or its standard deviation is asked for.
+void group_advantage(const AdvantageTensors& tensors, const AdvantageRule& rule);
 
 // losses = weights (policy + beta kl), and the derivative of each loss to its log-prob; equations: kernels/policy_loss.
 //   logprobs, advantages            (N,) f32 | f64; losses, derivative the same
@@ -193,8 +214,7 @@ void tree_attention_backward(const TreeTensors& tree, const TreeGradients& tenso
 namespace cuda {
 
 // As cpu::group_advantage, one launch on `stream`; an id out of range writes NaN, for a check would have to wait.
-void group_advantage(const TensorView& rewards, const TensorView& group, const TensorView& out, Baseline baseline,
-                     Scale scale, int ddof, double eps, void* stream);
+void group_advantage(const AdvantageTensors& tensors, const AdvantageRule& rule, void* stream);
 
 }  // namespace cuda
 }  // namespace fuserl

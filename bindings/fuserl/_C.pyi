@@ -24,7 +24,22 @@ def softmax_rows_gradient(
     through_tanh: bool,
 ) -> None: ...
 def group_advantage(
-    rewards: Tensor, group: Tensor, out: Tensor, baseline: int, scale: int, ddof: int, eps: float
+    rewards: Tensor,
+    group: Tensor | None,
+    rounds: Tensor | None,
+    weights: Tensor | None,
+    baselines: Tensor | None,
+    scales: Tensor | None,
+    channel_weights: Tensor | None,
+    out: Tensor,
+    members: int,
+    baseline: int,
+    scale: int,
+    keep: int,
+    given_baseline: float,
+    given_scale: float,
+    ddof: int,
+    eps: float,
 ) -> None: ...
 def policy_loss(
     logprobs: Tensor,

@@ -1,157 +1,170 @@
 // Advantages within ragged groups, in one launch, without atomics. A warp per rollout: it leaves if an earlier rollout
 // is of its group, which the first look back tells where groups are contiguous; a group's first rollout walks over the
 // batch and writes the whole group. So the work is (number of groups) x B, in a fixed order.
-#include <cmath>
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
-#include "check.h"
+#include "advantage_terms.h"
 #include "cuda/device.cuh"
 #include "cuda/reduce.cuh"
-#include "ops.h"
 
 namespace fuserl::cuda {
 namespace {
 
 constexpr const char* function = "group_advantage";
-constexpr int warps_per_block = 8;
+constexpr int most_warps = 8, shared_bytes = 48 << 10;
 
-struct Rule {
-  Baseline baseline;
-  Scale scale;
-  int ddof;
-  double eps;
+// What the kernel reads, and the out it writes; null as in AdvantageTensors.
+template <class T>
+struct Arrays {
+  const T* rewards;
+  const std::int64_t *group, *rounds;
+  const T *weights, *baselines, *scales, *channel_weights;
+  T* out;
+  int n, channels, members;
 };
 
-struct Moments {
-  double count, sum, mean, std;
-  bool spread;
+// The members of one group: those from `first` on, before `last`, that share its group and its round.
+template <class T>
+struct Members {
+  const Arrays<T>& x;
+  int first, last;
+
+  __device__ Members(const Arrays<T>& arrays, int row) : x(arrays), first(row), last(arrays.n) {
+    if (x.group == nullptr) last = (row / x.members + 1) * x.members;
+  }
+  __device__ bool operator()(int i) const {
+    return (x.group == nullptr || x.group[i] == x.group[first]) &&
+           (x.rounds == nullptr || x.rounds[i] == x.rounds[first]);
+  }
+  __device__ bool any_earlier() const {
+    constexpr int looks = 4;
+    const int begin = x.group == nullptr ? last - x.members : 0;
+    for (int end = first; end > begin; end -= looks * warp_size) {
+      bool found = false;
+#pragma unroll
+      for (int look = 0; look < looks; ++look) {
+        const int i = end - 1 - look * warp_size - lane();
+        found |= i >= begin && (*this)(i);
+      }
+      if (__any_sync(full_warp, found)) return true;
+    }
+    return false;
+  }
 };
 
 struct Everyone {
+  int first, last;
   __device__ bool operator()(int) const { return true; }
 };
 
-struct Members {
-  const std::int64_t* group;
-  std::int64_t id;
-  __device__ bool operator()(int i) const { return group[i] == id; }
-};
+template <class T>
+__device__ double or_number(const T* given, std::int64_t at, double number) {
+  return given ? static_cast<double>(given[at]) : number;
+}
 
-// Two passes from `first` on: the mean, then the squared deviations from it. Spread is told by comparison, for rounding
-// may leave a deviation where all rewards are equal; a NaN counts as spread, for it must show.
 template <class T, class Selected>
-__device__ Moments moments(const T* __restrict__ rewards, int first, int n, Selected selected, int ddof) {
-  int count = 0;
-  double sum = 0;
-  T least = static_cast<T>(INFINITY), most = static_cast<T>(-INFINITY);
+__device__ Moments moments(const Arrays<T>& x, int channel, const Selected& selected, int ddof) {
+  Moments m;
 #pragma unroll 4
-  for (int i = first + lane(); i < n; i += warp_size) {
-    const T r = rewards[i];
-    if (!selected(i)) continue;
-    ++count;
-    sum += static_cast<double>(r);
-    least = r < least ? r : least;
-    most = r > most ? r : most;
+  for (int i = selected.first + lane(); i < selected.last; i += warp_size) {
+    const std::int64_t at = static_cast<std::int64_t>(i) * x.channels + channel;
+    if (selected(i)) m.add(static_cast<double>(x.rewards[at]), or_number(x.weights, at, 1.0));
   }
-  count = warp_sum(count);
-  sum = warp_sum(sum);
-  const double mean = sum / count;
-  double squares = 0;
+  m.weight = warp_sum(m.weight);
+  m.weight_sq = warp_sum(m.weight_sq);
+  m.sum = warp_sum(m.sum);
+  m.least = warp_min(m.least);
+  m.most = warp_max(m.most);
+  m.set_mean();
 #pragma unroll 4
-  for (int i = first + lane(); i < n; i += warp_size) {
-    const double deviation = static_cast<double>(rewards[i]) - mean;
-    if (selected(i)) squares += deviation * deviation;
+  for (int i = selected.first + lane(); i < selected.last; i += warp_size) {
+    const std::int64_t at = static_cast<std::int64_t>(i) * x.channels + channel;
+    if (selected(i)) m.add_deviation(static_cast<double>(x.rewards[at]), or_number(x.weights, at, 1.0));
   }
-  const double std = sqrt(warp_sum(squares) / (count - ddof));
-  return {static_cast<double>(count), sum, mean, std, warp_min(least) < warp_max(most) || sum != sum};
-}
-
-__device__ bool has_earlier_member(const std::int64_t* __restrict__ group, int row, std::int64_t id) {
-  constexpr int looks = 4;
-  for (int end = row; end > 0; end -= looks * warp_size) {
-    bool found = false;
-#pragma unroll
-    for (int look = 0; look < looks; ++look) {
-      const int i = end - 1 - look * warp_size - lane();
-      found |= i >= 0 && group[i] == id;
-    }
-    if (__any_sync(full_warp, found)) return true;
-  }
-  return false;
-}
-
-__device__ double advantage(double r, const Moments& own, const Moments& all, const Rule& rule) {
-  const bool within_group = rule.baseline != Baseline::none || rule.scale == Scale::group_std;
-  if (within_group && !own.spread) return 0.0;
-  if (rule.scale == Scale::batch_std && !all.spread) return 0.0;
-  if (rule.baseline == Baseline::mean) r -= own.mean;
-  if (rule.baseline == Baseline::leave_one_out) r -= (own.sum - r) / (own.count - 1.0);
-  if (rule.scale == Scale::group_std) r /= own.std + rule.eps;
-  if (rule.scale == Scale::batch_std) r /= all.std + rule.eps;
-  return r;
+  m.deviation_sq = warp_sum(m.deviation_sq);
+  m.set_std(ddof);
+  return m;
 }
 
 template <class T>
-__global__ void __launch_bounds__(warps_per_block* warp_size)
-    group_advantage_kernel(const T* __restrict__ rewards, const std::int64_t* __restrict__ group, T* __restrict__ out,
-                           int n, Rule rule) {
-  const int row = static_cast<int>((blockIdx.x * blockDim.x + threadIdx.x) / warp_size);
-  if (row >= n) return;
-  const std::int64_t id = group[row];
-  if (id < 0 || id >= n) {
-    if (lane() == 0) out[row] = static_cast<T>(NAN);
-    return;
+__device__ void write(const Arrays<T>& x, int i, const Moments* own, const Moments* all, const AdvantageRule& rule) {
+  double sum = 0;
+  for (int c = 0; c < x.channels; ++c) {
+    const std::int64_t at = static_cast<std::int64_t>(i) * x.channels + c;
+    const Scored scored{static_cast<double>(x.rewards[at]), or_number(x.weights, at, 1.0),
+                        or_number(x.baselines, at, rule.given_baseline), or_number(x.scales, at, rule.given_scale)};
+    const double found = advantage(scored, own[c], all[c], rule);
+    if (x.channel_weights)
+      sum += static_cast<double>(x.channel_weights[c]) * found;
+    else
+      x.out[at] = static_cast<T>(kept(found, rule.keep));
   }
-  if (has_earlier_member(group, row, id)) return;
-  const Members members{group, id};
-  const Moments own = moments(rewards, row, n, members, rule.ddof);
-  const Moments all = rule.scale == Scale::batch_std ? moments(rewards, 0, n, Everyone{}, rule.ddof) : own;
-  for (int i = row + lane(); i < n; i += warp_size)
-    if (members(i)) out[i] = static_cast<T>(advantage(static_cast<double>(rewards[i]), own, all, rule));
+  if (x.channel_weights) x.out[i] = static_cast<T>(kept(sum, rule.keep));
 }
 
-void check(const TensorView& rewards, const TensorView& group, const TensorView& out, int ddof, double eps) {
-  if (rewards.dtype != DType::f32 && rewards.dtype != DType::f64)
-    refuse(function, "rewards must be float32 or float64", name(rewards.dtype), "Convert them with .float().");
-  const std::int64_t n = rewards.size();
-  check_dense(function, "rewards", rewards, rewards.dtype, Device::cuda, {n});
-  check_dense(function, "group", group, DType::i64, Device::cuda, {n});
-  check_dense(function, "out", out, rewards.dtype, Device::cuda, {n});
-  for (const TensorView* other : {&group, &out})
-    if (other->device_index != rewards.device_index)
-      refuse(function, "all tensors must be on cuda:" + std::to_string(rewards.device_index),
-             "cuda:" + std::to_string(other->device_index), "Move them with .to().");
-  if (out.data == rewards.data && n > 0)
-    refuse(function, "out must not be rewards", "the same memory", "Warps read what others would have overwritten.");
+template <class T>
+__device__ void write_nan(const Arrays<T>& x, int i) {
+  const int width = x.channel_weights ? 1 : x.channels;
+  for (int c = lane(); c < width; c += warp_size) x.out[static_cast<std::int64_t>(i) * width + c] = static_cast<T>(NAN);
+}
+
+template <class T>
+__global__ void __launch_bounds__(most_warps* warp_size) group_advantage_kernel(Arrays<T> x, AdvantageRule rule) {
+  extern __shared__ double shared[];
+  Moments* own = reinterpret_cast<Moments*>(shared) + threadIdx.x / warp_size * 2 * x.channels;
+  Moments* all = own + x.channels;
+  const int row = static_cast<int>((blockIdx.x * blockDim.x + threadIdx.x) / warp_size);
+  if (row >= x.n) return;
+  if (x.group != nullptr && (x.group[row] < 0 || x.group[row] >= x.n)) return write_nan(x, row);
+  const Members<T> members(x, row);
+  if (members.any_earlier()) return;
+  const bool of_all = rule.scale == Scale::batch_std || rule.baseline == Baseline::batch_mean;
+  for (int c = 0; c < x.channels; ++c) {
+    const Moments of_group = moments(x, c, members, rule.ddof);
+    const Moments of_batch = of_all ? moments(x, c, Everyone{0, x.n}, rule.ddof) : of_group;
+    if (lane() == 0) own[c] = of_group, all[c] = of_batch;
+  }
+  __syncwarp();
+  for (int i = members.first + lane(); i < members.last; i += warp_size)
+    if (members(i)) write(x, i, own, all, rule);
+}
+
+template <class T>
+void launch(const AdvantageTensors& tensors, const AdvantageRule& rule, cudaStream_t stream) {
+  const int n = static_cast<int>(tensors.rewards.shape[0]), channels = static_cast<int>(channels_of(tensors));
+  const auto ids = [](const TensorView* x) { return x ? x->as<const std::int64_t>() : nullptr; };
+  const auto data = [](const TensorView* x) { return x ? x->as<const T>() : nullptr; };
+  const int bytes = 2 * channels * static_cast<int>(sizeof(Moments)), warps = std::min(most_warps, shared_bytes / bytes);
+  group_advantage_kernel<T><<<(n + warps - 1) / warps, warps * warp_size, warps * bytes, stream>>>(
+      {data(&tensors.rewards), ids(tensors.group), ids(tensors.rounds), data(tensors.weights), data(tensors.baselines),
+       data(tensors.scales), data(tensors.channel_weights), tensors.out.as<T>(), n, channels,
+       static_cast<int>(tensors.members)},
+      rule);
+}
+
+void check(const AdvantageTensors& tensors, const AdvantageRule& rule) {
+  check_advantage(tensors, rule, Device::cuda);
+  const std::int64_t n = tensors.rewards.shape[0], channels = channels_of(tensors);
   if (n > std::numeric_limits<int>::max() / warp_size)
     refuse(function, "rewards must be fewer than 2^26", std::to_string(n), "Split the batch by groups.");
-  if (ddof != 0 && ddof != 1) refuse(function, "ddof must be 0 or 1", std::to_string(ddof), "Pass one of them.");
-  if (!(eps >= 0)) refuse(function, "eps must be at least 0", std::to_string(eps), "Pass a small positive number.");
-}
-
-template <class T>
-void launch(const TensorView& rewards, const TensorView& group, const TensorView& out, const Rule& rule,
-            cudaStream_t stream) {
-  const int n = static_cast<int>(rewards.size());
-  const int blocks = (n + warps_per_block - 1) / warps_per_block;
-  group_advantage_kernel<T><<<blocks, warps_per_block * warp_size, 0, stream>>>(
-      rewards.as<const T>(), group.as<const std::int64_t>(), out.as<T>(), n, rule);
+  constexpr std::int64_t most = shared_bytes / (2 * sizeof(Moments));
+  if (channels > most)
+    refuse(function, "channels must be at most " + std::to_string(most), std::to_string(channels), "Split them.");
 }
 
 }  // namespace
 
-void group_advantage(const TensorView& rewards, const TensorView& group, const TensorView& out, Baseline baseline,
-                     Scale scale, int ddof, double eps, void* stream) {
-  check(rewards, group, out, ddof, eps);
-  if (rewards.size() == 0) return;
-  const DeviceGuard guard(function, rewards.device_index);
-  const Rule rule{baseline, scale, ddof, eps};
+void group_advantage(const AdvantageTensors& tensors, const AdvantageRule& rule, void* stream) {
+  check(tensors, rule);
+  if (tensors.rewards.size() == 0) return;
+  const DeviceGuard guard(function, tensors.rewards.device_index);
   const auto handle = static_cast<cudaStream_t>(stream);
-  if (rewards.dtype == DType::f64)
-    launch<double>(rewards, group, out, rule, handle);
+  if (tensors.rewards.dtype == DType::f64)
+    launch<double>(tensors, rule, handle);
   else
-    launch<float>(rewards, group, out, rule, handle);
+    launch<float>(tensors, rule, handle);
   require(function, cudaGetLastError());
 }
 
