@@ -30,10 +30,11 @@ def by_hand(rewards, group, baseline, scale, ddof, eps, precision, weights=None)
 
     for b in range(len(r)):
         own, batch = group == group[b], np.full(len(r), True)
-        others = own & (np.arange(len(r)) != b)
-        centre = {"mean": own, "leave_one_out": others, "batch_mean": batch}.get(baseline)
+        centre = {"mean": own, "leave_one_out": own, "batch_mean": batch}.get(baseline)
         centre = precision(baseline or 0) if centre is None else moments(centre)[0]
         above = precision(0) if centre is None else r[b] - centre
+        if baseline == "leave_one_out" and not moments(own)[2]:
+            above = r[b] - ((w * r)[own].cumsum()[-1] - w[b] * r[b]) / (w[own].sum() - w[b])
         _, std, flat = moments({"group": own, "batch": batch}.get(scale, own))
         if scale in ("group", "batch"):
             out[b] = 0.0 if flat else above / (std + precision(eps))
