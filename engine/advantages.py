@@ -13,6 +13,8 @@ from fuserl.engine.contracts import WEIGHT, require
 from fuserl.kernels.discounted_scan import discounted_scan
 from fuserl.kernels.gae import gae
 from fuserl.kernels.group_advantage import group_advantage
+from fuserl.kernels.group_ranks import group_ranks
+from fuserl.kernels.pass_at_k_advantage import pass_at_k_advantage
 
 
 def standardized(batch: Batch) -> Tensor:
@@ -28,6 +30,59 @@ def centred(batch: Batch) -> Tensor:
 def leave_one_out(batch: Batch) -> Tensor:
     """Reward minus the mean of the group's other members (RLOO, arXiv:2402.14740), (B,)."""
     return group_advantage(batch.rewards, batch.group, baseline="leave_one_out", scale=None)
+
+
+def over_batch(batch: Batch) -> Tensor:
+    """Reward minus the batch's mean, over the batch's standard deviation: no groups, (B,)."""
+    return group_advantage(batch.rewards, batch.group, baseline="batch_mean", scale="batch")
+
+
+def ranked(batch: Batch) -> Tensor:
+    """Rank of the reward within the group, standardised there: the rewards' sizes do not matter (ArenaRL), (B,)."""
+    return group_advantage(group_ranks(batch.rewards, batch.group), batch.group)
+
+
+def length_centred(batch: Batch) -> Tensor:
+    """Reward minus the group's mean weighted by length, which has least variance (OPO, arXiv:2505.23585), (B,)."""
+    return group_advantage(batch.rewards, batch.group, scale=None, weights=batch.lengths.to(batch.rewards.dtype))
+
+
+def best_of(k: int) -> Callable:
+    """Credit for pass@k, or max@k: analytic over all k-subsets of a group (arXiv:2508.10751), (B,)."""
+    require("best_of", "k", k, k >= 1, "a number of tries >= 1")
+    return lambda batch: pass_at_k_advantage(batch.rewards, batch.group, k, scale="best")
+
+
+def signed(*, threshold: float = 0.5, keep: str | None = None) -> Callable:
+    """+1 for a reward above the threshold, -1 below, whatever the group has; `keep` "positive" or "negative", (B,).
+
+    So every wrong answer counts, in a group that is all wrong too (PSR and NSR, arXiv:2506.01347).
+    """
+    return lambda batch: group_advantage(batch.rewards, batch.group, baseline=threshold, scale="sign", keep=keep)
+
+
+def overconfident(advantage: Callable, *, alpha: float) -> Callable:
+    """The advantages of wrong rollouts (reward <= 0) times 1 + alpha softplus(c), the others as they are (ACE), (B,).
+
+    c is the rollout's sum of old_logprobs - ref_logprobs: how much more confident of it the policy has grown.
+    """
+    require("overconfident", "alpha", alpha, 0 <= alpha < math.inf, WEIGHT)
+
+    def found(batch: Batch) -> Tensor:
+        grown = batch.rollout_sum(batch.old_logprobs - batch.ref_logprobs)
+        factor = 1 + alpha * torch.nn.functional.softplus(grown)
+        return torch.where(batch.rewards <= 0, factor, 1.0) * advantage(batch)
+
+    return found
+
+
+def several(rewards: Tensor, group: Tensor, weights: Tensor) -> Tensor:
+    """Rewards (B, C) standardised in each group and channel, summed by weights (C,), standardised in the batch, (B,).
+
+    No channel drowns another one (GDPO, arXiv:2601.05242).
+    """
+    total = group_advantage(rewards, group, channel_weights=weights)
+    return group_advantage(total, group, baseline="batch_mean", scale="batch")
 
 
 def over_mean(batch: Batch) -> Tensor:

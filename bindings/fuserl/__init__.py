@@ -29,9 +29,12 @@ OPS = (
     "topk_divergence",
     "tree_attention",
 )
-# What stands on an op and lives in another file than one of its own name.
+# What stands on other ops, and the file it lives in.
 _FORMS = {
+    "group_ranks": "group_ranks",
     "lambda_returns": "returns",
+    "pair_advantage": "pair_advantage",
+    "pass_at_k_advantage": "pass_at_k_advantage",
     "returns": "returns",
     "segment_mean": "segment_sum",
     "to_tokens": "segment_sum",

@@ -9,13 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fuserl.engine.advantages import (
+    best_of,
     centred,
     discounted,
     generalised,
     leave_one_out,
+    length_centred,
     normalised,
+    over_batch,
     over_mean,
+    overconfident,
     penalised,
+    ranked,
+    several,
+    signed,
     standardized,
     token_rewards,
     uniform,
@@ -84,6 +91,49 @@ def test_over_mean(batch, data):
         mean = float(rewards.mean())
         expected.append(r if len(rewards) == 1 else (r - mean) / mean if mean else 0.0)
     close(over_mean(batch), expected)
+
+
+@steady
+@given(batches())
+def test_advantages_over_the_batch_and_by_length(batch):
+    r, lengths = batch.rewards.double(), batch.lengths.double()
+    if len(r) > 1:
+        close(over_batch(batch), ((r - r.mean()) / (r.std() + 1e-6)).tolist())
+    expected = []
+    for b, (rewards, reward) in enumerate(grouped(batch)):
+        weights = lengths[batch.group == batch.group[b]]
+        flat = rewards[weights > 0].unique()
+        mean = float((weights * rewards).sum() / weights.sum()) if len(flat) != 1 else float(flat[0])
+        expected.append(reward - mean if len(flat) else 0.0)
+    close(length_centred(batch), expected)
+
+
+def test_ranked_signed_and_best_of():
+    batch = ragged((1, 2, 1, 1, 3, 1), (0, 0, 0, 1, 1, 1)).replace(rewards=torch.tensor([0.9, 5.0, -3, 0, 0, 0]))
+    close(ranked(batch), [0, 0.5 / (0.5 + 1e-6), -0.5 / (0.5 + 1e-6), 0, 0, 0])
+    assert signed()(batch).tolist() == [1, 1, -1, -1, -1, -1]
+    assert signed(keep="negative")(batch).tolist() == [0, 0, -1, -1, -1, -1]
+    one = batch.replace(rewards=torch.tensor([1.0, 0, 0, 0, 0, 0]))
+    rate = 2 / 3  # of pairs with the one success; 1/3 of its group without it, which is all failure
+    close(best_of(2)(one), [x / math.sqrt(rate / 3) for x in (1 / 3, -1 / 6, -1 / 6)] + [0] * 3)
+
+
+def test_overconfident_errors_weigh_more():
+    batch = ragged((3, 1, 5, 2), (0, 0, 1, 1)).replace(rewards=torch.tensor([1.0, 0, 0, 1]))
+    got, plain = overconfident(centred, alpha=2.0)(batch), centred(batch)
+    gap = batch.rollout_sum(batch.old_logprobs - batch.ref_logprobs).tolist()
+    factors = [1 + 2 * math.log1p(math.exp(c)) * (r == 0) for c, r in zip(gap, batch.rewards.tolist(), strict=True)]
+    close(got, [a * factor for a, factor in zip(plain.tolist(), factors, strict=True)])
+    even = batch.replace(ref_logprobs=batch.old_logprobs)
+    close(overconfident(centred, alpha=1.0)(even), [0.5, -0.5 * (1 + math.log(2)), -0.5 * (1 + math.log(2)), 0.5])
+    assert torch.equal(overconfident(centred, alpha=0.0)(batch), plain)
+
+
+def test_a_channel_of_several_does_not_drown_another():
+    rewards, group = torch.randn(12, 2), torch.arange(12) // 4
+    weights = torch.tensor([1.0, 0.5])
+    scaled = several(rewards * torch.tensor([1.0, 1000.0]), group, weights)
+    torch.testing.assert_close(scaled, several(rewards, group, weights), rtol=1e-4, atol=1e-4)
 
 
 def test_over_mean_refuses_negative_rewards():
