@@ -60,14 +60,22 @@ void group_advantage(const TensorView& rewards, const std::optional<TensorView>&
 }
 
 void policy_loss(const TensorView& logprobs, const TensorView& advantages, const std::optional<TensorView>& old_logprobs,
-                 const std::optional<TensorView>& ref_logprobs, const std::optional<TensorView>& weights,
-                 const std::optional<TensorView>& mask, double low, double high, double dual, double beta, int kl,
-                 const TensorView& losses, const std::optional<TensorView>& derivative, const TensorView& statistics,
-                 int threads) {
+                 const std::optional<TensorView>& ref_logprobs, const std::optional<TensorView>& rollout_logprobs,
+                 const std::optional<TensorView>& log_weights, const std::optional<TensorView>& entropy,
+                 const std::optional<TensorView>& weights, const std::optional<TensorView>& mask, int surrogate,
+                 const std::array<double, 4>& factors, const std::array<double, 4>& log_ratios,
+                 const std::array<double, 4>& correction, double beta, int kl, bool score, bool kl_weighted,
+                 double entropy_coef, const TensorView& losses, const std::optional<TensorView>& derivative,
+                 const TensorView& statistics, int threads) {
   share_torch_threads();
+  fuserl::check_surrogate_code("policy_loss", surrogate);
   fuserl::check_kl_code("policy_loss", kl);
-  const fuserl::PolicyRule rule{low, high, dual, beta, static_cast<fuserl::KlEstimator>(kl)};
-  fuserl::cpu::policy_loss({logprobs, advantages, pointer(old_logprobs), pointer(ref_logprobs), pointer(weights),
+  const auto& [log_least, log_most, below, above] = correction;
+  const fuserl::PolicyRule rule{static_cast<fuserl::Surrogate>(surrogate), factors, log_ratios, log_least, log_most,
+                                below, above, beta, static_cast<fuserl::KlEstimator>(kl), score, kl_weighted,
+                                entropy_coef};
+  fuserl::cpu::policy_loss({logprobs, advantages, pointer(old_logprobs), pointer(ref_logprobs),
+                            pointer(rollout_logprobs), pointer(log_weights), pointer(entropy), pointer(weights),
                             pointer(mask), losses, pointer(derivative), statistics},
                            rule, threads);
 }
@@ -171,9 +179,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("group_advantage", group_advantage, "rewards"_a, "group"_a, "rounds"_a, "weights"_a, "baselines"_a, "scales"_a,
         "channel_weights"_a, "out"_a, "members"_a, "baseline"_a, "scale"_a, "keep"_a, "given_baseline"_a,
         "given_scale"_a, "ddof"_a, "eps"_a, no_gil());
-  m.def("policy_loss", policy_loss, "logprobs"_a, "advantages"_a, "old_logprobs"_a, "ref_logprobs"_a, "weights"_a,
-        "mask"_a, "low"_a, "high"_a, "dual"_a, "beta"_a, "kl"_a, "losses"_a, "derivative"_a, "statistics"_a,
-        "threads"_a, no_gil());
+  m.def("policy_loss", policy_loss, "logprobs"_a, "advantages"_a, "old_logprobs"_a, "ref_logprobs"_a,
+        "rollout_logprobs"_a, "log_weights"_a, "entropy"_a, "weights"_a, "mask"_a, "surrogate"_a, "factors"_a,
+        "log_ratios"_a, "correction"_a, "beta"_a, "kl"_a, "score"_a, "kl_weighted"_a, "entropy_coef"_a, "losses"_a,
+        "derivative"_a, "statistics"_a, "threads"_a, no_gil());
   m.def("sample", sample, "logits"_a, "row_temperature"_a, "temperature"_a, "top_k"_a, "top_p"_a, "log_min_p"_a,
         "seed"_a, "rollout_ids"_a, "positions"_a, "ids"_a, "logprobs"_a, "threads"_a, no_gil());
   m.def("divergence_forward", divergence_forward, "logits_p"_a, "logits_q"_a, "temperatures"_a, "kind"_a, "parameter"_a,

@@ -69,6 +69,13 @@ inline void check_kl_code(const char* function, int kl) {
     refuse(function, "kl must be 0 (none), 1 (k1), 2 (k2) or 3 (k3)", std::to_string(kl), "Pass one of them.");
 }
 
+// the family of a policy's surrogate,
+inline void check_surrogate_code(const char* function, int surrogate) {
+  if (surrogate < 0 || surrogate > 2)
+    refuse(function, "surrogate must be 0 (clip), 1 (weight) or 2 (gate)", std::to_string(surrogate),
+           "Pass one of them.");
+}
+
 // and which divergence.
 inline void check_divergence_code(const char* function, int kind) {
   if (kind < 0 || kind > 4)

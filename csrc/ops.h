@@ -1,6 +1,8 @@
 // THE list of native operations: one declaration per op and device, shapes in the comment.
 // All tensors belong to the caller. A broken contract throws std::invalid_argument before anything is written.
 #pragma once
+#include <array>
+
 #include "tensor_view.h"
 
 namespace fuserl {
@@ -25,17 +27,24 @@ struct AdvantageTensors {
   std::int64_t members;  // of each group, where `group` is null
 };
 
-// What bounds the ratio of the policy to the one that sampled: [1 - low, 1 + high], and `dual` where the advantage is
-// negative; infinity is no bound. `beta` weighs the estimator of KL(policy || reference) in the loss.
 enum class KlEstimator : int { none, k1, k2, k3 };
+// What a token gains by its ratio and advantage; kernels/surrogates.py has the equations. Four numbers are those below
+// and above for a positive advantage, then for a negative one; infinity is no bound.
+enum class Surrogate : int { clip, weight, gate };
 struct PolicyRule {
-  double low, high, dual, beta;
+  Surrogate surrogate;
+  std::array<double, 4> factors, log_ratios;  // in the ratio's place beyond a bound, tau of a gate; log of each bound
+  // Of importance weights: bounds of the logarithm, and what a weight is below and above them.
+  double log_least, log_most, below, above;
+  double beta;  // of the estimator of KL(policy || reference), with the gradient of k2 where `score`
   KlEstimator kl;
+  bool score, kl_weighted;  // weighted: times the ratio
+  double entropy_coef;
 };
 // Places in policy_loss's statistics: sums over tokens, then the extremes.
 struct PolicyStatistic {
   enum : int {
-    tokens, clipped_low, clipped_high, clipped_dual, approx_kl, kl, ratio, ratio_sq, sums,
+    tokens, clipped_low, clipped_high, clipped_dual, approx_kl, kl, importance, importance_cut, ratio, ratio_sq, sums,
     ratio_max = sums, ratio_min, all
   };
 };
@@ -99,16 +108,19 @@ void softmax_rows_gradient(const TensorView& logits, const TensorView& ids, cons
 // A group without spread gives exact 0 where its mean or its standard deviation is asked for.
 void group_advantage(const AdvantageTensors& tensors, const AdvantageRule& rule);
 
-// losses = weights (policy + beta kl), and the derivative of each loss to its log-prob; equations: kernels/policy_loss.
+// losses = weights (beta kl - w gain - entropy_coef entropy), and the derivative of each loss to its log-prob; equations:
+// kernels/policy_loss.
 //   logprobs, advantages            (N,) f32 | f64; losses, derivative the same
 //   old_logprobs, ref_logprobs, weights  (N,) of that dtype, or null: the policy itself, no KL term, 1
+//   rollout_logprobs, log_weights   (N,) of that dtype: w by either, not both; null for w = 1
+//   entropy                         (N,) of that dtype, or null
 //   mask        (N,) bool, or null for all true; where false, the outputs are 0 and nothing else is looked at
 //   derivative  null where it is not wanted
 //   statistics  (PolicyStatistic::all,) of that dtype
 // Sums are taken over blocks at fixed places, merged in order: nothing depends on `threads`.
 struct PolicyTensors {
   const TensorView &logprobs, &advantages;
-  const TensorView *old_logprobs, *ref_logprobs, *weights, *mask;
+  const TensorView *old_logprobs, *ref_logprobs, *rollout_logprobs, *log_weights, *entropy, *weights, *mask;
   const TensorView& losses;
   const TensorView* derivative;
   const TensorView& statistics;

@@ -5,28 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["STATISTICS", "merged", "named", "of_no_token"]
+__all__ = ["EXTREMES", "STATISTICS", "merged", "named", "of_no_token"]
 
 STATISTICS = (
-    "tokens", "clipped_low", "clipped_high", "clipped_dual", "approx_kl", "kl", "ratio", "ratio_sq",
-    "ratio_max", "ratio_min",
+    "tokens", "clipped_low", "clipped_high", "clipped_dual", "approx_kl", "kl", "importance", "importance_cut",
+    "ratio", "ratio_sq", "ratio_max", "ratio_min",
 )  # fmt: skip
-_SUMS = 8  # of STATISTICS; the two extremes follow
+EXTREMES = STATISTICS.index("ratio_max")  # where the sums end
 
 
 def merged(statistics: Tensor) -> Tensor:
     """Statistics of all tokens out of those of C parts: sums added, extremes compared.
 
     Args:
-        statistics: (C, 10) as `policy_loss` returned them, on any device, which is not waited for.
+        statistics: (C, 12) as `policy_loss` returned them, on any device, which is not waited for.
 
     Returns:
-        (10,) of the same dtype; those of no token when C is 0.
+        (12,) of the same dtype; those of no token when C is 0.
     """
     if len(statistics) == 0:
         return of_no_token(statistics)
-    extremes = statistics[:, _SUMS].amax(0, keepdim=True), statistics[:, _SUMS + 1].amin(0, keepdim=True)
-    return torch.cat([statistics[:, :_SUMS].sum(0), *extremes])
+    extremes = statistics[:, EXTREMES].amax(0, keepdim=True), statistics[:, EXTREMES + 1].amin(0, keepdim=True)
+    return torch.cat([statistics[:, :EXTREMES].sum(0), *extremes])
 
 
 def named(statistics: Tensor) -> dict[str, Tensor]:
@@ -35,11 +35,11 @@ def named(statistics: Tensor) -> dict[str, Tensor]:
         ess = (sum ratio)^2 / (tokens sum ratio^2)
 
     Args:
-        statistics: (10,) as `policy_loss` or `merged` returned them, on any device, which is not waited for.
+        statistics: (12,) as `policy_loss` or `merged` returned them, on any device, which is not waited for.
 
     Returns:
-        ratio, ratio_max, ratio_min, clipped_low, clipped_high, clipped_dual, approx_kl, kl and ess as scalar tensors;
-        0 where there is no token.
+        ratio, ratio_max, ratio_min, clipped_low, clipped_high, clipped_dual, approx_kl, kl, importance, importance_cut
+        and ess as scalar tensors; 0 where there is no token.
     """
     parts = dict(zip(STATISTICS, statistics.unbind(), strict=True))
     count = parts.pop("tokens")
@@ -50,8 +50,8 @@ def named(statistics: Tensor) -> dict[str, Tensor]:
 
 
 def of_no_token(like: Tensor) -> Tensor:
-    """(10,) of an empty batch, of like's dtype and device: sums 0, the maximum -inf and the minimum +inf."""
+    """(12,) of an empty batch, of like's dtype and device: sums 0, the maximum -inf and the minimum +inf."""
     statistics = like.new_zeros(len(STATISTICS))
-    statistics[_SUMS].fill_(-torch.inf)
-    statistics[_SUMS + 1].fill_(torch.inf)
+    statistics[EXTREMES].fill_(-torch.inf)
+    statistics[EXTREMES + 1].fill_(torch.inf)
     return statistics

@@ -40,7 +40,8 @@ _FORMS = {
     "to_tokens": "segment_sum",
     "vtrace": "returns",
 }
-__all__ = [*OPS, *_FORMS, "backends"]
+_MODULES = ("surrogates",)  # of types that an op takes
+__all__ = [*OPS, *_FORMS, *_MODULES, "backends"]
 
 
 def backends() -> dict[str, str | None]:
@@ -53,8 +54,10 @@ def backends() -> dict[str, str | None]:
 def __getattr__(name: str):
     if name in OPS or name in _FORMS:
         return getattr(import_module(f"fuserl.kernels.{_FORMS.get(name, name)}"), name)
+    if name in _MODULES:
+        return import_module(f"fuserl.kernels.{name}")
     raise AttributeError(f"module 'fuserl' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
 def __dir__():
-    return sorted([*globals(), *OPS, *_FORMS])
+    return sorted([*globals(), *OPS, *_FORMS, *_MODULES])

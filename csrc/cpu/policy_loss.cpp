@@ -66,9 +66,11 @@ struct Statistics {
 template <class T>
 PolicyBounds<T> bounds_of(const PolicyRule& rule) {
   const auto t = [](double x) { return static_cast<T>(x); };
-  const double log_low = rule.low < 1 ? std::log1p(-rule.low) : -infinity;
-  return {t(1 - rule.low),         t(1 + rule.high),       t(rule.dual),  t(log_low),
-          t(std::log1p(rule.high)), t(std::log(rule.dual)), t(rule.beta), rule.kl};
+  PolicyBounds<T> bounds = {{}, {}, t(rule.log_least), t(rule.log_most), t(rule.below), t(rule.above), t(rule.beta),
+                            t(rule.entropy_coef), rule.surrogate, rule.kl, rule.score, rule.kl_weighted};
+  std::transform(rule.factors.begin(), rule.factors.end(), bounds.factors, t);
+  std::transform(rule.log_ratios.begin(), rule.log_ratios.end(), bounds.log_ratios, t);
+  return bounds;
 }
 
 template <class T>
@@ -105,7 +107,7 @@ void run(const cpu::PolicyTensors& x, const PolicyRule& rule, int threads) {
   const std::int64_t count = x.logprobs.size(), blocks = (count + block_tokens - 1) / block_tokens;
   const unsigned char* mask = x.mask ? x.mask->as<unsigned char>() : nullptr;
   Problem<T> problem = {{{data(&x.logprobs), data(&x.advantages), data(x.old_logprobs), data(x.ref_logprobs),
-                          data(x.weights)},
+                          data(x.rollout_logprobs), data(x.log_weights), data(x.entropy), data(x.weights)},
                          mask, data(&x.losses), data(x.derivative)},
                         bounds_of<T>(rule),
                         count,
@@ -114,6 +116,8 @@ void run(const cpu::PolicyTensors& x, const PolicyRule& rule, int threads) {
   Statistics total;
   for (const Statistics& block : problem.blocks) total.add(block);
   total.show_nan();
+  if (!x.rollout_logprobs && !x.log_weights)
+    total.values[PolicyStatistic::importance] = total.values[PolicyStatistic::tokens];
   std::transform(total.values, total.values + PolicyStatistic::all, x.statistics.as<T>(),
                  [](double value) { return static_cast<T>(value); });
 }
@@ -130,15 +134,16 @@ void check(const cpu::PolicyTensors& x, const PolicyRule& rule) {
   require("advantages", &x.advantages, dtype);
   require("old_logprobs", x.old_logprobs, dtype);
   require("ref_logprobs", x.ref_logprobs, dtype);
+  require("rollout_logprobs", x.rollout_logprobs, dtype);
+  require("log_weights", x.log_weights, dtype);
+  require("entropy", x.entropy, dtype);
   require("weights", x.weights, dtype);
   require("mask", x.mask, DType::boolean);
   require("losses", &x.losses, dtype);
   require("derivative", x.derivative, dtype);
   check_dense(function, "statistics", x.statistics, dtype, Device::cpu, {PolicyStatistic::all});
-  if (!(rule.low >= 0 && rule.high >= 0 && rule.dual > 1))
-    refuse(function, "low and high must be at least 0 and dual above 1",
-           std::to_string(rule.low) + ", " + std::to_string(rule.high) + " and " + std::to_string(rule.dual),
-           "Infinity is no bound.");
+  if (x.rollout_logprobs && x.log_weights)
+    refuse(function, "rollout_logprobs must be None with log_weights", "both", "Give one of them.");
   if (rule.kl != KlEstimator::none && !x.ref_logprobs)
     refuse(function, "ref_logprobs must be given with an estimator of KL", "none", "Pass kl = 0 without them.");
 }

@@ -25,17 +25,45 @@ FUSERL_INLINE Ints load_mask(const unsigned char* p, Ints) {
 FUSERL_INLINE bool load_mask(const unsigned char* p, bool) { return *p != 0; }
 
 template <class V>
-struct Divergence {
+struct Term {
   V value, derivative;
 };
 
 // The estimate of KL(policy || reference) with d = ref_logprob - logprob, and its derivative to logprob.
 template <class T, class V>
-FUSERL_INLINE Divergence<V> divergence(V d, KlEstimator kl) {
-  if (kl == KlEstimator::k1) return {-d, V{} + T(1)};
-  if (kl == KlEstimator::k2) return {T(0.5) * d * d, -d};
-  const Exponentials<V> e = exponentials<T>(d);
-  return {e.rest, -e.less_one};
+FUSERL_INLINE Term<V> divergence(V d, V ratio, const PolicyBounds<T>& rule) {
+  Term<V> kl;
+  V both;  // value and derivative, exactly where they cancel
+  if (rule.kl == KlEstimator::k1) {
+    kl = {-d, V{} + T(1)};
+    both = T(1) - d;
+  } else if (rule.kl == KlEstimator::k2) {
+    kl = {T(0.5) * d * d, -d};
+    both = kl.value - d;
+  } else {
+    const Exponentials<V> e = exponentials<T>(d);
+    kl = {e.rest, -e.less_one};
+    both = -d;
+  }
+  if (rule.kl_weighted) return {ratio * kl.value, ratio * both};
+  if (rule.score) kl.derivative = -d;
+  return kl;
+}
+
+// The loss of a surrogate for -w A, and its derivative to logprob; `bound` is tau where it is a gate.
+template <Surrogate surrogate, class T, class V, class M>
+FUSERL_INLINE Term<V> policy(V cost, V logprob, V log_ratio, const Exponentials<V>& e, M held, V bound) {
+  const V zero = {};
+  // A zero advantage has no part in the loss even where the ratio overflows; a NaN log-ratio shows.
+  const M dead = (cost == zero) & (log_ratio == log_ratio);
+  if constexpr (surrogate == Surrogate::gate) {
+    const V x = bound * e.less_one, t = whole_exp(x < zero ? x : -x), near = T(1) / (T(1) + t);
+    const V slope = T(4) * t * near * near, gate = T(4) / bound * (x < zero ? t * near : near);
+    return {dead ? zero : gate * cost, (dead | (slope == zero)) ? zero : slope * e.exp * cost};
+  }
+  const V factor = dead ? zero : (held ? bound : e.exp) * cost;
+  if constexpr (surrogate == Surrogate::weight) return {factor == zero ? zero : factor * logprob, factor};
+  return {factor, held ? zero : factor};
 }
 
 using At = PolicyStatistic;
@@ -47,7 +75,18 @@ struct Sums {
   V max = V{} - static_cast<T>(__builtin_inf()), min = V{} + static_cast<T>(__builtin_inf());
 };
 
-template <class T>
+// The advantage times the importance weight, which it counts.
+template <class T, class V, class M>
+FUSERL_INLINE V corrected(V advantage, V log_weight, M keep, const PolicyBounds<T>& bounds, Sums<T>& sums) {
+  const V zero = {};
+  const M low = log_weight < bounds.log_least, high = log_weight > bounds.log_most;
+  const V weight = low ? zero + bounds.below : (high ? zero + bounds.above : whole_exp(log_weight));
+  sums.sum[At::importance] += keep ? weight : zero;
+  sums.sum[At::importance_cut] += (keep & (low | high)) ? zero + T(1) : zero;
+  return ((advantage == zero) & (weight == weight)) ? zero : weight * advantage;
+}
+
+template <Surrogate surrogate, class T>
 FUSERL_INLINE void step(const PolicyBlock<T>& at, std::int64_t i, const PolicyBounds<T>& bounds, Sums<T>& sums) {
   typedef typename Step<T>::Vector V;
   typedef typename Step<T>::Mask Mask;
@@ -58,26 +97,31 @@ FUSERL_INLINE void step(const PolicyBlock<T>& at, std::int64_t i, const PolicyBo
     const V x = load(at.input[which] + i);
     return keep ? x : V{};
   };
-  const V logprob = input(Block::logprobs), advantage = input(Block::advantages);
-  const V log_ratio = logprob - (at.input[Block::old_logprobs] ? input(Block::old_logprobs) : logprob);
+  const V logprob = input(Block::logprobs), old = at.input[Block::old_logprobs] ? input(Block::old_logprobs) : logprob;
+  const V log_ratio = logprob - old;
   const Exponentials<V> e = exponentials<T>(log_ratio);
+  V advantage = input(Block::advantages);
+  if (at.input[Block::rollout_logprobs])
+    advantage = corrected(advantage, old - input(Block::rollout_logprobs), keep, bounds, sums);
+  if (at.input[Block::log_weights]) advantage = corrected(advantage, input(Block::log_weights), keep, bounds, sums);
 
   const Mask above = advantage > zero, below = advantage < zero;
-  const Mask low = below & (log_ratio < bounds.log_low), high = above & (log_ratio > bounds.log_high);
-  const Mask dual = below & (log_ratio > bounds.log_dual), clipped = low | high | dual;
-  const V bound = low ? zero + bounds.low : (high ? zero + bounds.high : zero + bounds.dual);
-  // A zero advantage has no part in the loss even where the ratio overflows; a NaN log-ratio shows.
-  const Mask dead = (advantage == zero) & (log_ratio == log_ratio);
-  V loss = dead ? zero : -((clipped ? bound : e.exp) * advantage);
-  V derivative = clipped ? zero : loss;
+  const V low_bound = above ? zero + bounds.log_ratios[0] : zero + bounds.log_ratios[2];
+  const Mask low = (above | below) & (log_ratio < low_bound), high = above & (log_ratio > bounds.log_ratios[1]);
+  const Mask dual = below & (log_ratio > bounds.log_ratios[3]), held = low | high | dual;
+  const V low_factor = above ? zero + bounds.factors[0] : zero + bounds.factors[2];
+  const V high_factor = above ? zero + bounds.factors[1] : zero + bounds.factors[3];
+  const V bound = low ? low_factor : high_factor;
+  auto [loss, derivative] = policy<surrogate, T>(-advantage, logprob, log_ratio, e, held, bound);
   if (bounds.kl != KlEstimator::none) {
-    const Divergence<V> kl = divergence<T>(input(Block::ref_logprobs) - logprob, bounds.kl);
+    const Term<V> kl = divergence<T>(input(Block::ref_logprobs) - logprob, e.exp, bounds);
     sums.sum[At::kl] += kl.value;
     if (bounds.beta != 0) {
       loss += bounds.beta * kl.value;
       derivative += bounds.beta * (keep ? kl.derivative : zero);
     }
   }
+  if (at.input[Block::entropy]) loss -= bounds.entropy_coef * input(Block::entropy);
   if (at.input[Block::weights]) {
     const V weight = input(Block::weights);
     loss *= weight;
@@ -112,7 +156,7 @@ FUSERL_INLINE void add(const Sums<T>& sums, double* statistics) {
 }
 
 // The tokens past the last whole step, in a step of their own whose other places are masked.
-template <class T>
+template <Surrogate surrogate, class T>
 void last_step(const PolicyBlock<T>& at, std::int64_t begin, std::int64_t n, const PolicyBounds<T>& bounds,
                Sums<T>& sums) {
   constexpr int size = Step<T>::size;
@@ -125,24 +169,33 @@ void last_step(const PolicyBlock<T>& at, std::int64_t begin, std::int64_t n, con
       for (std::int64_t i = begin; i < n; ++i) input[k][i - begin] = at.input[k][i];
   }
   for (std::int64_t i = begin; i < n; ++i) mask[i - begin] = at.mask ? at.mask[i] : 1;
-  step(copy, 0, bounds, sums);
+  step<surrogate>(copy, 0, bounds, sums);
   for (std::int64_t i = begin; i < n; ++i) {
     at.losses[i] = losses[i - begin];
     if (at.derivative) at.derivative[i] = derivative[i - begin];
   }
 }
 
-template <class T>
-void block(const PolicyBlock<T>& at, std::int64_t n, const PolicyBounds<T>& bounds, double* statistics) {
+template <Surrogate surrogate, class T>
+void block_of(const PolicyBlock<T>& at, std::int64_t n, const PolicyBounds<T>& bounds, double* statistics) {
   constexpr int size = Step<T>::size;
   const std::int64_t whole = n / size * size;
   for (std::int64_t begin = 0; begin < n; begin += fold) {
     Sums<T> sums;
     const std::int64_t end = begin + fold < whole ? begin + fold : whole;
     std::int64_t i = begin;
-    for (; i < end; i += size) step(at, i, bounds, sums);
-    if (begin + fold >= n && i < n) last_step(at, i, n, bounds, sums);
+    for (; i < end; i += size) step<surrogate>(at, i, bounds, sums);
+    if (begin + fold >= n && i < n) last_step<surrogate>(at, i, n, bounds, sums);
     add(sums, statistics);
+  }
+}
+
+template <class T>
+void block(const PolicyBlock<T>& at, std::int64_t n, const PolicyBounds<T>& bounds, double* statistics) {
+  switch (bounds.surrogate) {
+    case Surrogate::clip: return block_of<Surrogate::clip>(at, n, bounds, statistics);
+    case Surrogate::weight: return block_of<Surrogate::weight>(at, n, bounds, statistics);
+    case Surrogate::gate: return block_of<Surrogate::gate>(at, n, bounds, statistics);
   }
 }
 

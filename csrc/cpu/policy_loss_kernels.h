@@ -6,19 +6,23 @@
 
 namespace fuserl {
 
-// The rule as a token meets it: a factor in place of the ratio beyond each bound, and the bound on the log-ratio.
+// The rule as a token meets it, in its own type.
 template <class T>
 struct PolicyBounds {
-  T low, high, dual;  // 1 - low, 1 + high, dual
-  T log_low, log_high, log_dual;
-  T beta;
+  T factors[4], log_ratios[4];  // as in PolicyRule
+  T log_least, log_most, below, above;
+  T beta, entropy_coef;
+  Surrogate surrogate;
   KlEstimator kl;
+  bool score, kl_weighted;
 };
 
-// The first two are always there; a null old_logprobs, ref_logprobs, weights, mask or derivative is as in ops.h.
+// The first two are always there; what else may be null is as in ops.h.
 template <class T>
 struct PolicyBlock {
-  enum Input : int { logprobs, advantages, old_logprobs, ref_logprobs, weights, inputs };
+  enum Input : int {
+    logprobs, advantages, old_logprobs, ref_logprobs, rollout_logprobs, log_weights, entropy, weights, inputs
+  };
 
   const T* input[inputs];
   const unsigned char* mask;

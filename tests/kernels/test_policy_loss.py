@@ -6,26 +6,42 @@ import numpy as np
 import pytest
 import torch
 from backends import FAST, INTERPRETING, cpu_only, each_backend, each_fast_backend, run_interpreted
-from clipped_policy import CASES, EVERYTHING, IMPORTANCE, by_hand, chosen, tokens
+from clipped_policy import CASES, CISPO, EVERYTHING, IMPORTANCE, NAMES, PPO, TOPR, by_hand, chosen, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import check, eps
 
 import fuserl
 from fuserl.kernels import policy_loss as module
-from fuserl.kernels.policy_loss import KL, STATISTICS, merged, named, policy_loss, reference
+from fuserl.kernels import policy_tokens
+from fuserl.kernels.policy_loss import STATISTICS, Tokens, merged, named, policy_loss, reference
+from fuserl.kernels.sampled_divergence import ESTIMATORS, sampled_divergence
+from fuserl.kernels.surrogates import Clip, Gate, Truncate, Weight, Within, bounds_of, correction_of, numbers_of
 
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
-BLOCK = module.TOKEN_LAUNCH["BLOCK"]
+BLOCK = policy_tokens.TOKEN_LAUNCH["BLOCK"]
 SHAPES = [(), (1,), (17,), (3, 5, 7), (BLOCK - 1,), (BLOCK + 1,), (4, 1025)]
+UNBOUND = Clip(math.inf, math.inf)
+NOTHING = [0.0] * 10 + [-math.inf, math.inf]
+
+
+def differentiated(losses, inputs, leaves, g):
+    """(losses, gradients to logprobs and to entropy), 0 where there is no such input."""
+    found = iter(torch.autograd.grad(losses, list(leaves.values()), g))
+    gradients = [next(found) if name in leaves else torch.zeros_like(g) for name in ("logprobs", "entropy")]
+    return losses.detach(), *gradients
+
+
+def leaves_of(inputs):
+    return {name: inputs[name].detach().requires_grad_() for name in ("logprobs", "entropy") if name in inputs}
 
 
 def run(inputs, g, backend, **numbers):
-    """(losses, gradient, statistics) of the op, with g the gradient that comes from above."""
-    logprobs = inputs["logprobs"].detach().requires_grad_()
-    losses, statistics = policy_loss(**{**inputs, "logprobs": logprobs}, backend=backend, **numbers)
-    return losses.detach(), torch.autograd.grad(losses, logprobs, g)[0], statistics
+    """(losses, gradients, statistics) of the op, with g the gradient that comes from above."""
+    leaves = leaves_of(inputs)
+    losses, statistics = policy_loss(**{**inputs, **leaves}, backend=backend, **numbers)
+    return *differentiated(losses, inputs, leaves, g), statistics
 
 
 def equal(some, others):
@@ -35,14 +51,16 @@ def equal(some, others):
 def by_definition(inputs, g, dtype, **numbers):
     """The same by autograd through the reference, in `dtype`."""
     inputs = {name: x if x.dtype == torch.bool else x.to(dtype) for name, x in inputs.items()}
-    logprobs = inputs["logprobs"].detach().requires_grad_()
-    names = ("advantages", "old_logprobs", "ref_logprobs", "weights", "mask")
-    losses, _, statistics = reference(logprobs, *(inputs.get(name) for name in names), rule(inputs, **numbers))
-    return losses.detach(), torch.autograd.grad(losses, logprobs, g.to(dtype))[0], statistics
+    leaves = leaves_of(inputs)
+    losses, _, statistics = reference(Tokens(**{**inputs, **leaves}), rule(inputs, **numbers))
+    return *differentiated(losses, inputs, leaves, g.to(dtype)), statistics
 
 
-def rule(inputs, low=0.2, high=0.2, dual=None, beta=0.0, kl="k3"):
-    return module.Rule(low, high, dual or math.inf, beta, KL[kl] if "ref_logprobs" in inputs else 0)
+def rule(inputs, surrogate=PPO, importance=None, beta=0.0, kl="k3", kl_weighted=False, entropy_coef=0.0):
+    kind, *bounds = numbers_of(surrogate)
+    estimator = ESTIMATORS[kl] if "ref_logprobs" in inputs else (0, False)
+    terms = correction_of(importance), beta, *estimator, kl_weighted, entropy_coef
+    return module.Rule(bounds_of(kind, tuple(bounds)), *terms)
 
 
 def compare(inputs, backend, names=EVERYTHING, **numbers):
@@ -50,13 +68,14 @@ def compare(inputs, backend, names=EVERYTHING, **numbers):
     g = torch.randn(inputs["logprobs"].shape).to(inputs["logprobs"])
     truth, plain = by_hand(inputs, g, **numbers), by_definition(inputs, g, dtype, **numbers)
     got = run(inputs, g, backend, **numbers)
-    assert all(x.dtype == dtype for x in got) and not got[2].requires_grad
+    assert all(x.dtype == dtype for x in got) and not got[-1].requires_grad
     got, plain = ([x.cpu().flatten() for x in results] for results in (got, plain))
-    check("losses", got[0], truth[0].flatten(), plain[0], dtype)
-    check("gradient", got[1], truth[1].flatten(), plain[1], dtype)
+    for i, name in enumerate(("losses", "gradient", "gradient to entropy")):
+        check(name, got[i], truth[i].flatten(), plain[i], dtype)
     for i, name in enumerate(STATISTICS):
-        check(name, got[2][i : i + 1], truth[2][i : i + 1], plain[2][i : i + 1], dtype)
-    assert torch.equal(got[2][:4].double(), truth[2][:4]), "counts are exact"
+        check(name, got[-1][i : i + 1], truth[-1][i : i + 1], plain[-1][i : i + 1], dtype)
+    counts = [0, 1, 2, 3, STATISTICS.index("importance_cut")]
+    assert torch.equal(got[-1][counts].double(), truth[-1][counts]), "counts are exact"
 
 
 @each_backend
@@ -73,31 +92,30 @@ def test_the_reference_differentiates_itself(case):
     inputs = chosen(tokens(500, dtype=torch.float64), names)
     ones = torch.ones(500, dtype=torch.float64)
     gradient = by_definition(inputs, ones, torch.float64, **numbers)[1]
-    arguments = [inputs.get(n) for n in ("logprobs", "advantages", "old_logprobs", "ref_logprobs", "weights", "mask")]
-    derivative = reference(*arguments, rule(inputs, **numbers))[1]
+    derivative = reference(Tokens(**inputs), rule(inputs, **numbers))[1]
     assert torch.allclose(derivative, gradient, rtol=1e-12, atol=1e-15)
     assert torch.allclose(derivative, by_hand(inputs, ones, **numbers)[1], rtol=1e-12, atol=1e-15)
 
 
 def test_cases_meet_every_bound():
     names, numbers = CASES["dual"]
-    counts = by_hand(chosen(tokens(4, 1025), names), torch.ones(4, 1025), **numbers)[2][:4]
+    counts = by_hand(chosen(tokens(4, 1025), names), torch.ones(4, 1025), **numbers)[-1][:4]
     assert (counts > 50).all()
 
 
 @each_backend
 def test_strides(device, backend):
     whole = tokens(6, 40, device=device)
-    compare({name: x[:, ::3] for name, x in whole.items()}, backend, dual=1.5, beta=0.1)
+    compare({name: x[:, ::3] for name, x in whole.items()}, backend, surrogate=Clip(dual=1.5), beta=0.1)
     compare({name: x.t() for name, x in whole.items()}, backend)
     compare({name: x[1:2, :1].expand(5, 7) for name, x in whole.items()}, backend, beta=0.1)
 
 
 @each_fast_backend
 def test_more_partial_sums_than_one_step_adds(device, backend, monkeypatch):
-    monkeypatch.setitem(module.TOKEN_LAUNCH, "BLOCK", 128)
-    monkeypatch.setitem(module.MERGE_LAUNCH, "BLOCK", 16)
-    compare(tokens(50 * 128, device=device), backend, dual=1.5, beta=0.1)
+    monkeypatch.setitem(policy_tokens.TOKEN_LAUNCH, "BLOCK", 128)
+    monkeypatch.setitem(policy_tokens.MERGE_LAUNCH, "BLOCK", 16)
+    compare(tokens(50 * 128, device=device), backend, surrogate=Clip(dual=1.5), beta=0.1)
 
 
 @each_fast_backend
@@ -112,7 +130,7 @@ def test_small_differences_keep_their_digits(dtype, device, backend):
     x = d.double().numpy().astype(np.longdouble)
     series = sum(x**k / math.factorial(k) for k in range(2, 9))  # where long double cancels, too
     value = torch.from_numpy(np.where(np.abs(x) < 1e-2, series, np.expm1(x) - x).astype(np.float64))
-    losses, gradient, _ = (x.cpu() for x in run(inputs, torch.ones_like(inputs["logprobs"]), backend, beta=1.0))
+    losses, gradient, *_ = (x.cpu() for x in run(inputs, torch.ones_like(inputs["logprobs"]), backend, beta=1.0))
     check("k3", losses, value, value, dtype)
     check("its gradient", gradient, truth[1], truth[1], dtype)
     same = torch.full((4,), 1e-4, dtype=dtype, device=device)
@@ -127,8 +145,7 @@ def test_ratios_of_every_size(dtype, device, backend):
     end = 89 if dtype == torch.float32 else 710
     log_ratio = torch.linspace(-end, end, 4001, dtype=dtype, device=device)
     ones = torch.ones_like(log_ratio)
-    unbounded = {"low": math.inf, "high": math.inf, "backend": backend}
-    losses, _ = policy_loss(log_ratio, -ones, old_logprobs=0 * ones, **unbounded)
+    losses, _ = policy_loss(log_ratio, -ones, old_logprobs=0 * ones, surrogate=UNBOUND, backend=backend)
     truth = np.exp(log_ratio.cpu().double().numpy().astype(np.longdouble))
     with np.errstate(over="ignore"):
         truth = torch.from_numpy(truth.astype(np.float32 if dtype == torch.float32 else np.float64)).double()
@@ -146,7 +163,7 @@ def test_at_a_bound_the_gradient_flows(dtype, device, backend):
         at = torch.tensor(math.log1p(bound - 1) if bound < 2 else math.log(bound), dtype=dtype)
         log_ratio = torch.stack([at, torch.nextafter(at, torch.tensor(past, dtype=dtype))]).to(device)
         inputs = {"logprobs": log_ratio, "advantages": torch.full_like(log_ratio, a), "old_logprobs": 0 * log_ratio}
-        losses, gradient, statistics = run(inputs, 0 * log_ratio + 1, backend, low=0.25, high=0.28, dual=3.0)
+        losses, gradient, _, statistics = run(inputs, 0 * log_ratio + 1, backend, surrogate=Clip(0.25, 0.28, 3.0))
         assert gradient[1] == 0 and torch.allclose(gradient[0], losses[0], rtol=0) and losses[0] * a < 0
         assert torch.allclose(losses, torch.full_like(losses, -bound * a), rtol=4 * eps(dtype))
         assert statistics[1:4].sum() == 1
@@ -163,14 +180,14 @@ def test_overflow(device, backend):
 
     for a, log_ratio in ((0.0, 1e4), (-0.0, 1e4), (0.0, math.inf), (0.0, -math.inf)):
         assert (
-            one(log_ratio, a) == one(log_ratio, a, dual=3.0) == one(log_ratio, a, low=math.inf, high=math.inf) == (0, 0)
+            one(log_ratio, a) == one(log_ratio, a, surrogate=Clip(dual=3.0)) == one(log_ratio, a, surrogate=UNBOUND) == (0, 0)
         )
     assert one(1e4, 2.0) == pytest.approx((-1.2, 0)) and one(1e4, -2.0) == (math.inf, math.inf)
-    assert one(1e4, -2.0, dual=3.0) == (3.0, 0) and one(1e4, 2.0, high=math.inf) == (-math.inf, -math.inf)
+    assert one(1e4, -2.0, surrogate=Clip(dual=3.0)) == (3.0, 0) and one(1e4, 2.0, surrogate=UNBOUND) == (-math.inf, -math.inf)
     assert one(-1e4, 2.0) == one(-math.inf, 2.0) == (0, 0) and one(-math.inf, -2.0) == pytest.approx((0.8, 0))
     x = torch.tensor([100.0, 1e4, 0.0], device=device)
     statistics = policy_loss(x, 0 * x, old_logprobs=0 * x, backend=backend)[1]
-    assert statistics[8] == torch.inf and statistics[9] == 1
+    assert statistics[10] == torch.inf and statistics[11] == 1
 
 
 @each_backend
@@ -182,10 +199,10 @@ def test_masked_tokens_may_hold_anything(device, backend):
         got = run(dirty, torch.ones_like(inputs["logprobs"]), backend, beta=0.1)
         equal(got, clean)
     assert (clean[0][~inputs["mask"]] == 0).all() and (clean[1][~inputs["mask"]] == 0).all()
-    for kl in KL:
+    for kl in ESTIMATORS:
         nobody = {**inputs, "mask": torch.zeros_like(inputs["mask"])}
-        losses, gradient, statistics = run(nobody, torch.ones_like(inputs["logprobs"]), backend, beta=0.1, kl=kl)
-        assert not losses.any() and not gradient.any() and statistics.tolist() == [0.0] * 8 + [-math.inf, math.inf]
+        losses, gradient, _, statistics = run(nobody, torch.ones_like(inputs["logprobs"]), backend, beta=0.1, kl=kl)
+        assert not losses.any() and not gradient.any() and statistics.tolist() == NOTHING
 
 
 @each_backend
@@ -195,10 +212,10 @@ def test_nan_is_not_hidden(name, device, backend):
     inputs["mask"][:] = True
     inputs["advantages"][7] = 0.0
     inputs[name][7] = torch.nan
-    losses, _, statistics = run(inputs, torch.ones_like(inputs["logprobs"]), backend, beta=0.1)
+    losses, *_, statistics = run(inputs, torch.ones_like(inputs["logprobs"]), backend, beta=0.1)
     assert losses[7].isnan() and losses.isnan().sum() == 1
     if name in ("logprobs", "old_logprobs"):
-        assert statistics[[4, 6, 7, 8, 9]].isnan().all()
+        assert statistics[[4, 8, 9, 10, 11]].isnan().all()
         assert torch.equal(merged(statistics[None]).isnan(), statistics.isnan())
     assert statistics[:4].isfinite().all() and statistics[5].isnan() == (name in ("logprobs", "ref_logprobs"))
 
@@ -206,9 +223,9 @@ def test_nan_is_not_hidden(name, device, backend):
 @each_backend
 def test_empty(device, backend):
     inputs = tokens(0, 3, device=device)
-    losses, gradient, statistics = run(inputs, torch.ones_like(inputs["logprobs"]), backend, beta=0.1)
+    losses, gradient, _, statistics = run(inputs, torch.ones_like(inputs["logprobs"]), backend, beta=0.1)
     assert losses.shape == gradient.shape == (0, 3)
-    assert statistics.tolist() == [0.0] * 8 + [-math.inf, math.inf]
+    assert statistics.tolist() == NOTHING
     assert all(value == 0 for value in named(statistics).values())
 
 
@@ -226,7 +243,7 @@ def test_identities(count, cut, seed, dual):
     k3 = policy_loss(x["logprobs"], 0 * a, ref_logprobs=x["ref_logprobs"], beta=1.0, backend=backend)[0]
     assert (k3 >= 0).all()
     positive = chosen({**x, "advantages": a.abs()}, IMPORTANCE)
-    equal(run(positive, ones, backend, dual=1.01), run(positive, ones, backend))
+    equal(run(positive, ones, backend, surrogate=Clip(dual=1.01)), run(positive, ones, backend))
     at = int(count * cut)
     parts = [{name: t[part] for name, t in x.items()} for part in (slice(0, at), slice(at, None))]
     results = [run(part, torch.ones_like(part["logprobs"]), backend, dual=dual, beta=0.1) for part in parts]
@@ -241,15 +258,15 @@ def test_identities(count, cut, seed, dual):
 def test_runs_and_threads_and_neighbours_change_nothing(device, backend):
     x = tokens(50_000 if backend == "cpu" else 3 * BLOCK + 5, device=device)
     ones, threads = torch.ones_like(x["logprobs"]), torch.get_num_threads()
-    whole = run(x, ones, backend, dual=2.0, beta=0.1)
+    whole = run(x, ones, backend, surrogate=Clip(dual=2.0), beta=0.1)
     try:
         for count in (*[threads] * 9, 1, 2, 3):
             torch.set_num_threads(count)
-            equal(run(x, ones, backend, dual=2.0, beta=0.1), whole)
+            equal(run(x, ones, backend, surrogate=Clip(dual=2.0), beta=0.1), whole)
     finally:
         torch.set_num_threads(threads)
     for count in (1, 15, 16, 17, 255, 257, BLOCK + 1):
-        part = run({name: t[-count:] for name, t in x.items()}, ones[-count:], backend, dual=2.0, beta=0.1)
+        part = run({name: t[-count:] for name, t in x.items()}, ones[-count:], backend, surrogate=Clip(dual=2.0), beta=0.1)
         equal(part[:2], [result[-count:] for result in whole[:2]])
 
 
@@ -262,7 +279,7 @@ def test_every_instruction_set():
         for isa in ("baseline", "avx2", "avx512"):
             _C.set_isa(isa)
             for dtype in (torch.float32, torch.float64):
-                compare(tokens(4099, dtype=dtype), "cpu", dual=1.5, beta=0.1)
+                compare(tokens(4099, dtype=dtype), "cpu", surrogate=Clip(dual=1.5), beta=0.1)
             test_small_differences_keep_their_digits(torch.float32, "cpu", "cpu")
             test_ratios_of_every_size(torch.float32, "cpu", "cpu")
             if isa == best:
@@ -274,10 +291,10 @@ def test_every_instruction_set():
 @cpu_only
 def test_gradcheck():
     x = tokens(40, dtype=torch.float64)
-    for kl in KL:
+    for kl in ESTIMATORS:
 
         def losses(logprobs, kl=kl):
-            return policy_loss(**{**x, "logprobs": logprobs}, dual=1.5, beta=0.3, kl=kl, backend="cpu")[0]
+            return policy_loss(**{**x, "logprobs": logprobs}, surrogate=Clip(dual=1.5), beta=0.3, kl=kl, backend="cpu")[0]
 
         assert torch.autograd.gradcheck(losses, x["logprobs"].clone().requires_grad_())
 
@@ -309,7 +326,7 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_a_graph_break(dynamic):
     def loss(inputs, low):
-        losses, statistics = policy_loss(**{**inputs, "logprobs": inputs["logprobs"] * 2}, low=low, beta=0.1, dual=2.0)
+        losses, statistics = policy_loss(**{**inputs, "logprobs": inputs["logprobs"] * 2}, low=low, beta=0.1, surrogate=Clip(dual=2.0))
         return losses.sum(), named(statistics)["ess"]
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -367,7 +384,7 @@ def test_waits_for_nothing():
     policy_loss(**x, beta=0.1)[0].sum().backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        losses, statistics = policy_loss(**x, dual=3.0, beta=0.1)
+        losses, statistics = policy_loss(**x, surrogate=Clip(dual=3.0), beta=0.1)
         losses.sum().backward()
         named(merged(torch.stack([statistics, policy_loss(x["mask"][:0].float(), x["mask"][:0].float())[1]])))
     finally:
