@@ -12,7 +12,9 @@ from torch import Tensor
 
 from fuserl.engine.batch import Batch
 from fuserl.engine.contracts import BOUND, WEIGHT, require
-from fuserl.kernels.policy_loss import policy_loss
+from fuserl.engine.importance import Importance
+from fuserl.kernels.policy_loss import STATISTICS, policy_loss
+from fuserl.kernels.surrogates import Clip, Gate, Weight
 
 
 def every_token(batch: Batch) -> None:
@@ -71,91 +73,192 @@ def clipped(
     high: float = 0.2,
     dual: float | None = None,
     beta: float = 0.0,
+    kl: str = "k3",
+    kl_weighted: bool = False,
     entropy_coef: float = 0.0,
+    importance: Importance | None = None,
     reduce: Callable = rollout_mean,
 ) -> Loss:
     """The clipped surrogate of PPO (arXiv:1707.06347, eq. 7), with a KL and an entropy term when weighted.
 
-        loss = -min(ratio A, clip(ratio, 1 - low, 1 + high) A) + beta k3 - entropy_coef entropy
-        ratio = exp(logprob - old_logprobs)        k3 = exp(ref - logprob) - (ref - logprob) - 1
+        loss = -w min(ratio A, clip(ratio, 1 - low, 1 + high) A) + beta kl - entropy_coef entropy
+        ratio = exp(logprob - old_logprob)        k3 = exp(ref - logprob) - (ref - logprob) - 1
 
     Without old_logprobs in the batch the update is on-policy: they are the current ones, detached, and the ratio is 1.
-    With `dual` (> 1) the loss of a token with A < 0 is at most dual |A| (arXiv:1912.09729).
+    With `dual` (> 1) the loss of a token with A < 0 is at most dual |A| (arXiv:1912.09729); above 1 + high that is the
+    two-sided clip (2505.07291). `kl` and `kl_weighted` are as of `policy_loss`. `importance` says what w is, 1 for None.
     """
     _require_clip("clipped", low, high)
     require("clipped", "dual", dual, dual is None or dual > 1, "above 1, or None for no such bound")
-    require("clipped", "beta", beta, 0 <= beta < math.inf, WEIGHT)
-    require("clipped", "entropy_coef", entropy_coef, abs(entropy_coef) < math.inf, "a finite number")
+    terms = {"beta": beta, "kl": kl, "kl_weighted": kl_weighted, "entropy_coef": entropy_coef}
+    return _of_surrogate("clipped", Clip(low, high, dual), importance=importance, reduce=reduce, **terms)
+
+
+def decoupled(*, importance: Importance, **options) -> Loss:
+    """The clipped surrogate around the proximal policy, of samples of a behaviour policy (arXiv:2110.00641).
+
+        loss = -w min(ratio A, clip(ratio, 1 - low, 1 + high) A)        w = exp(old_logprob - rollout_logprob)
+
+    rollout_logprobs are the behaviour's, old_logprobs the proximal policy's, made when the update starts (AReaL,
+    2505.24298). `options` are those of `clipped`.
+    """
+    return clipped(importance=importance, **options)
+
+
+def clipped_rollouts(
+    *,
+    low: float,
+    high: float,
+    per_token: bool = False,
+    importance: Importance | None = None,
+    reduce: Callable = rollout_mean,
+) -> Loss:
+    """The clipped surrogate with one ratio per rollout, the geometric mean of its tokens' (arXiv:2507.18071, eq. 5-7).
+
+        ratio[b] = exp(mean over its tokens of logprob - old_logprobs)
+
+    With `per_token` (section 4.3) that ratio carries no gradient, and each token has its own through a factor of value 1:
+    the same values and, where the advantage is that of the rollout, the same gradient.
+    """
+    _require_clip("clipped_rollouts", low, high)
+
+    def log_ratios(logprob, old, batch):
+        whole = batch.to_tokens(batch.rollout_mean(logprob - old))
+        return whole.detach() + (logprob - logprob.detach()) if per_token else whole
+
+    return _of_rollouts(log_ratios, Clip(low, high), importance, reduce)
+
+
+def geometric_rollouts(
+    *, low: float = 0.4, high: float = 0.4, importance: Importance | None = None, reduce: Callable = rollout_mean
+) -> Loss:
+    """The geometric mean of a rollout's ratios, each clipped, in the place of their mean (arXiv:2507.20673).
+
+        loss = -A exp(mean over the tokens of the rollout of the clipped log_ratio)
+        clipped log_ratio = min(log_ratio, high) where A > 0, max(log_ratio, -low) where A < 0
+
+    Bounds are those of the logarithm, and the advantage is that of the whole rollout.
+    """
+    _require_clip("geometric_rollouts", low, high)
+
+    def log_ratios(logprob, old, batch):
+        each, a = logprob - old, batch.advantages
+        held = torch.where(a > 0, each.clamp(max=high), torch.where(a < 0, each.clamp(min=-low), each))
+        return batch.to_tokens(batch.rollout_mean(held))
+
+    def clipped_at(logprob, old, batch):
+        each, a = logprob - old, batch.advantages
+        return (a < 0) & (each < -low), (a > 0) & (each > high)
+
+    return _of_rollouts(log_ratios, Clip(math.inf, math.inf), importance, reduce, clipped_at)
+
+
+def truncated(*, low: float, high: float, reduce: Callable = token_mean, **terms) -> Loss:
+    """Log-probs weighted by the truncated importance ratio, which carries no gradient (arXiv:2506.13585, eq. 4-5).
+
+        loss = -clip(ratio, 1 - low, 1 + high) A logprob
+
+    Unlike under clipping, every token keeps a gradient. `terms` are those of `clipped` after its bounds.
+    """
+    _require_clip("truncated", low, high)
+    bounds = max(0.0, 1 - low), 1 + high
+    return _of_surrogate("truncated", Weight(bounds, bounds), reduce=reduce, **terms)
+
+
+def asymmetric(
+    *,
+    positive: tuple[float, float] = (1.0, 1.0),
+    negative: tuple[float, float] = (0.0, 1.0),
+    reduce: Callable = token_mean,
+    **terms,
+) -> Loss:
+    """Log-probs weighted by the ratio within other bounds where A > 0 than where A < 0 (TOPR, arXiv:2503.14286).
+
+        loss = -clip(ratio, *bounds of A's sign) A logprob
+
+    By default what is good is learnt as in supervised learning, whoever sampled it, and what is bad is unlearnt only as
+    far as the policy would still say it. Each token has its own ratio, as in `truncated`; `terms` are those of `clipped`.
+    """
+    for name, (least, most) in (("positive", positive), ("negative", negative)):
+        require("asymmetric", name, (least, most), 0 <= least <= most and most > 0, "0 <= least <= most, most > 0")
+    return _of_surrogate("asymmetric", Weight(tuple(positive), tuple(negative)), reduce=reduce, **terms)
+
+
+def gated(*, positive: float = 1.0, negative: float = 1.05, reduce: Callable = rollout_mean, **terms) -> Loss:
+    """A soft gate on the ratio in the place of a clip (SAPO, arXiv:2511.20347).
+
+        loss = -4 / tau sigmoid(tau (ratio - 1)) A        tau = positive where A > 0, else negative
+
+    The gradient is that of the plain ratio at 1 and fades to both sides. `terms` are those of `clipped`.
+    """
+    for name, tau in (("positive", positive), ("negative", negative)):
+        require("gated", name, tau, 0 < tau < math.inf, "a finite number > 0")
+    return _of_surrogate("gated", Gate(positive, negative), reduce=reduce, **terms)
+
+
+def _of_surrogate(
+    function: str,
+    surrogate: Clip | Weight | Gate,
+    *,
+    beta: float = 0.0,
+    kl: str = "k3",
+    kl_weighted: bool = False,
+    entropy_coef: float = 0.0,
+    importance: Importance | None = None,
+    reduce: Callable,
+) -> Loss:
+    """The loss of a surrogate of each token's ratio, with a KL and an entropy term when weighted."""
+    require(function, "beta", beta, 0 <= beta < math.inf, WEIGHT)
+    require(function, "entropy_coef", entropy_coef, abs(entropy_coef) < math.inf, "a finite number")
 
     def loss(out, batch: Batch):
-        weights = reduce(batch)
+        old = out.logprob.detach() if batch.old_logprobs is None else batch.old_logprobs
         losses, statistics = policy_loss(
             out.logprob,
             batch.advantages,
             old_logprobs=batch.old_logprobs,
             ref_logprobs=batch.ref_logprobs,  # for its statistic where beta is 0
-            weights=weights,
-            low=low,
-            high=high,
-            dual=dual,
+            entropy=out.entropy if entropy_coef else None,
+            weights=reduce(batch),
+            surrogate=surrogate,
             beta=beta,
+            kl=kl,
+            kl_weighted=kl_weighted,
+            entropy_coef=entropy_coef,
+            **({} if importance is None else importance.of_tokens(batch, old)),
         )
-        if entropy_coef:
-            losses = losses - entropy_coef * weights * out.entropy
         return losses, {"policy": statistics[None]}
 
+    scope = "token" if importance is None else importance.scope
     return Loss(
         loss,
         outputs=("logprob", "entropy") if entropy_coef else ("logprob",),
-        live=every_token if beta or entropy_coef else with_advantage,
+        scope=scope,
+        live=every_token if beta or entropy_coef else with_advantage if scope == "token" else with_any_advantage,
         reads=("ref_logprobs",) if beta else (),
     )
 
 
-def clipped_rollouts(*, low: float, high: float, reduce: Callable = rollout_mean) -> Loss:
-    """The clipped surrogate with one ratio per rollout, the geometric mean of its tokens' (arXiv:2507.18071, eq. 5-7).
-
-    ratio[b] = exp(mean over its tokens of logprob - old_logprobs)
-    """
-    _require_clip("clipped_rollouts", low, high)
+def _of_rollouts(log_ratios, surrogate: Clip, importance: Importance | None, reduce: Callable, clipped_at=None) -> Loss:
+    """The loss of a surrogate of log_ratios(logprob, old, batch) (n,), equal at all tokens of a rollout."""
 
     def loss(out, batch: Batch):
         old = out.logprob.detach() if batch.old_logprobs is None else batch.old_logprobs
-        log_ratio = batch.to_tokens(batch.rollout_mean(out.logprob - old))
+        log_ratio = log_ratios(out.logprob, old, batch)
         losses, statistics = policy_loss(
             log_ratio,
             batch.advantages,
             old_logprobs=torch.zeros_like(log_ratio),
             weights=reduce(batch),
-            low=low,
-            high=high,
+            surrogate=surrogate,
+            **({} if importance is None else importance.of_rollouts(batch, old)),
         )
+        if clipped_at is not None:
+            counts = torch.stack([each.sum() for each in clipped_at(out.logprob.detach(), old, batch)])
+            statistics[STATISTICS.index("clipped_low") :][:2] = counts
         return losses, {"policy": statistics[None]}
 
     return Loss(loss, scope="rollout", live=with_any_advantage)
-
-
-def truncated(*, low: float, high: float, reduce: Callable = token_mean) -> Loss:
-    """Log-probs weighted by the truncated importance ratio, which carries no gradient (arXiv:2506.13585, eq. 4-5).
-
-        loss = -clip(ratio, 1 - low, 1 + high) A logprob
-
-    Unlike under clipping, every token keeps a gradient.
-    """
-    _require_clip("truncated", low, high)
-
-    def loss(out, batch: Batch):
-        old = out.logprob if batch.old_logprobs is None else batch.old_logprobs
-        ratio = (out.logprob - old).exp().detach()
-        weight = ratio.clamp(1 - low, 1 + high)
-        statistics = {
-            "ratio": ratio,
-            "clipped_low": (ratio < weight).float(),
-            "clipped_high": (ratio > weight).float(),
-        }
-        return -weight * batch.advantages * out.logprob * reduce(batch), statistics
-
-    return Loss(loss, live=with_advantage)
 
 
 def negative_logprob(*, reduce: Callable = token_mean) -> Loss:

@@ -176,18 +176,17 @@ def _outputs(logprobs, with_derivative):
 
 
 IMPLS = {"triton": _triton, "cpu": _cpu, "reference": _reference}
-_INPUTS, _NUMBERS = len(Tokens._fields), 5  # of the op, and of a surrogate
+_INPUTS, _ENTROPY = len(Tokens._fields), Tokens._fields.index("entropy")
 
 
 def _dispatch(logprobs, *arguments):
-    *others, with_derivative, backend = arguments
-    tensors, numbers = (logprobs, *others[: _INPUTS - 1]), others[_INPUTS - 1 :]
-    kind, *bounds = numbers[:_NUMBERS]
-    correction, beta, kl, score, kl_weighted, entropy_coef = Correction(*numbers[_NUMBERS:-5]), *numbers[-5:]
+    *others, numbers, codes, with_derivative, backend = arguments
+    (*bounds, beta, entropy_coef), (kind, kl, score, kl_weighted) = numbers, codes
+    rule = Rule(bounds_of(kind, tuple(bounds[:4])), Correction(*bounds[4:]), beta, kl, bool(score), bool(kl_weighted))
+    rule = rule._replace(entropy_coef=entropy_coef)
     backend = choose("policy_loss", IMPLS, logprobs.device, backend)
-    tokens = Tokens(*(None if x is None else x.reshape(-1).contiguous() for x in tensors))
+    tokens = Tokens(*(None if x is None else x.reshape(-1).contiguous() for x in (logprobs, *others)))
     tokens = tokens if entropy_coef else tokens._replace(entropy=None)
-    rule = Rule(bounds_of(kind, tuple(bounds)), correction, beta, kl, score, kl_weighted, entropy_coef)
     if logprobs.numel():
         losses, derivative, statistics = IMPLS[backend](tokens, rule, with_derivative)
     else:
@@ -199,7 +198,7 @@ def _dispatch(logprobs, *arguments):
 
 def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
-    tokens, ctx.entropy_coef = Tokens(*inputs[:_INPUTS]), inputs[-3]
+    tokens, ctx.entropy_coef = Tokens(*inputs[:_INPUTS]), inputs[_INPUTS][-1]
     of_entropy = (None, None) if tokens.entropy is None else (tokens.weights, tokens.mask)
     ctx.save_for_backward(output[2], *of_entropy)
 
@@ -216,14 +215,12 @@ def _autograd(ctx, g, *_):
     return tuple(gradients)
 
 
-_ENTROPY = Tokens._fields.index("entropy")
+# Few arguments, the numbers in lists: torch takes a time that grows with their square to look at those of a call.
 _library = torch.library.Library("fuserl", "FRAGMENT")
 _library.define(
     "policy_loss(Tensor logprobs, Tensor advantages, Tensor? old_logprobs, Tensor? ref_logprobs, "
     "Tensor? rollout_logprobs, Tensor? log_weights, Tensor? entropy, Tensor? weights, Tensor? mask, "
-    "int surrogate, float first, float second, float third, float fourth, "
-    "float log_least, float log_most, float below, float above, "
-    "float beta, int kl, bool score, bool kl_weighted, float entropy_coef, bool with_derivative, str? backend)"
+    "float[] numbers, int[] codes, bool with_derivative, str? backend)"
     " -> (Tensor, Tensor, Tensor)"
 )
 _library.impl("policy_loss", _dispatch, "CompositeExplicitAutograd")
@@ -309,10 +306,10 @@ def policy_loss(
     _check_terms(tokens, importance, beta, kl, kl_weighted, entropy_coef)
     with_derivative = logprobs.requires_grad and torch.is_grad_enabled()
     estimator = (0, False) if ref_logprobs is None else ESTIMATORS[kl]
-    losses, statistics, _ = torch.ops.fuserl.policy_loss(
-        *tokens, *numbers_of(surrogate), *correction_of(importance), float(beta), *estimator, kl_weighted,
-        float(entropy_coef), with_derivative, backend,
-    )  # fmt: skip
+    kind, *numbers = numbers_of(surrogate)
+    numbers += [*correction_of(importance), float(beta), float(entropy_coef)]
+    codes = [kind, *map(int, (*estimator, kl_weighted))]
+    losses, statistics, _ = torch.ops.fuserl.policy_loss(*tokens, numbers, codes, with_derivative, backend)
     return losses, statistics
 
 

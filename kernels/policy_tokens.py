@@ -37,30 +37,37 @@ def _extreme(x, largest):
 
 
 @triton.jit
-def _tokens(logprob_ptr, advantage_ptr, old_ptr, ref_ptr, weight_ptr, mask_ptr, at, inside):
+def _tokens(
+    logprob_ptr, advantage_ptr, old_ptr, ref_ptr, rollout_ptr, log_weight_ptr, entropy_ptr, weight_ptr, mask_ptr,
+    first, at, inside,
+):  # fmt: skip
     """What is known of each token, 0 where it is masked. A whole block has `inside` None, and wide loads by that."""
     other = None if inside is None else 0
-    logprob = tl.load(logprob_ptr + at, inside, other)
-    a = tl.load(advantage_ptr + at, inside, other)
-    old = logprob if old_ptr is None else tl.load(old_ptr + at, inside, other)
-    ref = logprob if ref_ptr is None else tl.load(ref_ptr + at, inside, other)
-    weight = tl.full(at.shape, 1.0, logprob.dtype) if weight_ptr is None else tl.load(weight_ptr + at, inside, other)
+    logprob = tl.load(logprob_ptr + first + at, inside, other)
+    a = tl.load(advantage_ptr + first + at, inside, other)
+    old = logprob if old_ptr is None else tl.load(old_ptr + first + at, inside, other)
+    ref = logprob if ref_ptr is None else tl.load(ref_ptr + first + at, inside, other)
+    weight = tl.full(at.shape, 1.0, logprob.dtype)
+    log_weight, entropy = tl.zeros_like(logprob), tl.zeros_like(logprob)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + first + at, inside, other)
+    if rollout_ptr is not None:
+        log_weight = old - tl.load(rollout_ptr + first + at, inside, other)
+    if log_weight_ptr is not None:
+        log_weight = tl.load(log_weight_ptr + first + at, inside, other)
+    if entropy_ptr is not None:
+        entropy = tl.load(entropy_ptr + first + at, inside, other)
     keep = tl.full(at.shape, 1, tl.int1) if inside is None else inside
     if mask_ptr is not None:
-        keep = keep & (tl.load(mask_ptr + at, inside, other) != 0)
+        keep = keep & (tl.load(mask_ptr + first + at, inside, other) != 0)
     log_ratio, d = tl.where(keep, logprob - old, 0.0), tl.where(keep, ref - logprob, 0.0)
-    return logprob, old, tl.where(keep, a, 0.0), log_ratio, d, tl.where(keep, weight, 0.0), keep
+    a, log_weight, entropy = tl.where(keep, a, 0.0), tl.where(keep, log_weight, 0.0), tl.where(keep, entropy, 0.0)
+    return logprob, a, log_ratio, d, log_weight, entropy, tl.where(keep, weight, 0.0), keep
 
 
 @triton.jit
-def _importance(a, old, rollout_ptr, log_weight_ptr, at, inside, keep, log_least, log_most, below, above):
+def _importance(a, log_weight, keep, log_least, log_most, below, above):
     """The advantage times the importance weight; the weight, 0 where masked; and whether a bound of it was met."""
-    other = None if inside is None else 0
-    if log_weight_ptr is None:
-        log_weight = old - tl.load(rollout_ptr + at, inside, other)
-    else:
-        log_weight = tl.load(log_weight_ptr + at, inside, other)
-    log_weight = tl.where(keep, log_weight, 0.0)
     low = log_weight < tl.full(a.shape, log_least, a.dtype)
     high = log_weight > tl.full(a.shape, log_most, a.dtype)
     bound = tl.where(low, tl.full(a.shape, below, a.dtype), tl.full(a.shape, above, a.dtype))
@@ -122,32 +129,36 @@ def _token_kernel(
 ):  # fmt: skip
     """Losses, derivatives and partial statistics, (12, programs), of BLOCK tokens."""
     program = tl.program_id(0).to(tl.int64)
-    at = program * BLOCK + tl.arange(0, BLOCK)
-    whole = (program + 1) * BLOCK <= N
+    # Addresses are a scalar and a small offset: as many numbers of 64 bits as tokens would spill registers.
+    first, at = program * BLOCK, tl.arange(0, BLOCK)
+    left = tl.minimum(N - first, BLOCK).to(tl.int32)
+    whole = left == BLOCK
     if whole:
-        logprob, old, a, log_ratio, d, weight, keep = _tokens(
-            logprob_ptr, advantage_ptr, old_ptr, ref_ptr, weight_ptr, mask_ptr, at, None
-        )
+        logprob, a, log_ratio, d, log_weight, entropy, weight, keep = _tokens(
+            logprob_ptr, advantage_ptr, old_ptr, ref_ptr, rollout_ptr, log_weight_ptr, entropy_ptr, weight_ptr, mask_ptr,
+            first, at, None,
+        )  # fmt: skip
     else:
-        logprob, old, a, log_ratio, d, weight, keep = _tokens(
-            logprob_ptr, advantage_ptr, old_ptr, ref_ptr, weight_ptr, mask_ptr, at, at < N
-        )
+        logprob, a, log_ratio, d, log_weight, entropy, weight, keep = _tokens(
+            logprob_ptr, advantage_ptr, old_ptr, ref_ptr, rollout_ptr, log_weight_ptr, entropy_ptr, weight_ptr, mask_ptr,
+            first, at, at < left,
+        )  # fmt: skip
     dtype: tl.constexpr = partial_ptr.dtype.element_ty
     ratio, less_one, rest = _exponentials(log_ratio, TERMS)
     importance, cut = keep.to(dtype), tl.zeros([BLOCK], tl.int1)
     if rollout_ptr is not None or log_weight_ptr is not None:
-        a, importance, cut = _importance(
-            a, old, rollout_ptr, log_weight_ptr, at, at < N, keep, log_least, log_most, weight_below, weight_above
-        )
+        a, importance, cut = _importance(a, log_weight, keep, log_least, log_most, weight_below, weight_above)
 
     above, below = a > 0, a < 0
-    low_bound = tl.where(above, tl.full([BLOCK], log_positive_below, dtype), tl.full([BLOCK], log_negative_below, dtype))
-    low_holds = (above | below) & (log_ratio < low_bound)
+    low_bound, low_factor = tl.full([BLOCK], log_negative_below, dtype), tl.full([BLOCK], negative_below, dtype)
+    low_holds = below & (log_ratio < low_bound)
+    if SURROGATE == 1:  # a clip has no bound below where the advantage is positive
+        low_holds = low_holds | (above & (log_ratio < tl.full([BLOCK], log_positive_below, dtype)))
+        low_factor = tl.where(above, tl.full([BLOCK], positive_below, dtype), low_factor)
     high_holds = above & (log_ratio > tl.full([BLOCK], log_positive_above, dtype))
     dual_holds = below & (log_ratio > tl.full([BLOCK], log_negative_above, dtype))
-    low_factor = tl.where(above, tl.full([BLOCK], positive_below, dtype), tl.full([BLOCK], negative_below, dtype))
-    high_factor = tl.where(above, tl.full([BLOCK], positive_above, dtype), tl.full([BLOCK], negative_above, dtype))
-    held, bound = low_holds | high_holds | dual_holds, tl.where(low_holds, low_factor, high_factor)
+    bound = tl.where(above, tl.full([BLOCK], positive_above, dtype), tl.full([BLOCK], negative_above, dtype))
+    held, bound = low_holds | high_holds | dual_holds, tl.where(low_holds, low_factor, bound)
     loss, derivative = _policy(-a, logprob, ratio, less_one, held, bound, log_ratio, SURROGATE)
     kl = tl.zeros([BLOCK], dtype)
     if KL > 0:
@@ -156,17 +167,16 @@ def _token_kernel(
         loss += tl.where(weight_of_kl == 0, 0.0, weight_of_kl * kl)
         derivative += tl.where(weight_of_kl == 0, 0.0, weight_of_kl * slope)
     if entropy_ptr is not None:
-        entropy = tl.where(keep, tl.load(entropy_ptr + at, at < N, other=0.0), 0.0)
         loss -= tl.full([BLOCK], entropy_coef, dtype) * entropy
     loss, derivative = weight * loss, weight * derivative
     if whole:
-        tl.store(loss_ptr + at, loss)
+        tl.store(loss_ptr + first + at, loss)
         if derivative_ptr is not None:
-            tl.store(derivative_ptr + at, derivative)
+            tl.store(derivative_ptr + first + at, derivative)
     else:
-        tl.store(loss_ptr + at, loss, at < N)
+        tl.store(loss_ptr + first + at, loss, at < left)
         if derivative_ptr is not None:
-            tl.store(derivative_ptr + at, derivative, at < N)
+            tl.store(derivative_ptr + first + at, derivative, at < left)
 
     partial_ptr += program
     programs = tl.num_programs(0).to(tl.int64)

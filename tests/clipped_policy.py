@@ -9,7 +9,6 @@ from fuserl.kernels.surrogates import Clip, Gate, Truncate, Weight, Within
 
 ON_POLICY, IMPORTANCE, CLIPPED = (), ("old_logprobs",), ("old_logprobs", "weights")
 EVERYTHING = ("old_logprobs", "ref_logprobs", "weights", "mask")
-NAMES = ("old_logprobs", "ref_logprobs", "rollout_logprobs", "log_weights", "entropy", "weights", "mask")
 PPO, CISPO, TOPR = Clip(0.2, 0.2), Weight((0.8, 1.3), (0.8, 1.3)), Weight((1.0, 1.0), (0.0, 1.0))
 CASES = {  # inputs besides logprobs and advantages, and numbers
     "on policy": (ON_POLICY, {}),
@@ -45,20 +44,28 @@ CASES = {  # inputs besides logprobs and advantages, and numbers
 
 
 def tokens(*shape, dtype=torch.float32, device="cpu"):
-    """Every input of the op: policies that differ enough for each bound to hold somewhere; a tenth of A is 0."""
+    """Inputs of a clip with a KL term: policies that differ enough for each bound to hold somewhere; a tenth of A is 0."""
     old = -3 * torch.rand(shape, dtype=dtype)
     inputs = {
         "logprobs": old + torch.randn(shape, dtype=dtype) * 0.5,
         "advantages": torch.randn(shape, dtype=dtype) * (torch.rand(shape) > 0.1),
         "old_logprobs": old,
         "ref_logprobs": old + torch.randn(shape, dtype=dtype) * 0.3 - 0.1,
-        "rollout_logprobs": old + torch.randn(shape, dtype=dtype) * 0.4,
-        "log_weights": torch.randn(shape, dtype=dtype) * 0.4,
-        "entropy": torch.rand(shape, dtype=dtype),
         "weights": torch.rand(shape, dtype=dtype),
         "mask": torch.rand(shape) < 0.8,
     }
     return {name: x.to(device) for name, x in inputs.items()}
+
+
+def every_input(*shape, dtype=torch.float32, device="cpu"):
+    """Those, what the engine that sampled has to say, given in both ways, and entropies."""
+    inputs = tokens(*shape, dtype=dtype, device=device)
+    others = {
+        "rollout_logprobs": inputs["old_logprobs"].cpu() + torch.randn(shape, dtype=dtype) * 0.4,
+        "log_weights": torch.randn(shape, dtype=dtype) * 0.4,
+        "entropy": torch.rand(shape, dtype=dtype),
+    }
+    return inputs | {name: x.to(device) for name, x in others.items()}
 
 
 def chosen(inputs, names):

@@ -26,7 +26,8 @@ extern const PolicyLossKernels policy_loss;
 namespace {
 
 constexpr const char* function = "policy_loss";
-constexpr std::int64_t block_tokens = 4096;
+template <class T>
+constexpr std::int64_t block_tokens = sizeof(T) == sizeof(float) ? 4096 : 512;
 constexpr std::int64_t blocks_at_once = 4;  // what is worth handing to another thread
 constexpr double infinity = std::numeric_limits<double>::infinity();
 
@@ -95,8 +96,8 @@ void run_blocks(void* context, std::int64_t begin, std::int64_t end) {
   Problem<T>& problem = *static_cast<Problem<T>*>(context);
   const auto& kernel = kernel_of(static_cast<T*>(nullptr));
   for (std::int64_t i = begin; i < end; ++i) {
-    const std::int64_t first = i * block_tokens;
-    kernel(from(problem.all, first), std::min(block_tokens, problem.count - first), problem.bounds,
+    const std::int64_t first = i * block_tokens<T>;
+    kernel(from(problem.all, first), std::min(block_tokens<T>, problem.count - first), problem.bounds,
            problem.blocks[static_cast<std::size_t>(i)].values);
   }
 }
@@ -104,7 +105,7 @@ void run_blocks(void* context, std::int64_t begin, std::int64_t end) {
 template <class T>
 void run(const cpu::PolicyTensors& x, const PolicyRule& rule, int threads) {
   const auto data = [](const TensorView* view) { return view ? view->as<T>() : nullptr; };
-  const std::int64_t count = x.logprobs.size(), blocks = (count + block_tokens - 1) / block_tokens;
+  const std::int64_t count = x.logprobs.size(), blocks = (count + block_tokens<T> - 1) / block_tokens<T>;
   const unsigned char* mask = x.mask ? x.mask->as<unsigned char>() : nullptr;
   Problem<T> problem = {{{data(&x.logprobs), data(&x.advantages), data(x.old_logprobs), data(x.ref_logprobs),
                           data(x.rollout_logprobs), data(x.log_weights), data(x.entropy), data(x.weights)},
@@ -113,8 +114,11 @@ void run(const cpu::PolicyTensors& x, const PolicyRule& rule, int threads) {
                         count,
                         std::vector<Statistics>(static_cast<std::size_t>(blocks))};
   parallel_for(blocks, blocks_at_once, threads, run_blocks<T>, &problem);
-  Statistics total;
-  for (const Statistics& block : problem.blocks) total.add(block);
+  // In pairs, and pairs of those: doubles are as exact as the tokens', and a long sum would not be.
+  for (std::size_t step = 1; step < problem.blocks.size(); step *= 2)
+    for (std::size_t i = 0; i + step < problem.blocks.size(); i += 2 * step)
+      problem.blocks[i].add(problem.blocks[i + step]);
+  Statistics& total = problem.blocks.front();
   total.show_nan();
   if (!x.rollout_logprobs && !x.log_weights)
     total.values[PolicyStatistic::importance] = total.values[PolicyStatistic::tokens];

@@ -7,7 +7,9 @@
 namespace fuserl {
 namespace {
 
-constexpr std::int64_t fold = 256;  // tokens whose sums are floats before they are added to doubles
+// Tokens whose sums are kept apart before they are added to the block's, in double: a few roundings for each lane.
+template <class T>
+constexpr std::int64_t fold = sizeof(T) == sizeof(float) ? 256 : 32;
 
 FUSERL_INLINE double load(const double* p) { return *p; }
 FUSERL_INLINE void store(double* p, double x) { *p = x; }
@@ -86,6 +88,14 @@ FUSERL_INLINE V corrected(V advantage, V log_weight, M keep, const PolicyBounds<
   return ((advantage == zero) & (weight == weight)) ? zero : weight * advantage;
 }
 
+// A clip has no bound below where the advantage is positive.
+template <Surrogate surrogate, class T, class M>
+FUSERL_INLINE typename Step<T>::Vector of_sign(M above, T positive, T negative) {
+  typedef typename Step<T>::Vector V;
+  if constexpr (surrogate == Surrogate::clip) return V{} + negative;
+  return above ? V{} + positive : V{} + negative;
+}
+
 template <Surrogate surrogate, class T>
 FUSERL_INLINE void step(const PolicyBlock<T>& at, std::int64_t i, const PolicyBounds<T>& bounds, Sums<T>& sums) {
   typedef typename Step<T>::Vector V;
@@ -106,12 +116,12 @@ FUSERL_INLINE void step(const PolicyBlock<T>& at, std::int64_t i, const PolicyBo
   if (at.input[Block::log_weights]) advantage = corrected(advantage, input(Block::log_weights), keep, bounds, sums);
 
   const Mask above = advantage > zero, below = advantage < zero;
-  const V low_bound = above ? zero + bounds.log_ratios[0] : zero + bounds.log_ratios[2];
-  const Mask low = (above | below) & (log_ratio < low_bound), high = above & (log_ratio > bounds.log_ratios[1]);
-  const Mask dual = below & (log_ratio > bounds.log_ratios[3]), held = low | high | dual;
-  const V low_factor = above ? zero + bounds.factors[0] : zero + bounds.factors[2];
-  const V high_factor = above ? zero + bounds.factors[1] : zero + bounds.factors[3];
-  const V bound = low ? low_factor : high_factor;
+  const V low_bound = of_sign<surrogate>(above, bounds.log_ratios[0], bounds.log_ratios[2]);
+  const Mask low = (surrogate == Surrogate::clip ? below : above | below) & (log_ratio < low_bound);
+  const Mask high = above & (log_ratio > bounds.log_ratios[1]), dual = below & (log_ratio > bounds.log_ratios[3]);
+  const Mask held = low | high | dual;
+  const V low_factor = of_sign<surrogate>(above, bounds.factors[0], bounds.factors[2]);
+  const V bound = low ? low_factor : (above ? zero + bounds.factors[1] : zero + bounds.factors[3]);
   auto [loss, derivative] = policy<surrogate, T>(-advantage, logprob, log_ratio, e, held, bound);
   if (bounds.kl != KlEstimator::none) {
     const Term<V> kl = divergence<T>(input(Block::ref_logprobs) - logprob, e.exp, bounds);
@@ -180,12 +190,12 @@ template <Surrogate surrogate, class T>
 void block_of(const PolicyBlock<T>& at, std::int64_t n, const PolicyBounds<T>& bounds, double* statistics) {
   constexpr int size = Step<T>::size;
   const std::int64_t whole = n / size * size;
-  for (std::int64_t begin = 0; begin < n; begin += fold) {
+  for (std::int64_t begin = 0; begin < n; begin += fold<T>) {
     Sums<T> sums;
-    const std::int64_t end = begin + fold < whole ? begin + fold : whole;
+    const std::int64_t end = begin + fold<T> < whole ? begin + fold<T> : whole;
     std::int64_t i = begin;
     for (; i < end; i += size) step<surrogate>(at, i, bounds, sums);
-    if (begin + fold >= n && i < n) last_step<surrogate>(at, i, n, bounds, sums);
+    if (begin + fold<T> >= n && i < n) last_step<surrogate>(at, i, n, bounds, sums);
     add(sums, statistics);
   }
 }

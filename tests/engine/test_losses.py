@@ -11,11 +11,16 @@ import pytest
 import torch
 from batches import each_rollout, pairs, ragged, three
 
+from fuserl.engine.importance import mean_importance, rollout_importance, token_importance
 from fuserl.engine.losses import (
     Loss,
+    asymmetric,
     bradley_terry,
     clipped,
     clipped_rollouts,
+    decoupled,
+    gated,
+    geometric_rollouts,
     mean_over,
     negative_logprob,
     preference,
@@ -27,6 +32,7 @@ from fuserl.engine.losses import (
     truncated,
 )
 from fuserl.kernels.policy_statistics import STATISTICS
+from fuserl.kernels.surrogates import Truncate, Within
 
 
 def surrogate(ratio, a, low, high, dual=math.inf):
@@ -50,18 +56,78 @@ def clipped_formula(x, b, low=0.2, high=0.2, dual=math.inf, beta=0.0, entropy_co
     return total
 
 
-def rollouts_formula(x, b, low, high):
+def rollouts_formula(x, b, low, high, weight=None):
     total = 0.0
     for span in each_rollout(b):
         if span.start < span.stop:
             ratio = (x["logprob"][span] - b.old_logprobs[span].double()).mean().exp()
+            each = surrogate(ratio, b.advantages[span].double(), low, high)
+            total = total + (each if weight is None else weight(b)[span] * each).mean() / len(b.group)
+    return total
+
+
+def rollouts_by_token_formula(x, b, low, high):
+    total = 0.0
+    for span in each_rollout(b):
+        if span.start < span.stop:
+            logprob = x["logprob"][span]
+            ratio = (logprob - b.old_logprobs[span].double()).mean().exp().detach() * (logprob - logprob.detach()).exp()
             total = total + surrogate(ratio, b.advantages[span].double(), low, high).mean() / len(b.group)
     return total
 
 
-def truncated_formula(x, b, low, high):
-    weight = (x["logprob"] - b.old_logprobs.double()).exp().clamp(1 - low, 1 + high).detach()
-    return -(weight * b.advantages.double() * x["logprob"]).mean()
+def geometric_formula(x, b, low, high):
+    """The product of clipped ratios to the power of 1 / length, with min and max as in the paper."""
+    total = 0.0
+    for span in each_rollout(b):
+        if span.start < span.stop:
+            a, ratio = b.advantages[span].double(), (x["logprob"][span] - b.old_logprobs[span].double()).exp()
+            inside = ratio.clamp(math.exp(-low), math.exp(high))
+            each = torch.where(a > 0, torch.minimum(ratio, inside), torch.where(a < 0, torch.maximum(ratio, inside), ratio))
+            total = total - (each.prod() ** (1 / len(a)) * a).mean() / len(b.group)
+    return total
+
+
+def weighted_formula(x, b, positive, negative, weight=None):
+    """-w clip(ratio) A logprob, averaged over tokens."""
+    a, ratio = b.advantages.double(), (x["logprob"] - b.old_logprobs.double()).exp().detach()
+    factor = torch.where(a > 0, ratio.clamp(*positive), ratio.clamp(*negative))
+    return -(factor * a * x["logprob"] * (1 if weight is None else weight(b))).mean()
+
+
+def gated_formula(x, b, positive, negative):
+    a, total = b.advantages.double(), 0.0
+    for span in each_rollout(b):
+        if span.start < span.stop:
+            ratio = (x["logprob"][span] - b.old_logprobs[span].double()).exp()
+            tau = torch.where(a[span] > 0, positive, negative)
+            total = total - (torch.sigmoid(tau * (ratio - 1)) * 4 / tau * a[span]).mean() / len(b.group)
+    return total
+
+
+def importance(level, bound):
+    """The weight of each token by loops: bound(weight of its level)."""
+
+    def weights(b):
+        gap, found = (b.old_logprobs - b.rollout_logprobs).double(), []
+        for span in each_rollout(b):
+            found += {"token": gap[span], "sum": gap[span].sum(), "mean": gap[span].mean()}[level].expand(
+                span.stop - span.start
+            )
+        return bound(torch.stack(found).exp())
+
+    return weights
+
+
+def within(least, most):
+    return lambda weight: weight.where((weight >= least) & (weight <= most), 0.0)
+
+
+def corrected_formula(x, b, weight, beta=0.0):
+    """The clipped surrogate times the weight; the weight leaves the divergence, DeepSeek-V3.2's, alone."""
+    ratio = (x["logprob"] - b.old_logprobs.double()).exp()
+    d = b.ref_logprobs.double() - x["logprob"]
+    return (surrogate(ratio, b.advantages.double(), 0.2, 0.2) * weight(b) + beta * ratio * (d.exp() - d - 1)).mean()
 
 
 def value_formula(x, b, clip=math.inf):
@@ -103,7 +169,34 @@ LOSSES = {
     "sum": (clipped(reduce=rollout_sum), lambda x, b: clipped_formula(x, b, reduce="sum")),
     "mean_over": (clipped(reduce=mean_over(7)), lambda x, b: clipped_formula(x, b, reduce="seventh")),
     "rollouts": (clipped_rollouts(low=0.05, high=0.1), lambda x, b: rollouts_formula(x, b, 0.05, 0.1)),
-    "truncated": (truncated(low=0.3, high=0.5), lambda x, b: truncated_formula(x, b, 0.3, 0.5)),
+    "rollouts_by_token": (
+        clipped_rollouts(low=0.05, high=0.1, per_token=True),
+        lambda x, b: rollouts_by_token_formula(x, b, 0.05, 0.1),
+    ),
+    "rollouts_corrected": (
+        clipped_rollouts(low=0.05, high=0.1, importance=mean_importance(Truncate(1.1))),
+        lambda x, b: rollouts_formula(x, b, 0.05, 0.1, importance("mean", lambda weight: weight.clamp(max=1.1))),
+    ),
+    "geometric": (geometric_rollouts(low=0.3, high=0.4), lambda x, b: geometric_formula(x, b, 0.3, 0.4)),
+    "truncated": (truncated(low=0.3, high=0.5), lambda x, b: weighted_formula(x, b, (0.7, 1.5), (0.7, 1.5))),
+    "asymmetric": (asymmetric(), lambda x, b: weighted_formula(x, b, (1, 1), (0, 1))),
+    "asymmetric_corrected": (
+        asymmetric(positive=(0.5, 1.5), importance=token_importance(Within(0.6, 1.6))),
+        lambda x, b: weighted_formula(x, b, (0.5, 1.5), (0, 1), importance("token", within(0.6, 1.6))),
+    ),
+    "gated": (gated(negative=1.5), lambda x, b: gated_formula(x, b, 1.0, 1.5)),
+    "decoupled": (
+        decoupled(importance=token_importance(Truncate(1.2)), reduce=token_mean),
+        lambda x, b: corrected_formula(x, b, importance("token", lambda weight: weight.clamp(max=1.2))),
+    ),
+    "corrected_kl": (
+        clipped(importance=token_importance(Within(0.5, 2.0)), beta=0.2, kl_weighted=True, reduce=token_mean),
+        lambda x, b: corrected_formula(x, b, importance("token", within(0.5, 2.0)), 0.2),
+    ),
+    "corrected_rollouts": (
+        clipped(importance=rollout_importance(Within(0.5, 2.0)), reduce=token_mean),
+        lambda x, b: corrected_formula(x, b, importance("sum", within(0.5, 2.0))),
+    ),
     "likelihood": (negative_logprob(), lambda x, b: -(b.advantages.double() * x["logprob"]).mean()),
     "value": (squared_value(), value_formula),
     "value_clipped": (squared_value(clip=0.3), lambda x, b: value_formula(x, b, 0.3)),
@@ -122,6 +215,10 @@ LOSSES = {
     "bradley_terry": (bradley_terry(centre=0.05), lambda x, b: bradley_terry_formula(x, b, 0.05)),
 }
 ALL = pytest.mark.parametrize("name", LOSSES)
+CORRECTED = {name for name in LOSSES if "corrected" in name or name == "decoupled"}
+OF_ROLLOUTS = {"rollouts", "rollouts_by_token", "rollouts_corrected", "geometric", "corrected_rollouts"}
+OF_TOKENS = {"clipped", "dual", "truncated", "asymmetric", "asymmetric_corrected", "gated", "decoupled"}
+FUSED = sorted(OF_ROLLOUTS | OF_TOKENS | {"kl", "corrected_kl"})
 
 
 def batch_for(loss, seed=0):
@@ -162,7 +259,7 @@ def test_loss_and_gradient_are_those_of_the_formula(name, seed):
         assert torch.allclose(got.double(), wanted, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["clipped", "dual", "kl", "rollouts", "truncated"])
+@pytest.mark.parametrize("name", [*FUSED])
 def test_without_old_logprobs_the_update_is_on_policy(name):
     loss = LOSSES[name][0]
     batch = batch_for(loss)
@@ -233,9 +330,10 @@ def test_where_a_loss_is_not_live_its_gradient_vanishes_and_dropping_it_changes_
 @ALL
 def test_live_spares_all_that_can_be_known_to_vanish(name):
     loss = LOSSES[name][0]
-    by_advantage = {"clipped", "dual", "sum", "mean_over", "rollouts", "truncated", "likelihood"}
+    by_advantage = OF_ROLLOUTS | OF_TOKENS | {"sum", "mean_over", "likelihood"}
     assert (loss.live(batch_for(loss)) is not None) == (name in by_advantage)
-    if name in by_advantage:
+    # Rows of a rollout stay together where a mean is taken over them, and an importance weight may be 0 beyond a bound.
+    if name in by_advantage - {"rollouts_by_token", "corrected_rollouts", "asymmetric_corrected"}:
         batch = batch_for(loss).replace(old_logprobs=None)
         _, gradients, _ = evaluated(loss, batch, outputs_for(batch))
         assert ((gradients["logprob"] != 0) == loss.live(batch)).all()  # on-policy nothing is clipped
@@ -246,11 +344,12 @@ def test_a_loss_reads_what_it_says_and_gives_float32_and_statistics_of_either_sh
     loss = LOSSES[name][0]
     batch = batch_for(loss)
     unread = {"ref_logprobs", "values"} - set(loss.reads)
-    bare = batch.replace(rollout_logprobs=None, extra={}, **dict.fromkeys(unread))
+    unread |= set() if name in CORRECTED else {"rollout_logprobs"}
+    bare = batch.replace(extra={}, **dict.fromkeys(unread))
     each, _, statistics = evaluated(loss, bare, outputs_for(batch))
     assert each.dtype == torch.float32 and each.shape == batch.tokens.shape and each.isfinite().all()
     shapes = {value.shape for value in statistics.values()}
-    assert statistics and shapes <= {batch.tokens.shape, (1, 10)}
+    assert statistics and shapes <= {batch.tokens.shape, (1, len(STATISTICS))}
     assert not any(value.requires_grad for key, value in statistics.items() if key in ("policy", "ratio", "margin"))
     for wanted in loss.reads:
         with pytest.raises((TypeError, ValueError, AttributeError)):
@@ -310,13 +409,66 @@ def test_the_divergence_from_a_reference_is_watched_without_a_weight():
     assert with_it["kl"] == pytest.approx(float((gap.exp() - gap - 1).sum()), rel=1e-5) and without["kl"] == 0
 
 
-def test_statistics_of_truncated_weights_and_of_pairs():
-    batch = three().replace(old_logprobs=torch.zeros(6), advantages=torch.ones(6))
-    outputs = {"logprob": torch.tensor([0.1, 1, 4, 1.5, 2, 9]).log()}
-    _, _, seen = evaluated(truncated(low=0.5, high=1.0), batch, outputs)
-    assert seen["ratio"].tolist() == pytest.approx([0.1, 1, 4, 1.5, 2, 9])
-    assert seen["clipped_low"].tolist() == [1, 0, 0, 0, 0, 0] and seen["clipped_high"].tolist() == [0, 0, 1, 0, 0, 1]
+def seen(statistics):
+    return dict(zip(STATISTICS, statistics["policy"][0].tolist(), strict=True))
 
+
+def test_statistics_of_truncated_weights():
+    batch = three().replace(old_logprobs=torch.zeros(6), advantages=torch.tensor([1.0, 1, 1, 1, 1, -1]))
+    outputs = {"logprob": torch.tensor([0.1, 1, 4, 1.5, 2.001, 9]).log()}
+    found = seen(evaluated(truncated(low=0.5, high=1.0), batch, outputs)[2])
+    assert found["ratio"] == pytest.approx(17.601) and found["ratio_max"] == pytest.approx(9)
+    assert [found[f"clipped_{bound}"] for bound in ("low", "high", "dual")] == [1, 2, 1]
+    found = seen(evaluated(geometric_rollouts(low=0.5, high=1.0), batch, outputs)[2])
+    assert [found[f"clipped_{bound}"] for bound in ("low", "high", "dual")] == [0, 1, 0]
+    batch = batch.replace(rollout_logprobs=-torch.tensor([0.5, 1, 1, 1, 4, 1]).log())
+    found = seen(evaluated(decoupled(importance=token_importance(Truncate(2.0))), batch, outputs)[2])
+    assert found["importance"] == pytest.approx(6.5) and found["importance_cut"] == 1
+
+
+def test_a_rollout_is_cut_as_one():
+    """The product of its tokens' weights is within the bounds for rollout 1 only, their geometric mean for 0 and 1."""
+    batch = three().replace(old_logprobs=torch.zeros(6), advantages=torch.ones(6))
+    batch = batch.replace(rollout_logprobs=-torch.tensor([1.5, 2, 1.2, 3, 3, 3]).log())
+    outputs = {"logprob": torch.full((6,), -0.1)}
+    for importance, alive in ((rollout_importance, [0, 0, 1, 0, 0, 0]), (mean_importance, [1, 1, 1, 0, 0, 0])):
+        _, gradients, statistics = evaluated(clipped(importance=importance(Within(0.5, 2.0))), batch, outputs)
+        assert (gradients["logprob"] != 0).tolist() == [bool(each) for each in alive]
+        assert seen(statistics)["importance_cut"] == 6 - sum(alive)
+
+
+def test_an_importance_weight_of_one_changes_nothing():
+    batch = batch_for(clipped())
+    batch = batch.replace(rollout_logprobs=batch.old_logprobs)
+    outputs = outputs_for(batch)
+    for importance in (token_importance, rollout_importance, mean_importance):
+        some = evaluated(decoupled(importance=importance(Within(0.5, 2.0))), batch, outputs)
+        plain = evaluated(clipped(), batch, outputs)
+        assert torch.equal(some[0], plain[0]) and torch.equal(some[1]["logprob"], plain[1]["logprob"])
+
+
+def test_where_a_rollout_has_one_advantage_a_ratio_by_token_gives_the_same_gradient():
+    batch = batch_for(clipped())
+    batch = batch.replace(advantages=batch.to_tokens(batch.rewards))
+    outputs = outputs_for(batch)
+    whole, by_token = (
+        evaluated(clipped_rollouts(low=0.2, high=0.2, per_token=per_token), batch, outputs) for per_token in (False, True)
+    )
+    assert torch.allclose(whole[0], by_token[0]) and torch.allclose(whole[1]["logprob"], by_token[1]["logprob"])
+
+
+def test_on_policy_gradients_are_one():
+    """At a ratio of 1 every surrogate has the gradient of the plain policy gradient, -A."""
+    batch = batch_for(clipped())
+    batch, outputs = batch.replace(old_logprobs=batch.rollout_logprobs), {"logprob": batch.rollout_logprobs}
+    plain = evaluated(negative_logprob(), batch, outputs)[1]["logprob"]
+    for loss in (clipped(reduce=token_mean), truncated(low=1.0, high=0.0), truncated(low=0.1, high=0.1), asymmetric()):
+        assert torch.allclose(evaluated(loss, batch, outputs)[1]["logprob"], plain, rtol=1e-7, atol=0)
+    for loss in (gated(reduce=token_mean), clipped(dual=1.4, reduce=token_mean)):
+        assert torch.allclose(evaluated(loss, batch, outputs)[1]["logprob"], plain, rtol=1e-6, atol=0)
+
+
+def test_statistics_of_pairs():
     paired = pairs((2, 1, 1, 3)).replace(rewards=torch.tensor([1.0, 0, 0, 1]))
     paired = paired.replace(ref_logprobs=torch.zeros(7))
     logprob = torch.tensor([1.0, 2, 3, 4, 5, 6, 7])  # chosen: 1 + 2 over 4, and 5 + 6 + 7 over 3
@@ -345,6 +497,10 @@ def test_the_bounds_of_a_value_hold_both_ways():
         (lambda: clipped(entropy_coef=math.inf), "clipped: entropy_coef must be a finite number; got inf"),
         (lambda: clipped_rollouts(low=-1.0, high=0.1), "clipped_rollouts: low must be"),
         (lambda: truncated(low=0.1, high=-1.0), "truncated: high must be"),
+        (lambda: truncated(low=0.1, high=1.0, beta=-1.0), "truncated: beta must be a finite number >= 0; got -1.0"),
+        (lambda: geometric_rollouts(low=-1.0), "geometric_rollouts: low must be"),
+        (lambda: asymmetric(positive=(2.0, 1.0)), r"asymmetric: positive must be 0 <= least .*; got \(2.0, 1.0\)"),
+        (lambda: gated(negative=0.0), "gated: negative must be a finite number > 0; got 0.0"),
         (lambda: squared_value(clip=0.0), "squared_value: clip must be a number > 0"),
         (
             lambda: summed(clipped(), squared_value(), -0.5),

@@ -12,7 +12,7 @@ from ahead_of_time import TARGETS, compile_ahead, resources
 
 from fuserl.kernels import (
     divergence_rows,
-    policy_loss,
+    policy_tokens,
     sample,
     sampled_divergence,
     scan_tiles,
@@ -69,22 +69,31 @@ def test_row_temperature_and_the_other_dtypes_compile(dtype):
         assert compile_ahead(kernel, "sm_90", types, settings).asm["cubin"]
 
 
-TOKENS = ("logprob_ptr", "advantage_ptr", "old_ptr", "ref_ptr", "weight_ptr", "loss_ptr", "derivative_ptr")
+INPUTS = ("logprob_ptr", "advantage_ptr", "old_ptr", "ref_ptr", "weight_ptr", "rollout_ptr", "entropy_ptr")
+TOKENS = (*INPUTS, "log_weight_ptr", "loss_ptr", "derivative_ptr")
 
 
 def policy_kernels(number):
     """As `kernels`, of policy_loss for log-probs of type `number`: everything, and the least that there can be."""
-    partial = {"partial_ptr": f"*{number}"}
-    numbers = {p.name: p.annotation_type for p in policy_loss._token_kernel.params if p.annotation_type}
+    kernel, partial = policy_tokens._token_kernel, {"partial_ptr": f"*{number}"}
+    numbers = {p.name: p.annotation_type for p in kernel.params if p.annotation_type}
     every = {**dict.fromkeys(TOKENS, f"*{number}"), "mask_ptr": "*i1", **partial, "N": "i32", **numbers}
-    terms = {"TERMS": 17 if number == "fp64" else 9, **policy_loss.TOKEN_LAUNCH}
+    fixed = {"SCORE": False, "WEIGHTED": False, "TERMS": 17 if number == "fp64" else 9, **policy_tokens.TOKEN_LAUNCH}
+
+    def of(settings, *absent):
+        absent = dict.fromkeys(absent)
+        types = {name: type_ for name, type_ in every.items() if name not in absent}
+        return "policy tokens", kernel, types, {**fixed, **settings, **absent}
+
     for kind in (1, 2, 3):
-        yield "policy tokens", policy_loss._token_kernel, every, {"KL_KIND": kind, **terms}
-    least = dict.fromkeys(("old_ptr", "ref_ptr", "weight_ptr", "mask_ptr", "derivative_ptr"))
-    types = {name: type_ for name, type_ in every.items() if name not in least}
-    yield "policy tokens", policy_loss._token_kernel, types, {"KL_KIND": 0, **least, **terms}
+        yield of({"SURROGATE": 0, "KL": kind}, "rollout_ptr", "log_weight_ptr", "entropy_ptr")
+    for kind in (0, 1, 2):
+        yield of({"SURROGATE": kind, "KL": 3, "WEIGHTED": True}, "log_weight_ptr")
+    yield of({"SURROGATE": 1, "KL": 3, "SCORE": True}, "rollout_ptr")
+    least = [name for name in (*TOKENS[2:], "mask_ptr") if name != "loss_ptr"]
+    yield of({"SURROGATE": 0, "KL": 0}, *least)
     types = {**partial, "statistics_ptr": f"*{number}", "programs": "i32"}
-    yield "policy merge", policy_loss._merge_kernel, types, policy_loss.MERGE_LAUNCH
+    yield "policy merge", policy_tokens._merge_kernel, types, {"SUMS": 10, **policy_tokens.MERGE_LAUNCH}
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -16,6 +16,7 @@ from fuserl.kernels.linear_policy_loss import linear_policy_loss
 from fuserl.kernels.policy_loss import policy_loss
 from fuserl.kernels.sample import sample
 from fuserl.kernels.sampled_divergence import sampled_divergence
+from fuserl.kernels.surrogates import Clip
 from fuserl.kernels.token_logprob import token_logprob
 from fuserl.kernels.topk_divergence import topk_divergence
 
@@ -73,7 +74,7 @@ def by_sample(backend, g, x, _, ids, temperature):
 
 def by_policy_loss(backend, g, x, y, *_):
     logprobs = x[:, 0].clone().requires_grad_()
-    given = {"old_logprobs": y[:, 0], "ref_logprobs": y[:, 1], "weights": y[:, 2], "beta": 0.1, "dual": 2.0}
+    given = {"old_logprobs": y[:, 0], "ref_logprobs": y[:, 1], "weights": y[:, 2], "beta": 0.1, "surrogate": Clip(dual=2.0)}
     losses, _ = policy_loss(logprobs, y[:, 3], **given, backend=backend)
     return differentiated([losses], g, logprobs)
 

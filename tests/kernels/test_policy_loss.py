@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from backends import FAST, INTERPRETING, cpu_only, each_backend, each_fast_backend, run_interpreted
-from clipped_policy import CASES, CISPO, EVERYTHING, IMPORTANCE, NAMES, PPO, TOPR, by_hand, chosen, tokens
+from clipped_policy import CASES, CISPO, EVERYTHING, IMPORTANCE, PPO, TOPR, by_hand, chosen, every_input, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import check, eps
@@ -83,13 +83,13 @@ def compare(inputs, backend, names=EVERYTHING, **numbers):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_definition(shape, dtype, device, backend):
     for names, numbers in CASES.values():
-        compare(tokens(*shape, dtype=dtype, device=device), backend, names, **numbers)
+        compare(every_input(*shape, dtype=dtype, device=device), backend, names, **numbers)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_differentiates_itself(case):
     names, numbers = CASES[case]
-    inputs = chosen(tokens(500, dtype=torch.float64), names)
+    inputs = chosen(every_input(500, dtype=torch.float64), names)
     ones = torch.ones(500, dtype=torch.float64)
     gradient = by_definition(inputs, ones, torch.float64, **numbers)[1]
     derivative = reference(Tokens(**inputs), rule(inputs, **numbers))[1]
@@ -99,7 +99,7 @@ def test_the_reference_differentiates_itself(case):
 
 def test_cases_meet_every_bound():
     names, numbers = CASES["dual"]
-    counts = by_hand(chosen(tokens(4, 1025), names), torch.ones(4, 1025), **numbers)[-1][:4]
+    counts = by_hand(chosen(every_input(4, 1025), names), torch.ones(4, 1025), **numbers)[-1][:4]
     assert (counts > 50).all()
 
 
@@ -235,10 +235,10 @@ def test_identities(count, cut, seed, dual):
     torch.manual_seed(seed)
     x, backend = tokens(count), FAST[0][1]
     a, w, old, ones = x["advantages"], x["weights"], x["old_logprobs"], torch.ones(count)
-    losses, gradient, statistics = run(chosen(x, ("weights",)), ones, backend, dual=dual)
+    losses, gradient, _, statistics = run(chosen(x, ("weights",)), ones, backend, surrogate=Clip(dual=dual))
     assert torch.equal(losses, -a * w) and torch.equal(gradient, -a * w)
-    assert statistics.tolist() == [count, 0, 0, 0, 0, 0, count, count, 1, 1]
-    losses, gradient, _ = run(chosen(x, IMPORTANCE), ones, backend, low=math.inf, high=math.inf)
+    assert statistics.tolist() == [count, 0, 0, 0, 0, 0, count, 0, count, count, 1, 1]
+    losses, gradient, *_ = run(chosen(x, IMPORTANCE), ones, backend, surrogate=UNBOUND)
     assert torch.equal(losses, gradient) and torch.allclose(losses, -(x["logprobs"] - old).exp() * a, rtol=1e-5)
     k3 = policy_loss(x["logprobs"], 0 * a, ref_logprobs=x["ref_logprobs"], beta=1.0, backend=backend)[0]
     assert (k3 >= 0).all()
@@ -246,12 +246,12 @@ def test_identities(count, cut, seed, dual):
     equal(run(positive, ones, backend, surrogate=Clip(dual=1.01)), run(positive, ones, backend))
     at = int(count * cut)
     parts = [{name: t[part] for name, t in x.items()} for part in (slice(0, at), slice(at, None))]
-    results = [run(part, torch.ones_like(part["logprobs"]), backend, dual=dual, beta=0.1) for part in parts]
-    whole = run(x, ones, backend, dual=dual, beta=0.1)
+    results = [run(part, torch.ones_like(part["logprobs"]), backend, surrogate=Clip(dual=dual), beta=0.1) for part in parts]
+    whole = run(x, ones, backend, surrogate=Clip(dual=dual), beta=0.1)
     equal([torch.cat(both) for both in zip(*results, strict=True)][:2], whole[:2])
-    both = merged(torch.stack([r[2] for r in results]))
-    assert torch.equal(both[[0, 1, 2, 3, 8, 9]], whole[2][[0, 1, 2, 3, 8, 9]])
-    assert torch.allclose(both[4:8], whole[2][4:8], rtol=1e-5, atol=1e-6)
+    both, exactly = merged(torch.stack([r[-1] for r in results])), [0, 1, 2, 3, 7, 10, 11]
+    assert torch.equal(both[exactly], whole[-1][exactly])
+    assert torch.allclose(both[4:10], whole[-1][4:10], rtol=1e-5, atol=1e-6)
 
 
 @each_fast_backend
@@ -267,7 +267,7 @@ def test_runs_and_threads_and_neighbours_change_nothing(device, backend):
         torch.set_num_threads(threads)
     for count in (1, 15, 16, 17, 255, 257, BLOCK + 1):
         part = run({name: t[-count:] for name, t in x.items()}, ones[-count:], backend, surrogate=Clip(dual=2.0), beta=0.1)
-        equal(part[:2], [result[-count:] for result in whole[:2]])
+        equal(part[:3], [result[-count:] for result in whole[:3]])
 
 
 @cpu_only
@@ -289,14 +289,19 @@ def test_every_instruction_set():
 
 
 @cpu_only
-def test_gradcheck():
-    x = tokens(40, dtype=torch.float64)
-    for kl in ESTIMATORS:
+@pytest.mark.parametrize("surrogate", [Clip(dual=1.5), Gate()])
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("kl_weighted", [False, True])
+def test_gradcheck(surrogate, kl, kl_weighted):
+    """Where the gradient is that of the value: neither of Weight, nor of k1+ and k3+."""
+    x = every_input(40, dtype=torch.float64) | {"rollout_logprobs": None}
+    numbers = {"beta": 0.3, "kl": kl, "kl_weighted": kl_weighted, "entropy_coef": 0.2, "importance": Truncate(1.2)}
 
-        def losses(logprobs, kl=kl):
-            return policy_loss(**{**x, "logprobs": logprobs}, surrogate=Clip(dual=1.5), beta=0.3, kl=kl, backend="cpu")[0]
+    def losses(logprobs, entropy):
+        given = {**x, "logprobs": logprobs, "entropy": entropy}
+        return policy_loss(**given, **numbers, surrogate=surrogate, backend="cpu")[0]
 
-        assert torch.autograd.gradcheck(losses, x["logprobs"].clone().requires_grad_())
+    assert torch.autograd.gradcheck(losses, [x[name].clone().requires_grad_() for name in ("logprobs", "entropy")])
 
 
 @each_backend
@@ -326,7 +331,7 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_a_graph_break(dynamic):
     def loss(inputs, low):
-        losses, statistics = policy_loss(**{**inputs, "logprobs": inputs["logprobs"] * 2}, low=low, beta=0.1, surrogate=Clip(dual=2.0))
+        losses, statistics = policy_loss(**{**inputs, "logprobs": inputs["logprobs"] * 2}, surrogate=Clip(low, dual=2.0), beta=0.1)
         return losses.sum(), named(statistics)["ess"]
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -340,15 +345,17 @@ def test_compiles_without_a_graph_break(dynamic):
 
 @cpu_only
 def test_opcheck():
-    x = tokens(20)
-    arguments = [x[name] for name in ("logprobs", "advantages", "old_logprobs", "ref_logprobs", "weights", "mask")]
+    x = every_input(20)
+    bounds, numbers = [-math.inf, math.inf, 0.0, math.inf], [0.1, 0.2]
     for wanted in (True, False):
-        arguments[0] = x["logprobs"].clone().requires_grad_(wanted)
-        numbers = (0.2, 0.2, 3.0, 0.1, 3, wanted, "cpu")
-        torch.library.opcheck(torch.ops.fuserl.policy_loss, (*arguments, *numbers))
-        torch.library.opcheck(
-            torch.ops.fuserl.policy_loss, (*arguments[:2], *[None] * 4, 0.2, 0.2, 3.0, 0.0, 0, wanted, "cpu")
-        )
+        x |= {name: x[name].detach().clone().requires_grad_(wanted) for name in ("logprobs", "entropy")}
+        every, least = Tokens(**{**x, "rollout_logprobs": None}), Tokens(x["logprobs"], x["advantages"])
+        for kind in (Clip(dual=3.0), CISPO, Gate()):
+            code, *first = numbers_of(kind)
+            arguments = [*first, *bounds, *numbers], [code, 3, 0, 1], wanted, "cpu"
+            torch.library.opcheck(torch.ops.fuserl.policy_loss, (*every, *arguments))
+        arguments = [*first, *bounds, 0.0, 0.0], [code, 0, 0, 0], wanted, "cpu"
+        torch.library.opcheck(torch.ops.fuserl.policy_loss, (*least, *arguments))
 
 
 @pytest.mark.parametrize(
@@ -362,10 +369,10 @@ def test_opcheck():
         ({"weights": torch.zeros(3, device="meta")}, "weights must be .* on cpu"),
         ({"ref_logprobs": torch.zeros(3, requires_grad=True)}, "ref_logprobs must not require a gradient"),
         ({"advantages": torch.zeros(3, requires_grad=True)}, "advantages must not require a gradient"),
-        ({"low": -0.1}, "low and high must be at least 0"),
-        ({"high": math.nan}, "low and high must be at least 0"),
-        ({"dual": 1.0}, "dual must be above 1"),
-        ({"kl": "k4"}, "kl must be one of k1, k2, k3; got 'k4'"),
+        ({"surrogate": Clip(-0.1)}, "low and high must be at least 0"),
+        ({"surrogate": Clip(high=math.nan)}, "low and high must be at least 0"),
+        ({"surrogate": Clip(dual=1.0)}, "dual must be above 1"),
+        ({"kl": "k4"}, r"kl must be one of k1, k2, k3, k1\+, k3\+; got 'k4'"),
         ({"beta": math.inf}, "beta must be finite"),
         ({"beta": 0.1}, "ref_logprobs must be given"),
         ({"backend": "cudnn"}, "backend must be one of"),

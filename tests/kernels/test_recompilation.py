@@ -19,6 +19,7 @@ from fuserl.kernels.linear_policy_loss import linear_policy_loss
 from fuserl.kernels.policy_loss import policy_loss
 from fuserl.kernels.sample import sample
 from fuserl.kernels.sampled_divergence import sampled_divergence
+from fuserl.kernels.surrogates import Clip, Gate, Truncate, Weight
 from fuserl.kernels.token_logprob import token_logprob
 from fuserl.kernels.topk_divergence import topk_divergence
 
@@ -47,13 +48,17 @@ def of_divergence(kind):
     return lambda n: (leaf(n, V), torch.randn(n, V)), step
 
 
-def of_policy_loss(kl):
-    def step(x, logprobs, advantages, old, ref, weights, **options):
-        given = {"old_logprobs": old, "ref_logprobs": ref, "weights": weights, "kl": kl}
-        numbers = {"low": x / 4, "high": x / 3, "dual": 2 + x, "beta": x / 10}
-        return policy_loss(logprobs, advantages, **given, **numbers, **options)[:1]
+def of_policy_loss(surrogate, **fixed):
+    """surrogate and the rest of the numbers as functions of the setting."""
 
-    return lambda n: (leaf(n), *(torch.randn(n) for _ in range(4))), step
+    def step(x, logprobs, advantages, old, ref, weights, rollout, entropy, **options):
+        given = {"old_logprobs": old, "ref_logprobs": ref, "weights": weights, **fixed}
+        if fixed.get("kl_weighted"):
+            given |= {"rollout_logprobs": rollout, "importance": Truncate(2 + x, x), "entropy": entropy}
+            given["entropy_coef"] = x / 20
+        return policy_loss(logprobs, advantages, surrogate=surrogate(x), beta=x / 10, **given, **options)[:1]
+
+    return lambda n: (leaf(n), *(torch.randn(n) for _ in range(6))), step
 
 
 def of_sample(cut):
@@ -95,8 +100,10 @@ REGISTERED = {
         lambda n: (leaf(n), torch.randn(n)),
         lambda x, *tensors, **options: [sampled_divergence(*tensors, "k3", clamp=20 * x, **options)],
     ),
-    "policy_loss": of_policy_loss("k3"),
-    "policy_loss, k1": of_policy_loss("k1"),
+    "policy_loss": of_policy_loss(lambda x: Clip(x / 4, x / 3, 2 + x)),
+    "policy_loss, k1": of_policy_loss(lambda x: Clip(x / 4, x / 3, 2 + x), kl="k1"),
+    "policy_loss, weight": of_policy_loss(lambda x: Weight((x, 2 * x), (x / 2, x)), kl="k1+"),
+    "policy_loss, gate, corrected": of_policy_loss(lambda x: Gate(x, 2 * x), kl_weighted=True),
     "sample": of_sample(True),
     "sample, uncut": of_sample(False),
     "linear_logprob": (lambda n: (leaf(n, 8), leaf(V, 8), ids(n)), linear_step),

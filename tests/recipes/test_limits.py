@@ -41,13 +41,12 @@ def larger(advantage):
     return wrong
 
 
-def without(*names):
-    """policy_loss that does as if these arguments were not given, or bounds were not there."""
+def without(bound):
+    """policy_loss that does as if this bound of a clip were not there."""
     real = losses.policy_loss
-    none = {"low": torch.inf, "high": torch.inf}
 
-    def wrong(*tensors, **options):
-        return real(*tensors, **{**options, **{name: none.get(name) for name in names}})
+    def wrong(*tensors, surrogate, **options):
+        return real(*tensors, surrogate=surrogate._replace(**{bound: torch.inf}), **options)
 
     return wrong
 
