@@ -124,19 +124,11 @@ def _fake(*arguments):
 
 
 def group_advantage(
-    rewards: Tensor,
-    group: Tensor | None = None,
-    *,
-    baseline: str | float | Tensor | None = "mean",
-    scale: str | float | Tensor | None = "group",
-    weights: Tensor | None = None,
-    rounds: Tensor | None = None,
-    channel_weights: Tensor | None = None,
-    keep: str | None = None,
-    ddof: int = 1,
-    eps: float = 1e-6,
+    rewards: Tensor, group: Tensor | None = None, *, baseline: str | float | Tensor | None = "mean",
+    scale: str | float | Tensor | None = "group", weights: Tensor | None = None, rounds: Tensor | None = None,
+    channel_weights: Tensor | None = None, keep: str | None = None, ddof: int = 1, eps: float = 1e-6,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Advantage of each rollout over its group, for groups of any sizes in any order, without a wait for the device.
 
         A = (rewards - baseline) / scale
@@ -150,9 +142,8 @@ def group_advantage(
             tensor as `weights` to take off as it is; or None for 0.
         scale: "group" or "batch" standard deviation of the rewards, plus eps; "sign" for advantages of -1, 0 and +1; a
             number or a tensor as `weights` to divide by as it is; or None for 1.
-        weights: (B,) or of rewards' shape, >= 0: what each reward counts in means and standard deviations; a rollout of
-            weight 0 is measured by the others, and has advantage 0 where its reward is NaN: it was not scored. Scaling
-            all weights changes nothing; the variance is that of numpy.cov's `aweights`.
+        weights: (B,) or of rewards' shape, >= 0: what each reward counts in means and deviations (numpy.cov's
+            `aweights`); with weight 0 a rollout is measured by the others, and has advantage 0 if its reward is NaN.
         rounds: (B,) int64: only rollouts of the same group and round are compared.
         channel_weights: (C,): the advantage is the channels' weighted sum; None to get each channel's.
         keep: "positive" or "negative" advantages, the others being 0; None for all.
@@ -173,9 +164,7 @@ def group_advantage(
     and "batch_mean" over "batch" after, are GDPO (2601.05242).
     Siblings: `group_ranks`, `pass_at_k_advantage`, `pair_advantage`.
     """
-    flat, members, rollouts = rewards, 0, rewards.shape[:1]
-    if group is None:
-        flat, members, rollouts = _rows(rewards)
+    flat, members, rollouts = (rewards, 0, rewards.shape[:1]) if group is not None else _rows(rewards)
     _check(rewards, group)
     if rounds is not None:
         rounds = _whole("rounds", rounds, rewards, rollouts).flatten()

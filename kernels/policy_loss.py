@@ -114,7 +114,9 @@ def _policy(cost, logprobs, log_ratio, bounds, rule: Bounds) -> tuple[Tensor, Te
     """The loss of the surrogate for cost = -w A, and its derivative to logprobs."""
     low, high, dual = bounds
     held, dead = low | high | dual, (cost == 0) & ~log_ratio.isnan()
-    at_low, at_high = (torch.full_like(cost, rule.factors[i + 2]).masked_fill(cost < 0, rule.factors[i]) for i in (0, 1))
+    at_low, at_high = (
+        torch.full_like(cost, rule.factors[i + 2]).masked_fill(cost < 0, rule.factors[i]) for i in (0, 1)
+    )
     # Not beyond the bounds, where the ratio may overflow: infinity times a gradient of zero is NaN.
     ratio = torch.where(held | dead, 0.0, log_ratio).exp()
     if rule.kind == GATE:
@@ -235,24 +237,13 @@ def _fake(logprobs, *arguments):
 
 
 def policy_loss(
-    logprobs: Tensor,
-    advantages: Tensor,
-    *,
-    old_logprobs: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    rollout_logprobs: Tensor | None = None,
-    log_weights: Tensor | None = None,
-    entropy: Tensor | None = None,
-    weights: Tensor | None = None,
-    mask: Tensor | None = None,
+    logprobs: Tensor, advantages: Tensor, *, old_logprobs: Tensor | None = None, ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None, log_weights: Tensor | None = None, entropy: Tensor | None = None,
+    weights: Tensor | None = None, mask: Tensor | None = None,
     surrogate: Clip | Weight | Gate = Clip(),  # noqa: B008
-    importance: Truncate | Within | None = None,
-    beta: float = 0.0,
-    kl: str = "k3",
-    kl_weighted: bool = False,
-    entropy_coef: float = 0.0,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+    importance: Truncate | Within | None = None, beta: float = 0.0, kl: str = "k3", kl_weighted: bool = False,
+    entropy_coef: float = 0.0, backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss of each token of a policy, clipped, weighted or gated, with KL and entropy terms, and statistics in one pass.
 
         losses = weights (beta kl - w gain - entropy_coef entropy)
@@ -264,44 +255,36 @@ def policy_loss(
     Args:
         logprobs: (...) float32 or float64, of the policy; it and entropy alone may require a gradient.
         advantages: (...). Where 0, the gain is exactly 0, even if the ratio overflows.
-        old_logprobs: (...) of the policy that sampled, or of the start of the update; None for the policy itself: the
-            ratio is exactly 1 and its gradient that of a ratio.
+        old_logprobs: (...) of the policy at the start of the update; None for itself: a ratio of 1, with its gradient.
         ref_logprobs: (...) of the reference that the KL term holds to; its statistic is there for beta 0, too.
         rollout_logprobs: (...) as the engine that sampled had them, where that is not old_logprobs: w corrects for it.
-        log_weights: (...) instead of rollout_logprobs: the logarithm of w, such as a sum or mean over a rollout spread
-            to its tokens. w carries no gradient, and multiplies neither the KL nor the entropy term.
+        log_weights: (...) instead: log w, such as a mean over a rollout. w is detached and leaves KL and entropy alone.
         entropy: (...) of the policy's distribution at each token, for a bonus.
         weights: (...) of each token's loss, the normaliser in it; None for 1. A weight of 0 is still a token counted.
         mask: (...) bool; a False token has loss and gradient 0, is not counted, and its other inputs may be anything.
         surrogate: Clip, Weight or Gate of `fuserl.surrogates`, whose docstrings name the papers.
         importance: Truncate or Within of `fuserl.surrogates`, what w may be; None for any.
         beta: coefficient of the KL term; 0 leaves it out.
-        kl: with d = ref_logprobs - logprobs "k1" = -d, "k2" = d^2 / 2 or "k3" = exp(d) - d - 1 and the plain gradient of
-            that expression; "k1+" and "k3+": those values with the gradient of k2, as in `sampled_divergence`.
-        kl_weighted: multiply the KL term by the ratio, through which its gradient goes, too: so k1 and k3 are right on
-            average in value and gradient for samples of the old policy (DeepSeek-V3.2, arXiv:2512.02556).
+        kl: "k1", "k2", "k3", "k1+" or "k3+", each with its gradient as in `sampled_divergence`.
+        kl_weighted: multiply the KL term by the ratio, gradient and all: k1 and k3 are then right on average, in value
+            and gradient, for samples of the old policy (DeepSeek-V3.2, arXiv:2512.02556).
         entropy_coef: coefficient of the entropy bonus; 0 leaves it out.
         backend: "triton", "cpu" or "reference"; the fastest that runs here by default.
 
     Returns:
         (losses, statistics): a loss per token, differentiable once in logprobs and entropy; (12,) sums and extremes over
-        tokens, detached, in the order of STATISTICS, for `merged` and `named`. clipped_low counts tokens below their
-        bound, clipped_high and clipped_dual those above it with w A > 0 and w A < 0; approx_kl sums ratio - 1 -
-        log_ratio, which estimates KL(old || policy); importance sums w, and importance_cut counts where a bound of it
-        was met.
+        tokens, detached, in the order and meaning of `policy_statistics.STATISTICS`, for `merged` and `named`.
 
     Raises:
         ValueError: on a wrong shape, dtype, device, number or name, and for a gradient asked of another input.
 
-    At a bound (log_ratio equal to log(1 + high), say) the gradient flows. NaN in a token that is not masked shows in
-    its loss and in the statistics. Memory: one number per token beside the losses, none without a gradient.
+    At a bound (log_ratio = log(1 + high), say) the gradient flows. NaN in a token that is kept shows in its loss and in
+    the statistics. Memory: one number per token beside the losses, none without a gradient.
 
     Source: of the surrogates, theirs; the decoupled ratio and w: AReaL (arXiv:2505.24298).
-    GSPO: logprobs = its sequence's mean log-ratio at every token, old_logprobs = zeros.
     """
-    tokens = Tokens(
-        logprobs, advantages, old_logprobs, ref_logprobs, rollout_logprobs, log_weights, entropy, weights, mask
-    )
+    others = ref_logprobs, rollout_logprobs, log_weights, entropy, weights, mask
+    tokens = Tokens(logprobs, advantages, old_logprobs, *others)
     _check(tokens)
     _check_terms(tokens, importance, beta, kl, kl_weighted, entropy_coef)
     with_derivative = logprobs.requires_grad and torch.is_grad_enabled()
