@@ -1,12 +1,14 @@
 """What the numerics page tries the attentions on, a prompt with rollouts and a query with chunks, and plain torch."""
 
+import itertools
+
 import subjects
 import torch
 from subjects import Subject
 from torch import Tensor
 
 from fuserl.kernels import chunked_context_attention as chunked
-from fuserl.kernels import tree_attention
+from fuserl.kernels import tree_attention, tree_decode
 
 HEADS = 4
 SCORES = ", 4 heads of 64, scores of standard deviation 2"
@@ -70,11 +72,36 @@ def _eager(lengths: list[int], tensors: tuple[Tensor, ...]) -> dict[str, Tensor]
     return _outputs(attend, tensors)
 
 
+def decode_run(backend: str, *tensors: Tensor) -> dict[str, Tensor]:
+    """tree_decode of the last token of each rollout of the group."""
+    (parent, length), (q, k, v, _) = _forest(len(tensors[0])), (x.unflatten(1, (HEADS, -1)) for x in tensors)
+    ends = torch.tensor(length).cumsum(0)
+    segments = parent, ends - torch.tensor(length), length
+    out, lse = tree_decode.tree_decode(q[ends[1:] - 1], k, v, segments, range(1, len(parent)), backend=backend)
+    return {"out": out.flatten(1), "lse": lse}
+
+
+def decode_eager(*tensors: Tensor) -> dict[str, Tensor]:
+    """The same rollout by rollout, in the dtype."""
+    (_, length), (q, k, v, _) = _forest(len(tensors[0])), (x.unflatten(1, (HEADS, -1)) for x in tensors)
+    ends, outs, sums = torch.tensor(length).cumsum(0).tolist(), [], []
+    for begin, end in itertools.pairwise(ends):
+        line = [*range(ends[0]), *range(begin, end)]
+        scores = torch.einsum("hd,jhd->hj", q[end - 1], k[line]) / q.shape[2] ** 0.5
+        outs.append(torch.einsum("hj,jhd->hd", scores.softmax(-1), v[line]).flatten())
+        sums.append(scores.logsumexp(-1))
+    return {"out": torch.stack(outs), "lse": torch.stack(sums)}
+
+
 SUBJECTS = {
     "tree_attention": Subject(
         lambda kind, rows: group(kind, rows, subjects.WIDTH), tree_attention_run,
         tree_attention_eager, tree_attention.IMPLS,
         {"usual": f"a prompt of 128 tokens and 6 rollouts of 64{SCORES}", "peaky": "the same at 8"},
+    ),
+    "tree_decode": Subject(
+        lambda kind, rows: group(kind, rows, subjects.WIDTH), decode_run, decode_eager, tree_decode.IMPLS,
+        {"usual": f"the last tokens of 6 rollouts of 64 behind a prompt of 128{SCORES}", "peaky": "the same at 8"},
     ),
     "chunked_context_attention": Subject(
         lambda kind, rows: group(kind, rows, subjects.WIDTH), chunked_run,

@@ -167,6 +167,13 @@ void tree_attention_backward(const Views& tree, const TensorView& q, const Tenso
                                        {tokens, window, scale, softcap}, threads);
 }
 
+void tree_decode(const Views& plan, const TensorView& q, const TensorView& k, const TensorView& v, std::int64_t window,
+                 double scale, double softcap, const TensorView& out, const TensorView& lse, int threads) {
+  share_torch_threads();
+  fuserl::cpu::tree_decode({plan[0], plan[1], plan[2], plan[3], plan[4]}, q, k, v, {window, scale, softcap}, out, lse,
+                           threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -202,6 +209,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("tree_attention_backward", tree_attention_backward, "tree"_a, "q"_a, "k"_a, "k_t"_a, "v_t"_a, "d_out"_a,
         "lse"_a, "delta"_a, "tokens"_a, "window"_a, "scale"_a, "softcap"_a, "dq"_a, "dk"_a, "dv"_a, "threads"_a,
         no_gil());
+  m.def("tree_decode", tree_decode, "plan"_a, "q"_a, "k"_a, "v"_a, "window"_a, "scale"_a, "softcap"_a, "out"_a, "lse"_a,
+        "threads"_a, no_gil());
   m.def("isa", [] { return fuserl::name(fuserl::isa()); }, "The instruction set in use: avx512, avx2 or baseline.");
   m.def("set_isa", fuserl::set_isa, "name"_a, "For tests: run the copy for this instruction set from now on.");
   m.attr("compiler") = FUSERL_COMPILER;

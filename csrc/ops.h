@@ -221,6 +221,22 @@ struct TreeGradients {
 };
 void tree_attention_backward(const TreeTensors& tree, const TreeGradients& tensors, const TreeRule& rule, int threads);
 
+// Attention of one query per leaf of a forest; equations: kernels/tree_decode. I stretches of keys, P pairs of one and a
+// query that sees it, each pair with a partial result.
+//   item   (I, 5) i32: first row of the storage, keys, position of the first, and from and to in member
+//   member (P,) i32, queries;  slot (P,) i32, pairs by query from its root down;  bounds (Q + 1,) i32 in slot
+//   last   (Q,) i32, the position of each query in its text
+struct DecodePlan {
+  const TensorView &item, &member, &slot, &bounds, &last;
+};
+struct DecodeRule {
+  std::int64_t window;    // 2^31 - 1 for none
+  double scale, softcap;  // 0 for no cap
+};
+//   k, v (rows, Hkv, D) f32 | f64 | bf16 | f16, D in one stretch;  q, out (Q, H, D) and lse (Q, H) f32, f64 from f64
+void tree_decode(const DecodePlan& plan, const TensorView& q, const TensorView& k, const TensorView& v,
+                 const DecodeRule& rule, const TensorView& out, const TensorView& lse, int threads);
+
 }  // namespace cpu
 
 namespace cuda {

@@ -165,5 +165,17 @@ def tree_attention_backward(
     dv: Tensor,
     threads: int,
 ) -> None: ...
+def tree_decode(
+    plan: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    scale: float,
+    softcap: float,
+    out: Tensor,
+    lse: Tensor,
+    threads: int,
+) -> None: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...

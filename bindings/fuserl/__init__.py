@@ -28,6 +28,7 @@ OPS = (
     "token_logprob",
     "topk_divergence",
     "tree_attention",
+    "tree_decode",
 )
 # What stands on other ops, and the file it lives in.
 _FORMS = {
