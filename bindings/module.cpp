@@ -80,6 +80,20 @@ void policy_loss(const TensorView& logprobs, const TensorView& advantages, const
                            rule, threads);
 }
 
+void preference_loss(const TensorView& logprobs, const std::array<std::optional<TensorView>, 8>& others, int link,
+                     bool mean, const std::array<double, 6>& numbers, const TensorView& losses,
+                     const TensorView& rewards, const TensorView& derivative, const TensorView& statistics,
+                     int threads) {
+  share_torch_threads();
+  fuserl::check_preference_code("preference_loss", link);
+  const auto& [offsets, mask, chosen, rejected, ref_logprobs, margins, desirable, baseline] = others;
+  const auto& [scale, shift, positive, negative, nll, centre] = numbers;
+  fuserl::cpu::preference_loss(
+      {logprobs, pointer(offsets), pointer(mask), pointer(chosen), pointer(rejected), pointer(ref_logprobs),
+       pointer(margins), pointer(desirable), pointer(baseline), losses, rewards, derivative, statistics},
+      {static_cast<fuserl::PreferenceLink>(link), mean, scale, shift, positive, negative, nll, centre}, threads);
+}
+
 void sample(const TensorView& logits, const std::optional<TensorView>& row_temperature, double temperature,
             std::int64_t top_k, double top_p, double log_min_p, std::int64_t seed, const TensorView& rollout_ids,
             const TensorView& positions, const TensorView& ids, const TensorView& logprobs, int threads) {
@@ -190,6 +204,8 @@ PYBIND11_MODULE(_C, m) {
         "rollout_logprobs"_a, "log_weights"_a, "entropy"_a, "weights"_a, "mask"_a, "surrogate"_a, "factors"_a,
         "log_ratios"_a, "correction"_a, "beta"_a, "kl"_a, "score"_a, "kl_weighted"_a, "entropy_coef"_a, "losses"_a,
         "derivative"_a, "statistics"_a, "threads"_a, no_gil());
+  m.def("preference_loss", preference_loss, "logprobs"_a, "others"_a, "link"_a, "mean"_a, "numbers"_a, "losses"_a,
+        "rewards"_a, "derivative"_a, "statistics"_a, "threads"_a, no_gil());
   m.def("sample", sample, "logits"_a, "row_temperature"_a, "temperature"_a, "top_k"_a, "top_p"_a, "log_min_p"_a,
         "seed"_a, "rollout_ids"_a, "positions"_a, "ids"_a, "logprobs"_a, "threads"_a, no_gil());
   m.def("divergence_forward", divergence_forward, "logits_p"_a, "logits_q"_a, "temperatures"_a, "kind"_a, "parameter"_a,

@@ -82,4 +82,9 @@ inline void check_divergence_code(const char* function, int kind) {
     refuse(function, "kind must be 0 to 4, a DivergenceKind", std::to_string(kind), "Pass one of them.");
 }
 
+inline void check_preference_code(const char* function, int link) {
+  if (link < 0 || link > 4)
+    refuse(function, "link must be 0 to 4, a PreferenceLink", std::to_string(link), "Pass one of them.");
+}
+
 }  // namespace fuserl

@@ -71,6 +71,17 @@ struct SampledRule {
 struct DivergenceStatistic {
   enum : int { divergence, entropy, lse_p, lse_error_p, lse_q, lse_error_q, slope_p, slope_q, all };
 };
+// How the margin of a pair of rollouts becomes a loss; kernels/preferences has the published forms.
+enum class PreferenceLink : int { logistic, hinge, square, sigmoid, odds };
+struct PreferenceRule {
+  PreferenceLink link;
+  bool mean;  // scores are means over a rollout's tokens, not sums
+  double scale, shift, positive, negative, nll, centre;
+};
+// Places in preference_loss's statistics, sums over pairs; of rollouts without a pair, over those.
+struct PreferenceStatistic {
+  enum : int { items, margin, right, chosen, rejected, chosen_reward, rejected_reward, nll, all };
+};
 
 namespace cpu {
 
@@ -126,6 +137,21 @@ struct PolicyTensors {
   const TensorView& statistics;
 };
 void policy_loss(const PolicyTensors& tensors, const PolicyRule& rule, int threads);
+
+// A loss of each pair of R rollouts, and its derivatives to the sum of each one's tokens; equations: kernels/preference_loss.
+//   logprobs      (N,) f32 | f64; without offsets (R,), the scores themselves
+//   offsets       (R + 1,) i64, from 0 to N, or null
+//   chosen, rejected  (P,) i64, rollouts of each pair, or both null: P = R / 2, pair p is (p, p + P)
+//   desirable     (R,) bool, or null: P = R, each rollout stands against `baseline` (1,), or null for 0, on its own side
+//   ref_logprobs  as logprobs, or null; mask (N,) bool, or null for all true; margins (P,) or null
+//   losses (P,), rewards (R,), derivative (2, P) of the chosen and of the rejected, statistics (PreferenceStatistic::all,)
+// Numbers have the dtype of logprobs; sums are taken in double. Nothing depends on `threads`.
+struct PreferenceTensors {
+  const TensorView& logprobs;
+  const TensorView *offsets, *mask, *chosen, *rejected, *ref_logprobs, *margins, *desirable, *baseline;
+  const TensorView &losses, &rewards, &derivative, &statistics;
+};
+void preference_loss(const PreferenceTensors& tensors, const PreferenceRule& rule, int threads);
 
 // Draws a token per row; equations: kernels/sample. A row's result depends on its own logits and numbers only, and every
 // backend draws the same.

@@ -65,6 +65,18 @@ def policy_loss(
     statistics: Tensor,
     threads: int,
 ) -> None: ...
+def preference_loss(
+    logprobs: Tensor,
+    others: tuple[Tensor | None, ...],
+    link: int,
+    mean: bool,
+    numbers: tuple[float, ...],
+    losses: Tensor,
+    rewards: Tensor,
+    derivative: Tensor,
+    statistics: Tensor,
+    threads: int,
+) -> None: ...
 def sample(
     logits: Tensor,
     row_temperature: Tensor | None,

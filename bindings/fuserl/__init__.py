@@ -22,6 +22,7 @@ OPS = (
     "linear_policy_loss",
     "linear_topk_divergence",
     "policy_loss",
+    "preference_loss",
     "sample",
     "sampled_divergence",
     "segment_sum",
@@ -32,6 +33,14 @@ OPS = (
 )
 # What stands on other ops, and the file it lives in.
 _FORMS = {
+    "BradleyTerry": "preferences",
+    "CPO": "preferences",
+    "DPO": "preferences",
+    "Hinge": "preferences",
+    "IPO": "preferences",
+    "KTO": "preferences",
+    "ORPO": "preferences",
+    "SimPO": "preferences",
     "group_ranks": "group_ranks",
     "lambda_returns": "returns",
     "pair_advantage": "pair_advantage",
