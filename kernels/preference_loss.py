@@ -38,9 +38,9 @@ class Given(NamedTuple):
     baseline: Tensor | None
 
     def sizes(self, logprobs: Tensor) -> tuple[int, int]:
-        """Rollouts, and losses."""
-        rollouts = len(logprobs) if self.offsets is None else len(self.offsets) - 1
-        pairs = rollouts // 2 if self.chosen is None else len(self.chosen)
+        """Rollouts, and losses; by shape, since len of a symbolic one would be a number, and compile for each."""
+        rollouts = logprobs.shape[0] if self.offsets is None else self.offsets.shape[0] - 1
+        pairs = rollouts // 2 if self.chosen is None else self.chosen.shape[0]
         return rollouts, pairs if self.desirable is None else rollouts
 
 
@@ -163,7 +163,7 @@ def _dispatch(logprobs, *arguments):
 def _setup_context(ctx, inputs, output):
     logprobs, offsets, mask, chosen, rejected, _, _, desirable, *_, ctx.backend = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.tokens, ctx.rollouts, ctx.paired = len(logprobs), len(output[1]), desirable is None
+    ctx.tokens, ctx.rollouts, ctx.paired = logprobs.shape[0], output[1].shape[0], desirable is None
     ctx.save_for_backward(output[3], offsets, mask, chosen, rejected)
 
 
@@ -275,7 +275,7 @@ def _check(logprobs: Tensor, given: Given, form: Form, rule: Rule) -> None:
             f"preference_loss: logprobs must be (N,), (R, T) or (R,), float32 or float64; got {tuple(logprobs.shape)} "
             f"{dtype}. Flatten or convert them, with .float()."
         )
-    if tokens and (given.offsets.dim() != 1 or not len(given.offsets)):
+    if tokens and (given.offsets.dim() != 1 or not given.offsets.shape[0]):
         raise ValueError(f"preference_loss: offsets must be (R + 1,); got {tuple(given.offsets.shape)}.")
     name, kto = type(form).__name__, rule.link == SIGMOID
     _agree(given.desirable is not None, kto, "desirable", name, "It says on which side of the baseline a rollout is.")

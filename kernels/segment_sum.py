@@ -96,7 +96,7 @@ def _reference_spread(x, offsets, tokens):
 
 
 def _per_segment(x, offsets):
-    return x.new_empty((x.shape[0], len(offsets) - 1))
+    return x.new_empty((x.shape[0], offsets.shape[0] - 1))
 
 
 IMPLS = {"triton": _triton_sum, "cpu": _cpu_sum, "reference": reference}
@@ -133,7 +133,7 @@ def _backward_spread(ctx, g):
 
 _library = torch.library.Library("fuserl", "FRAGMENT")
 _library.define("segment_sum(Tensor x, Tensor offsets, str? backend) -> Tensor")
-_library.define("to_tokens(Tensor x, Tensor offsets, int tokens, str? backend) -> Tensor")
+_library.define("to_tokens(Tensor x, Tensor offsets, SymInt tokens, str? backend) -> Tensor")
 _library.impl("segment_sum", _dispatch_sum, "CompositeExplicitAutograd")
 _library.impl("to_tokens", _dispatch_spread, "CompositeExplicitAutograd")
 torch.library.register_autograd("fuserl::segment_sum", _backward_sum, setup_context=_keep, lib=_library)
@@ -170,7 +170,7 @@ def segment_sum(x: Tensor, offsets: Tensor, *, backend: str | None = None) -> Te
     Sibling: `to_tokens` is its gradient.
     """
     _check("segment_sum", "x", x, offsets, x.dim() >= 1, "(..., N)")
-    return torch.ops.fuserl.segment_sum(_rows(x), offsets, backend).view(*x.shape[:-1], len(offsets) - 1)
+    return torch.ops.fuserl.segment_sum(_rows(x), offsets, backend).view(*x.shape[:-1], offsets.shape[0] - 1)
 
 
 def segment_mean(x: Tensor, offsets: Tensor, *, backend: str | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from ahead_of_time import TARGETS, compile_ahead, resources
 from fuserl.kernels import (
     divergence_rows,
     policy_tokens,
+    preference_pairs,
     sample,
     sampled_divergence,
     scan_tiles,
@@ -240,4 +241,40 @@ def test_scans_spill_nothing(target):
 
 def test_scans_in_double_compile():
     for _, kernel, types, settings in scan_kernels("fp64"):
+        assert compile_ahead(kernel, "sm_90", types, settings).asm["cubin"]
+
+
+def preference_kernels(number):
+    """As `kernels`, of preference_loss for log-probs of type `number`: everything, and the least that there can be."""
+    kernel, double = preference_pairs._sum_kernel, "*fp64"
+    every = {"logprob_ptr": f"*{number}", "ref_ptr": f"*{number}", "mask_ptr": "*i1", "offsets_ptr": "*i64"}
+    every |= {"score_ptr": double, "nll_ptr": double, "length_ptr": double, "reward_ptr": f"*{number}", "scale": "fp64"}
+    for mean, least in ((True, {}), (False, {"ref_ptr": None, "mask_ptr": None})):
+        types = {name: type_ for name, type_ in every.items() if name not in least}
+        yield "preference sums", kernel, types, {"MEAN": mean, **least, **preference_pairs.SUM_LAUNCH}
+    kernel = preference_pairs._pair_kernel
+    every = {"score_ptr": double, "nll_ptr": double, "length_ptr": double, "chosen_ptr": "*i64", "rejected_ptr": "*i64"}
+    every |= {"desirable_ptr": "*i1", "baseline_ptr": f"*{number}", "margin_ptr": f"*{number}"}
+    every |= {"loss_ptr": f"*{number}", "derivative_ptr": f"*{number}", "partial_ptr": double, "P": "i32", "R": "i32"}
+    every |= {p.name: p.annotation_type for p in kernel.params if p.annotation_type}
+    for link in range(5):
+        absent = ("chosen_ptr", "rejected_ptr") if link == 3 else ("desirable_ptr", "baseline_ptr")
+        least = dict.fromkeys(absent)
+        types = {name: type_ for name, type_ in every.items() if name not in least}
+        settings = {"LINK": link, "MEAN": link == 4, **least, **preference_pairs.PAIR_LAUNCH}
+        yield "preference pairs", kernel, types, settings
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
+def test_preference_loss_spills_nothing(target, aligned):
+    for name, kernel, types, settings in preference_kernels("fp32"):
+        divisible = [argument for argument in types if aligned and argument.endswith("_ptr")]
+        used = resources(compile_ahead(kernel, target, types, settings, divisible))
+        assert used["spills"] == 0, f"{name} {settings}: {used}"
+        print(f"{target:7} {'aligned' if aligned else '':8} {name} {settings}: {used}")
+
+
+def test_preference_loss_in_double_compiles():
+    for _, kernel, types, settings in preference_kernels("fp64"):
         assert compile_ahead(kernel, "sm_90", types, settings).asm["cubin"]

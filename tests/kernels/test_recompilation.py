@@ -17,8 +17,11 @@ from fuserl.kernels.group_advantage import group_advantage
 from fuserl.kernels.linear_logprob import linear_logprob
 from fuserl.kernels.linear_policy_loss import linear_policy_loss
 from fuserl.kernels.policy_loss import policy_loss
+from fuserl.kernels.preference_loss import preference_loss
+from fuserl.kernels.preferences import CPO, KTO, ORPO
 from fuserl.kernels.sample import sample
 from fuserl.kernels.sampled_divergence import sampled_divergence
+from fuserl.kernels.segment_sum import segment_mean, to_tokens
 from fuserl.kernels.surrogates import Clip, Gate, Truncate, Weight
 from fuserl.kernels.token_logprob import token_logprob
 from fuserl.kernels.topk_divergence import topk_divergence
@@ -59,6 +62,23 @@ def of_policy_loss(surrogate, **fixed):
         return policy_loss(logprobs, advantages, surrogate=surrogate(x), beta=x / 10, **given, **options)[:1]
 
     return lambda n: (leaf(n), *(torch.randn(n) for _ in range(6))), step
+
+
+def of_preference_loss(form):
+    def step(x, logprobs, offsets, *desirable, **options):
+        given = {"ref_logprobs": torch.zeros_like(logprobs), "desirable": desirable[0]} if desirable else {}
+        numbers = form(beta=x) if form is not ORPO else form(lam=x)
+        return preference_loss(logprobs, numbers, offsets=offsets, **given, **options)[:1]
+
+    def inputs(n):
+        desirable = (torch.ones(2 * n, dtype=torch.bool),) if form is KTO else ()
+        return (leaf(6 * n), torch.arange(2 * n + 1) * 3, *desirable)
+
+    return inputs, step
+
+
+def spread_means(_, x, offsets, **options):
+    return [to_tokens(segment_mean(x, offsets, **options), offsets, x.shape[-1], **options)]
 
 
 def of_sample(cut):
@@ -104,6 +124,10 @@ REGISTERED = {
     "policy_loss, k1": of_policy_loss(lambda x: Clip(x / 4, x / 3, 2 + x), kl="k1"),
     "policy_loss, weight": of_policy_loss(lambda x: Weight((x, 2 * x), (x / 2, x)), kl="k1+"),
     "policy_loss, gate, corrected": of_policy_loss(lambda x: Gate(x, 2 * x), kl_weighted=True),
+    "preference_loss": of_preference_loss(CPO),
+    "preference_loss, odds": of_preference_loss(ORPO),
+    "preference_loss, no pairs": of_preference_loss(KTO),
+    "segment_mean and to_tokens": (lambda n: (leaf(3 * n), torch.arange(n + 1) * 3), spread_means),
     "sample": of_sample(True),
     "sample, uncut": of_sample(False),
     "linear_logprob": (lambda n: (leaf(n, 8), leaf(V, 8), ids(n)), linear_step),
