@@ -199,11 +199,6 @@ class Batch:
         """One value per rollout (B,) at its last token, NaN at the others, (n,): a statistic that counts once."""
         return torch.where(self.last, self.to_tokens(per_rollout), torch.nan)
 
-    def pair_difference(self, per_rollout: Tensor) -> Tensor:
-        """In groups of two: the value (B,) of the rollout with the larger reward minus the other's, for both, (B,)."""
-        chosen = self.rewards > self.group_mean(self.rewards)
-        return self.group_sum(torch.where(chosen, per_rollout, -per_rollout))
-
     def _token_fields(self):
         names = (
             "tokens",

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fuserl.engine.batch import Batch
@@ -296,54 +295,6 @@ def summed(first: Loss, second: Loss, coefficient: float) -> Loss:
     outputs, reads = (tuple(dict.fromkeys(a + b)) for a, b in zip(_needs(first), _needs(second), strict=True))
     scope = max(first.scope, second.scope, key=("token", "rollout", "group").index)
     return Loss(loss, outputs=outputs, reads=reads, scope=scope)
-
-
-def preference(*, beta: float, label_smoothing: float = 0.0) -> Loss:
-    """Direct preference optimisation of pairs (arXiv:2305.18290, eq. 7; smoothing: conservative DPO).
-
-        margin = beta [sum over chosen of (logprob - ref) - sum over rejected of (logprob - ref)]
-        loss = -(1 - label_smoothing) log sigmoid(margin) - label_smoothing log sigmoid(-margin)
-
-    A group holds one pair; its rollout with the larger reward is the chosen one.
-    """
-    require("preference", "beta", beta, 0 < beta < math.inf, "a finite number > 0")
-    require("preference", "label_smoothing", label_smoothing, 0 <= label_smoothing <= 0.5, "in [0, 0.5]")
-
-    def loss(out, batch: Batch):
-        margin = beta * batch.pair_difference(batch.rollout_sum(out.logprob - batch.ref_logprobs))
-        return _pairwise(batch, margin, label_smoothing)
-
-    return Loss(loss, scope="group", reads=("ref_logprobs",))
-
-
-def bradley_terry(*, centre: float = 0.0) -> Loss:
-    """Negative log-likelihood of pairs under scores, the head at the last token (arXiv:2203.02155, eq. 1).
-
-    loss = -log sigmoid(score of chosen - score of rejected) + centre (score of chosen + score of rejected)^2
-    """
-    require("bradley_terry", "centre", centre, 0 <= centre < math.inf, WEIGHT)
-
-    def loss(out, batch: Batch):
-        scores = batch.rollout_sum(torch.where(batch.last, out.score, 0.0))
-        losses, statistics = _pairwise(batch, batch.pair_difference(scores), 0.0)
-        if centre:
-            both = 2 * batch.group_mean(scores)
-            losses = losses + _at_pairs(batch, centre * both.square())
-        return losses, statistics
-
-    return Loss(loss, outputs=("score",), scope="group")
-
-
-def _pairwise(batch: Batch, margin: Tensor, label_smoothing: float):
-    """The loss of the pairs' margins (B,), each given to both of its rollouts, and how many are on the right side."""
-    per_pair = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
-    seen = {"margin": margin.detach(), "pair_accuracy": (margin > 0).float()}
-    return _at_pairs(batch, per_pair), {name: batch.at_last(value) for name, value in seen.items()}
-
-
-def _at_pairs(batch: Batch, per_pair: Tensor) -> Tensor:
-    """The mean over pairs of values that both rollouts of a pair have (B,), as one number per token (n,)."""
-    return torch.where(batch.last, batch.to_tokens(per_pair), 0.0) / (2 * batch.counts.groups)
 
 
 def _needs(loss: Loss) -> tuple[tuple[str, ...], tuple[str, ...]]:

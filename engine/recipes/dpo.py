@@ -15,7 +15,8 @@ from functools import partial
 from fuserl.engine import checks, evaluation, prompts, rewards
 from fuserl.engine.advantages import leave_one_out, uniform
 from fuserl.engine.checks import Figure
-from fuserl.engine.losses import clipped, preference, rollout_sum
+from fuserl.engine.losses import clipped, rollout_sum
+from fuserl.engine.preferences import preference
 from fuserl.engine.recipe import Recipe
 from fuserl.engine.rollouts import pairs
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from fuserl.engine import checks, evaluation, prompts
 from fuserl.engine.advantages import uniform
 from fuserl.engine.checks import Figure
-from fuserl.engine.losses import bradley_terry, preference
+from fuserl.engine.preferences import bradley_terry, preference
 from fuserl.engine.recipe import Recipe
 from fuserl.engine.rollouts import pairs
 

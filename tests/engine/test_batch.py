@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from batches import batches, each_rollout, pairs, ragged, rollouts, steady, three
+from batches import batches, each_rollout, ragged, rollouts, steady, three
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -86,15 +86,6 @@ def test_groups_begin_where_group_offsets_say(batch, data):
     some = batch.rollouts_at(index)
     tokens = [int(batch.lengths[batch.group == group].sum()) for group in whole]
     assert some.group_offsets.tolist() == [0, *itertools.accumulate(tokens)]
-
-
-def test_pair_difference_is_chosen_minus_rejected_wherever_they_stand():
-    batch = pairs((1, 2, 1, 3, 1, 2)).replace(rewards=torch.tensor([1.0, 0, 1, 0, 1, 0]))
-    x = torch.tensor([1.0, 20, 300, 5, 70, 900])
-    assert batch.group.tolist() == [0, 1, 2, 0, 1, 2]
-    assert batch.pair_difference(x).tolist() == [-4, 50, -600, -4, 50, -600]
-    turned = batch.rollouts_at(torch.tensor([5, 3, 2, 0]))
-    assert turned.pair_difference(x[torch.tensor([5, 3, 2, 0])]).tolist() == [-600, -4, -600, -4]
 
 
 def cost(batch, part):

@@ -7,6 +7,7 @@ import itertools
 import math
 from types import SimpleNamespace
 
+import preference_formulas
 import pytest
 import torch
 from batches import each_rollout, pairs, ragged, three
@@ -15,7 +16,6 @@ from fuserl.engine.importance import mean_importance, rollout_importance, token_
 from fuserl.engine.losses import (
     Loss,
     asymmetric,
-    bradley_terry,
     clipped,
     clipped_rollouts,
     decoupled,
@@ -23,7 +23,6 @@ from fuserl.engine.losses import (
     geometric_rollouts,
     mean_over,
     negative_logprob,
-    preference,
     rollout_mean,
     rollout_sum,
     squared_value,
@@ -31,6 +30,7 @@ from fuserl.engine.losses import (
     token_mean,
     truncated,
 )
+from fuserl.engine.preferences import bradley_terry, preference
 from fuserl.kernels.policy_statistics import STATISTICS
 from fuserl.kernels.surrogates import Truncate, Within
 
@@ -136,31 +136,6 @@ def value_formula(x, b, clip=math.inf):
     return worst.mean() / 2
 
 
-def pair_formula(b, score, each):
-    """The mean over pairs of each(score of the chosen, score of the rejected)."""
-    total = 0.0
-    for group in b.group.unique():
-        one, two = (b.group == group).nonzero().squeeze(-1).tolist()
-        chosen, rejected = (one, two) if b.rewards[one] > b.rewards[two] else (two, one)
-        total = total + each(*(score(each_rollout(b)[at]) for at in (chosen, rejected)))
-    return total / len(b.group.unique())
-
-
-def preference_formula(x, b, beta, smoothing):
-    def each(chosen, rejected):
-        p = torch.sigmoid(beta * (chosen - rejected))
-        return -(1 - smoothing) * p.log() - smoothing * (1 - p).log()
-
-    return pair_formula(b, lambda span: (x["logprob"][span] - b.ref_logprobs[span].double()).sum(), each)
-
-
-def bradley_terry_formula(x, b, centre):
-    def each(chosen, rejected):
-        return (1 + (rejected - chosen).exp()).log() + centre * (chosen + rejected).square()
-
-    return pair_formula(b, lambda span: x["score"][span.stop - 1], each)
-
-
 LOSSES = {
     "clipped": (clipped(low=0.2, high=0.3), lambda x, b: clipped_formula(x, b, 0.2, 0.3)),
     "dual": (clipped(dual=1.3), lambda x, b: clipped_formula(x, b, dual=1.3)),
@@ -208,11 +183,7 @@ LOSSES = {
         summed(squared_value(), clipped_rollouts(low=0.05, high=0.1), 0.7),
         lambda x, b: value_formula(x, b) + 0.7 * rollouts_formula(x, b, 0.05, 0.1),
     ),
-    "preference": (
-        preference(beta=0.5, label_smoothing=0.1),
-        lambda x, b: preference_formula(x, b, 0.5, 0.1),
-    ),
-    "bradley_terry": (bradley_terry(centre=0.05), lambda x, b: bradley_terry_formula(x, b, 0.05)),
+    **preference_formulas.LOSSES,
 }
 ALL = pytest.mark.parametrize("name", LOSSES)
 CORRECTED = {name for name in LOSSES if "corrected" in name or name == "decoupled"}
@@ -232,7 +203,8 @@ def outputs_for(batch, seed=0):
     """What a model might say of each token, in float32."""
     random = torch.Generator().manual_seed(seed + 100)
     names = ("logprob", "entropy", "value", "score")
-    return {name: torch.randn(len(batch.tokens), generator=random) - 1.5 * (name == "logprob") for name in names}
+    found = {name: torch.randn(len(batch.tokens), generator=random) for name in names}
+    return {**found, "logprob": (found["logprob"] - 1.5).clamp(max=-0.05)}
 
 
 def evaluated(loss, batch, outputs):

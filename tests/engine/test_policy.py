@@ -13,16 +13,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fuserl.engine import adapters
 from fuserl.engine.batch import Rollouts, batch_of
 from fuserl.engine.losses import (
-    bradley_terry,
     clipped,
     clipped_rollouts,
     every_token,
     negative_logprob,
-    preference,
     squared_value,
     summed,
 )
 from fuserl.engine.policy import Policy, Sampling, Updating
+from fuserl.engine.preferences import bradley_terry, preference
 from fuserl.engine.prompts import Prompt
 
 

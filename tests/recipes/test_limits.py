@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from fuserl.engine import advantages, catalogue, losses
+from fuserl.engine import advantages, catalogue, losses, preferences
 from fuserl.engine.advantages import centred
 from fuserl.engine.batch import Batch
 from fuserl.engine.losses import rollout_mean, rollout_sum, token_mean
@@ -51,11 +51,11 @@ def without(bound):
     return wrong
 
 
-real_difference = Batch.pair_difference
+real_pairs = preferences._pairs
 
 
 def smoothed(**options):
-    return losses.preference(**{**options, "label_smoothing": 0.1})
+    return preferences.preference(**{**options, "label_smoothing": 0.1})
 
 
 MUTATIONS = {
@@ -86,10 +86,10 @@ MUTATIONS = {
     "ppo-advantage": ("ppo", "recipe", "generalised", larger(advantages.generalised)),
     "ppo-sums": ("ppo", advantages, "gae", lambda rewards, values, **_: (rewards - values, rewards)),
     "ppo-end": ("ppo", advantages, "token_rewards", lambda batch, beta: batch.to_tokens(batch.rewards)),
-    "dpo-loss": ("dpo", "recipe", "preference", scaled(losses.preference)),
+    "dpo-loss": ("dpo", "recipe", "preference", scaled(preferences.preference)),
     "dpo-smoothing": ("dpo", "recipe", "preference", smoothed),
-    "dpo-pairs": ("dpo", Batch, "pair_difference", lambda self, x: -real_difference(self, x)),
-    "reward_model-loss": ("reward_model", "recipe", "bradley_terry", scaled(losses.bradley_terry)),
+    "dpo-pairs": ("dpo", preferences, "_pairs", lambda batch: real_pairs(batch)[::-1]),
+    "reward_model-loss": ("reward_model", "recipe", "bradley_terry", scaled(preferences.bradley_terry)),
     "reward_model-last": ("reward_model", Batch, "last", property(lambda self: self.rollout >= 0)),
     "sft-loss": ("sft", "recipe", "negative_logprob", scaled(losses.negative_logprob)),
     "sft-reduction": ("sft", losses.negative_logprob, "__kwdefaults__", {"reduce": rollout_mean}),

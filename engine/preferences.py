@@ -1,0 +1,161 @@
+"""Losses of preferences between rollouts, functions of (out, batch) over one op: of pairs, and of rollouts alone."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fuserl.engine.batch import Batch
+from fuserl.engine.contracts import WEIGHT, require
+from fuserl.engine.losses import Loss
+from fuserl.kernels.preference_loss import preference_loss
+from fuserl.kernels.preferences import CPO, DPO, IPO, KTO, ORPO, BradleyTerry, Form, SimPO
+
+
+def preference(*, beta: float, label_smoothing: float = 0.0) -> Loss:
+    """Direct preference optimisation of pairs (arXiv:2305.18290, eq. 7; smoothing: conservative DPO).
+
+        margin = beta [sum over chosen of (logprob - ref) - sum over rejected of (logprob - ref)]
+        loss = -(1 - label_smoothing) log sigmoid(margin) - label_smoothing log sigmoid(-margin)
+
+    A group holds one pair; its rollout with the larger reward is the chosen one.
+    """
+    require("preference", "beta", beta, 0 < beta < math.inf, "a finite number > 0")
+    require("preference", "label_smoothing", label_smoothing, 0 <= label_smoothing <= 0.5, "in [0, 0.5]")
+    return paired(DPO(beta, label_smoothing))
+
+
+def ipo(*, beta: float = 0.1) -> Loss:
+    """Identity preference optimisation of pairs (arXiv:2310.12036, eq. 17), of means over tokens.
+
+    loss = (mean over chosen of (logprob - ref) - mean over rejected of (logprob - ref) - 1 / (2 beta))^2
+    """
+    return paired(IPO(beta))
+
+
+def simpo(*, beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0) -> Loss:
+    """Simple preference optimisation of pairs (arXiv:2405.14734, eq. 6), without a reference.
+
+    loss = -log sigmoid(beta (mean logprob of chosen - mean logprob of rejected) - gamma), labels smoothed as in DPO
+    """
+    return paired(SimPO(beta, gamma, label_smoothing))
+
+
+def cpo(*, beta: float = 0.1, nll: float = 1.0, label_smoothing: float = 0.0) -> Loss:
+    """Contrastive preference optimisation of pairs (arXiv:2401.08417, eq. 6), without a reference.
+
+    loss = -log sigmoid(beta (sum logprob of chosen - sum logprob of rejected)) - nll (mean logprob of chosen)
+    """
+    return paired(CPO(beta, nll, label_smoothing))
+
+
+def orpo(*, lam: float = 0.1) -> Loss:
+    """Odds-ratio preference optimisation of pairs (arXiv:2403.07691, eq. 6 and 7), without a reference.
+
+    loss = -(mean logprob of chosen) - lam log sigmoid(odds of chosen - odds of rejected)
+    odds = s - log(1 - exp(s)), s = mean logprob
+    """
+    return paired(ORPO(lam))
+
+
+def paired(form: Form) -> Loss:
+    """The loss of pairs in any form of `preference_loss` that has them, the mean over pairs.
+
+    A group holds one pair; its rollout with the larger reward is the chosen one.
+    """
+    form.rule()
+
+    def loss(out, batch: Batch):
+        return _of_pairs(batch, out.logprob, form, batch.ref_logprobs if form.reference else None)
+
+    return Loss(loss, scope="group", reads=("ref_logprobs",) if form.reference else ())
+
+
+def bradley_terry(*, centre: float = 0.0) -> Loss:
+    """Negative log-likelihood of pairs under scores, the head at the last token (arXiv:2203.02155, eq. 1).
+
+    loss = -log sigmoid(score of chosen - score of rejected) + centre (score of chosen + score of rejected)^2
+    """
+    require("bradley_terry", "centre", centre, 0 <= centre < math.inf, WEIGHT)
+
+    def loss(out, batch: Batch):
+        return _of_pairs(batch, torch.where(batch.last, out.score, 0.0), BradleyTerry(centre), None)
+
+    return Loss(loss, outputs=("score",), scope="group")
+
+
+def kto(
+    *,
+    beta: float = 0.1,
+    desirable: float = 1.0,
+    undesirable: float = 1.0,
+    baseline: float = 0.0,
+    threshold: float = 0.0,
+) -> Loss:
+    """Kahneman-Tversky optimisation of rollouts, those with a reward above `threshold` desirable (arXiv:2402.01306).
+
+        loss = desirable   sigmoid(beta (baseline - score))    score = sum over the rollout of (logprob - ref)
+               undesirable sigmoid(beta (score - baseline))    where it is not desirable
+
+    `baseline` is the mean score of mismatched rollouts, at least 0: an estimate of KL(policy || reference).
+    """
+    form = KTO(beta, desirable, undesirable)
+    form.rule()
+    require("kto", "baseline", baseline, 0 <= baseline < math.inf, WEIGHT)
+
+    def loss(out, batch: Batch):
+        packed, wanted = _packed(batch), batch.rewards > threshold
+        good = torch.zeros_like(packed.offsets[1:], dtype=torch.bool).index_put((packed.place,), wanted)
+        each, rewards, _ = preference_loss(
+            out.logprob,
+            form,
+            offsets=packed.offsets,
+            ref_logprobs=batch.ref_logprobs,
+            desirable=good,
+            baseline=baseline,
+        )
+        per_token = torch.where(batch.last, batch.to_tokens(each[packed.place]), 0.0) / batch.counts.rollouts
+        reward = rewards[packed.place]
+        seen = {"chosen_reward": torch.where(wanted, reward, torch.nan)}
+        seen["rejected_reward"] = torch.where(wanted, torch.nan, reward)
+        return per_token, {name: batch.at_last(value) for name, value in seen.items()}
+
+    return Loss(loss, scope="rollout", reads=("ref_logprobs",))
+
+
+class _Packed(NamedTuple):
+    """Where the rollouts of a part of a batch lie: those without a token in it share the last place, which is empty."""
+
+    offsets: Tensor  # (B + 2,) int64
+    place: Tensor  # (B,) int64, of each rollout
+
+
+def _packed(batch: Batch) -> _Packed:
+    count, rollout = len(batch.group), batch.rollout
+    new = torch.ones_like(rollout)
+    new[1:] = rollout[1:] != rollout[:-1]
+    place = new.cumsum(0) - 1
+    offsets = torch.searchsorted(place, torch.arange(count + 2, device=rollout.device))
+    return _Packed(offsets, torch.full_like(batch.group, count).index_put((rollout,), place))
+
+
+def _pairs(batch: Batch) -> tuple[Tensor, Tensor]:
+    """(chosen, rejected) rollouts of each group of two, (groups,), wherever they stand."""
+    one, two = batch.group.argsort(stable=True).view(-1, 2).unbind(1)
+    first = batch.rewards[one] > batch.rewards[two]
+    return torch.where(first, one, two), torch.where(first, two, one)
+
+
+def _of_pairs(batch: Batch, values: Tensor, form: Form, ref_logprobs: Tensor | None):
+    """The loss of each token, a pair's in equal parts at the ends of both rollouts; margins, and which are right."""
+    packed, (chosen, rejected) = _packed(batch), _pairs(batch)
+    places = {"chosen": packed.place[chosen], "rejected": packed.place[rejected]}
+    each, rewards, _ = preference_loss(values, form, offsets=packed.offsets, ref_logprobs=ref_logprobs, **places)
+    margin = rewards[places["chosen"]] - rewards[places["rejected"]]
+    pair = torch.cat([chosen, rejected]).argsort() % max(len(chosen), 1)  # of each rollout
+    per_token = torch.where(batch.last, batch.to_tokens(each[pair]), 0.0) / (2 * batch.counts.groups)
+    seen = {"margin": margin, "pair_accuracy": (margin > 0).float()}
+    return per_token, {name: batch.at_last(value[pair]) for name, value in seen.items()}
