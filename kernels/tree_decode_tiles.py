@@ -27,7 +27,8 @@ def launch(dim: int, dtype: torch.dtype, rows: int) -> dict:
     else:
         most = 64 if width <= 128 else 32
         tile = min(most, max(16, 1 << max(rows - 1, 0).bit_length()))
-        sizes = {"BLOCK_Q": tile, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2 if width <= 128 else 1}
+        warps = 8 if tile * width > 4096 else 4
+        sizes = {"BLOCK_Q": tile, "BLOCK_K": 32, "num_warps": warps, "num_stages": 2 if width <= 128 else 1}
     return {"BLOCK_D": width, **sizes, "enable_fp_fusion": True}
 
 

@@ -153,6 +153,16 @@ def test_a_query_gets_the_same_bits_alone_and_among_others(dtype):
     assert all(torch.equal(x[order], y) for x, y in zip(together, shuffled, strict=True))
 
 
+@cpu_only
+def test_it_does_not_matter_where_in_the_cache_a_line_stands():
+    """A long line's stretches are added from the root down, wherever they lie."""
+    parent, length = [-1, 0, 1], [700, 600, 90]
+    q, k, v = inputs(sum(length), 1, dim=64)
+    straight = tree_decode(q, k, v, (parent, [0, 700, 1300], length), [2], backend="cpu")
+    turned = [torch.cat([x[1300:], x[700:1300], x[:700]]) for x in (k, v)]
+    assert all(map(torch.equal, straight, tree_decode(q, *turned, (parent, [690, 90, 0], length), [2], backend="cpu")))
+
+
 @each_backend
 def test_ten_runs_give_the_same_bits(device, backend):
     segments, rows = cache(([-1, *[0] * 5], [530, 9, 70, 3, 1, 0]))
