@@ -105,7 +105,7 @@ def importance_by_hand(x, logprob, importance):
 
 
 def by_hand(inputs, g, surrogate=PPO, importance=None, beta=0.0, kl="k3", kl_weighted=False, entropy_coef=0.0):
-    """Losses, the gradients to logprobs and entropy, and statistics, in NumPy's long double."""
+    """Losses, the gradients to logprobs and entropy, statistics, and the sizes of what each sums; in long double."""
     shape, g = g.shape, g.double().cpu().numpy().astype(np.longdouble)
     x = {name: t.double().cpu().numpy().astype(np.longdouble) for name, t in inputs.items()}
     logprob, w = x["logprobs"], x.get("weights", 1.0) * x.get("mask", np.ones(shape))
@@ -123,7 +123,9 @@ def by_hand(inputs, g, surrogate=PPO, importance=None, beta=0.0, kl="k3", kl_wei
         value, slope = ratio * value, ratio * (value + slope)
     sums = [keep, low_holds, high_holds & (a > 0), high_holds & (a < 0), np.expm1(log_ratio) - log_ratio, value]
     numbers = [np.sum(s, where=keep) for s in (*sums, importance, cut, ratio, ratio**2)]
-    numbers += [np.max(ratio, where=keep, initial=-np.inf), np.min(ratio, where=keep, initial=np.inf)]
+    extremes = [np.max(ratio, where=keep, initial=-np.inf), np.min(ratio, where=keep, initial=np.inf)]
+    sizes = [np.sum(np.abs(s), where=keep) for s in (*sums, importance, cut, ratio, ratio**2)]
     losses = w * (beta * value - gain - entropy_coef * x.get("entropy", 0.0))
-    results = losses, g * w * (beta * slope - dgain), -g * w * entropy_coef, numbers
+    gradients = g * w * (beta * slope - dgain), -g * w * entropy_coef
+    results = losses, *gradients, numbers + extremes, sizes + extremes
     return [torch.from_numpy(np.asarray(r, np.float64)) for r in results]

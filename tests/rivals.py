@@ -26,6 +26,30 @@ def rival(package, module, *, exactly=False):
     return found
 
 
+class VerlConfig(types.SimpleNamespace):
+    """Settings for verl's losses, which ask of a configuration no more than attributes and `get`."""
+
+    def get(self, name, default=None):
+        """An attribute, or the default."""
+        return getattr(self, name, default)
+
+
+def verl_losses():
+    """verl's policy losses by name; what their file imports for configuration and for advantages stands empty."""
+    rival("verl", "verl.utils.torch_functional")
+    _as_namespaces("verl.trainer", "verl.trainer.ppo")
+    empty = {
+        "omegaconf": ("DictConfig",), "verl.trainer.config": ("AlgoConfig",), "verl.workers": (),
+        "verl.workers.config": ("ActorConfig",), "verl.utils": ("as_torch_index", "group_mean_std"),
+    }  # fmt: skip
+    for module, names in empty.items():
+        found = sys.modules.setdefault(module, types.ModuleType(module))
+        for name in names:
+            if not hasattr(found, name):
+                setattr(found, name, VerlConfig if name == "ActorConfig" else type(name, (), {}))
+    return importlib.import_module("verl.trainer.ppo.core_algos")
+
+
 def _as_namespaces(*packages):
     """Folders as packages, their __init__ left out: verl's starts ray, which its functions do not need."""
     for name in packages:

@@ -72,10 +72,12 @@ def compare(inputs, backend, names=EVERYTHING, **numbers):
     got, plain = ([x.cpu().flatten() for x in results] for results in (got, plain))
     for i, name in enumerate(("losses", "gradient", "gradient to entropy")):
         check(name, got[i], truth[i].flatten(), plain[i], dtype)
-    for i, name in enumerate(STATISTICS):
-        check(name, got[-1][i : i + 1], truth[-1][i : i + 1], plain[-1][i : i + 1], dtype)
+    *_, sums, sizes = truth
+    error, plainly = ((each[-1].double() - sums).abs().nan_to_num(0.0) for each in (got, plain))
+    allowed = 2 * plainly + 4 * eps(dtype) * sizes.abs()  # a sum of k1 cancels: its error is that of its terms
+    assert torch.equal(got[-1].isinf(), sums.isinf()) and (error <= allowed)[sums.isfinite()].all(), (error, allowed)
     counts = [0, 1, 2, 3, STATISTICS.index("importance_cut")]
-    assert torch.equal(got[-1][counts].double(), truth[-1][counts]), "counts are exact"
+    assert torch.equal(got[-1][counts].double(), sums[counts]), "counts are exact"
 
 
 @each_backend
@@ -99,7 +101,7 @@ def test_the_reference_differentiates_itself(case):
 
 def test_cases_meet_every_bound():
     names, numbers = CASES["dual"]
-    counts = by_hand(chosen(every_input(4, 1025), names), torch.ones(4, 1025), **numbers)[-1][:4]
+    counts = by_hand(chosen(every_input(4, 1025), names), torch.ones(4, 1025), **numbers)[3][:4]
     assert (counts > 50).all()
 
 
