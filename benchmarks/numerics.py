@@ -32,6 +32,7 @@ from fuserl.kernels import (
     linear_policy_loss,
     policy_loss,
     sample,
+    surrogates,
     token_logprob,
 )
 
@@ -170,6 +171,7 @@ def policy_loss_eager(logprobs, advantages, old, reference) -> dict[str, Tensor]
     means = {
         "ratio": ratio, "clipped_low": (down & (ratio < 0.8)).to(ratio), "clipped_high": (up & (ratio > 1.2)).to(ratio),
         "clipped_dual": (down & (ratio > 3)).to(ratio), "approx_kl": ratio - 1 - log_ratio, "kl": kl.detach(),
+        "importance": torch.ones_like(ratio), "importance_cut": torch.zeros_like(ratio),
     }  # fmt: skip
     statistics = {name: value.mean() for name, value in means.items()}
     statistics["ess"] = ratio.sum().square() / (len(ratio) * ratio.square().sum())

@@ -178,19 +178,19 @@ def _outputs(logprobs, with_derivative):
 
 
 IMPLS = {"triton": _triton, "cpu": _cpu, "reference": _reference}
-_INPUTS, _ENTROPY = len(Tokens._fields), Tokens._fields.index("entropy")
+_ENTROPY, _WEIGHTS, _MASK, _NUMBERS = 5, 6, 7, 8  # places among the arguments of the op
 
 
-def _dispatch(logprobs, *arguments):
-    *others, numbers, codes, with_derivative, backend = arguments
-    (*bounds, beta, entropy_coef), (kind, kl, score, kl_weighted) = numbers, codes
-    rule = Rule(bounds_of(kind, tuple(bounds[:4])), Correction(*bounds[4:]), beta, kl, bool(score), bool(kl_weighted))
-    rule = rule._replace(entropy_coef=entropy_coef)
+def _dispatch(logprobs, advantages, old_logprobs, ref_logprobs, sampled, entropy, *others):
+    *others, (*bounds, beta, entropy_coef), (kind, kl, score, kl_weighted, direct, with_derivative), backend = others
+    which = bounds_of(kind, tuple(bounds[:4])), Correction(*bounds[4:])
+    rule = Rule(*which, beta, kl, bool(score), bool(kl_weighted), entropy_coef)
     backend = choose("policy_loss", IMPLS, logprobs.device, backend)
-    tokens = Tokens(*(None if x is None else x.reshape(-1).contiguous() for x in (logprobs, *others)))
-    tokens = tokens if entropy_coef else tokens._replace(entropy=None)
+    sampled = (None, sampled) if direct else (sampled, None)
+    tensors = logprobs, advantages, old_logprobs, ref_logprobs, *sampled, entropy if entropy_coef else None, *others
+    tokens = Tokens(*(None if x is None else x.reshape(-1).contiguous() for x in tensors))
     if logprobs.numel():
-        losses, derivative, statistics = IMPLS[backend](tokens, rule, with_derivative)
+        losses, derivative, statistics = IMPLS[backend](tokens, rule, bool(with_derivative))
     else:
         losses, derivative = tokens.logprobs.clone(), tokens.logprobs.clone()
         statistics = of_no_token(losses)
@@ -200,8 +200,8 @@ def _dispatch(logprobs, *arguments):
 
 def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
-    tokens, ctx.entropy_coef = Tokens(*inputs[:_INPUTS]), inputs[_INPUTS][-1]
-    of_entropy = (None, None) if tokens.entropy is None else (tokens.weights, tokens.mask)
+    ctx.entropy_coef = inputs[_NUMBERS][-1]
+    of_entropy = (None, None) if inputs[_ENTROPY] is None else (inputs[_WEIGHTS], inputs[_MASK])
     ctx.save_for_backward(output[2], *of_entropy)
 
 
@@ -220,9 +220,8 @@ def _autograd(ctx, g, *_):
 # Few arguments, the numbers in lists: torch takes a time that grows with their square to look at those of a call.
 _library = torch.library.Library("fuserl", "FRAGMENT")
 _library.define(
-    "policy_loss(Tensor logprobs, Tensor advantages, Tensor? old_logprobs, Tensor? ref_logprobs, "
-    "Tensor? rollout_logprobs, Tensor? log_weights, Tensor? entropy, Tensor? weights, Tensor? mask, "
-    "float[] numbers, int[] codes, bool with_derivative, str? backend)"
+    "policy_loss(Tensor logprobs, Tensor advantages, Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? sampled, "
+    "Tensor? entropy, Tensor? weights, Tensor? mask, float[] numbers, int[] codes, str? backend)"
     " -> (Tensor, Tensor, Tensor)"
 )
 _library.impl("policy_loss", _dispatch, "CompositeExplicitAutograd")
@@ -231,8 +230,7 @@ torch.library.register_autograd("fuserl::policy_loss", _autograd, setup_context=
 
 @torch.library.register_fake("fuserl::policy_loss", lib=_library)
 def _fake(logprobs, *arguments):
-    with_derivative = arguments[-2]
-    derivative = logprobs.new_empty(logprobs.shape if with_derivative else 0)
+    derivative = logprobs.new_empty(logprobs.shape if arguments[-2][-1] else 0)
     return logprobs.new_empty(logprobs.shape), logprobs.new_empty(len(STATISTICS)), derivative
 
 
@@ -291,8 +289,11 @@ def policy_loss(
     estimator = (0, False) if ref_logprobs is None else ESTIMATORS[kl]
     kind, *numbers = numbers_of(surrogate)
     numbers += [*correction_of(importance), float(beta), float(entropy_coef)]
-    codes = [kind, *map(int, (*estimator, kl_weighted))]
-    losses, statistics, _ = torch.ops.fuserl.policy_loss(*tokens, numbers, codes, with_derivative, backend)
+    codes = [kind, *map(int, (*estimator, kl_weighted, log_weights is not None, with_derivative))]
+    sampled = rollout_logprobs if log_weights is None else log_weights
+    losses, statistics, _ = torch.ops.fuserl.policy_loss(
+        *tokens[:4], sampled, entropy, weights, mask, numbers, codes, backend
+    )
     return losses, statistics
 
 
