@@ -115,8 +115,6 @@ def tails(files):
             yield f"{path}: {text.count(chr(10))} lines, more than {FILE}"
         for node in functions(ast.parse(text)):
             length, limit = node.end_lineno - node.lineno + 1, KERNEL if is_kernel(node) else FUNCTION
-            if ast.get_docstring(node) is not None:
-                length -= node.body[0].end_lineno - node.body[0].lineno + 1
             if length > limit:
                 yield f"{path}:{node.lineno}: {node.name} has {length} lines, more than {limit}"
             positional = len(node.args.posonlyargs) + len(node.args.args)
@@ -255,7 +253,7 @@ BROKEN = [
     (recipes_in_the_loop, "engine/loop.py", "if name == 'grpo': pass\n", "names the recipe grpo"),
     (tails, "engine/a.py", "x = 1\n" * (FILE + 1), f"more than {FILE}"),
     (tails, "engine/a.py", LONG, f"more than {FUNCTION}"),
-    (tails, "engine/a.py", LONG.replace("\n", "\n    'What it is.'\n", 1), f"more than {FUNCTION}"),
+    (tails, "engine/a.py", LONG.replace("    x = 1\n", "    'What it is.'\n", 1), f"more than {FUNCTION}"),
     (tails, "engine/a.py", JIT + "def f():\n" + "    x = 1\n" * KERNEL, f"more than {KERNEL}"),
     (tails, "engine/a.py", MANY, "positional arguments"),
     (docstrings, "engine/a.py", '"""A."""\ndef f(): ...\n', "f is public"),
