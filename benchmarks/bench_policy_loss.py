@@ -1,7 +1,7 @@
 """policy_loss with its gradient: against a copy of the same bytes and against torch, eager and compiled.
 
-The clipped loss with a KL term, and beside it what else it can be in its one pass: weights in the place of a clip, a soft
-gate, and importance weights with an entropy bonus.
+The clipped loss with a KL term, and beside it what else it can be in its one pass: weights in the place of a clip, a
+soft gate, and importance weights with an entropy bonus.
 """
 
 import pytest

@@ -152,7 +152,13 @@ def policy_loss_run(backend: str, logprobs, advantages, old, reference) -> dict[
     """The op with a KL term and a dual clip, and autograd through it."""
     leaf = logprobs.clone().requires_grad_()
     losses, statistics = policy_loss.policy_loss(
-        leaf, advantages, old_logprobs=old, ref_logprobs=reference, surrogate=surrogates.Clip(dual=3.0), beta=0.1, backend=backend
+        leaf,
+        advantages,
+        old_logprobs=old,
+        ref_logprobs=reference,
+        surrogate=surrogates.Clip(dual=3.0),
+        beta=0.1,
+        backend=backend,
     )
     (gradient,) = torch.autograd.grad(losses.sum(), leaf)
     return {"losses": losses, "gradient": gradient, "statistics": _stacked(policy_loss.named(statistics))}

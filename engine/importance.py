@@ -2,9 +2,9 @@
 
     log weight of a token = old_logprob - rollout_logprob
 
-old_logprobs are the model's own at the start of the update (the proximal policy), rollout_logprobs those that the tokens
-were drawn with (the behaviour policy). A weight multiplies the surrogate of a loss; what KL and entropy terms say of the
-policy does not depend on who sampled.
+old_logprobs are the model's own at the start of the update (the proximal policy), rollout_logprobs those that the
+tokens were drawn with (the behaviour policy). A weight multiplies the surrogate of a loss; what KL and entropy terms
+say of the policy does not depend on who sampled.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def clipped(
 
     Without old_logprobs in the batch the update is on-policy: they are the current ones, detached, and the ratio is 1.
     With `dual` (> 1) the loss of a token with A < 0 is at most dual |A| (arXiv:1912.09729); above 1 + high that is the
-    two-sided clip (2505.07291). `kl` and `kl_weighted` are as of `policy_loss`. `importance` says what w is, 1 for None.
+    two-sided clip (2505.07291). `kl` and `kl_weighted` are as of `policy_loss`; `importance` says what w is, None 1.
     """
     _require_clip("clipped", low, high)
     require("clipped", "dual", dual, dual is None or dual > 1, "above 1, or None for no such bound")
@@ -116,7 +116,7 @@ def clipped_rollouts(
 
         ratio[b] = exp(mean over its tokens of logprob - old_logprobs)
 
-    With `per_token` (section 4.3) that ratio carries no gradient, and each token has its own through a factor of value 1:
+    With `per_token` (section 4.3) that ratio has no gradient, and each token has its own through a factor of value 1:
     the same values and, where the advantage is that of the rollout, the same gradient.
     """
     _require_clip("clipped_rollouts", low, high)
@@ -176,7 +176,7 @@ def asymmetric(
         loss = -clip(ratio, *bounds of A's sign) A logprob
 
     By default what is good is learnt as in supervised learning, whoever sampled it, and what is bad is unlearnt only as
-    far as the policy would still say it. Each token has its own ratio, as in `truncated`; `terms` are those of `clipped`.
+    far as the policy would still say it. Each token has its own ratio, as in `truncated`; `terms` are as of `clipped`.
     """
     for name, (least, most) in (("positive", positive), ("negative", negative)):
         require("asymmetric", name, (least, most), 0 <= least <= most and most > 0, "0 <= least <= most, most > 0")

@@ -22,15 +22,9 @@ SCALES = (None, "group", "best")
 
 
 def pass_at_k_advantage(
-    rewards: Tensor,
-    group: Tensor,
-    k: int,
-    *,
-    baseline: str | None = "mean",
-    scale: str | None = None,
-    eps: float = 1e-6,
-    backend: str | None = None,
-) -> Tensor:
+    rewards: Tensor, group: Tensor, k: int, *, baseline: str | None = "mean", scale: str | None = None,
+    eps: float = 1e-6, backend: str | None = None,
+) -> Tensor:  # fmt: skip
     """Advantage of each rollout for the best reward of k tries, exact over all k-subsets of its group.
 
         A = (mean over k-subsets with it of the best reward - baseline) / scale
@@ -57,20 +51,11 @@ def pass_at_k_advantage(
         ValueError: on a wrong shape, dtype, device, number or name.
 
     Memory: a few float64 per rollout. Source: "leave_one_out" and "rest" are PKPO (arXiv:2505.15201); "mean" with scale
-    "best" is Pass@k Training (2508.10751); "rest" with k = n rewards the best alone, by its lead on the second
-    (2503.19595).
+    "best" is Pass@k Training (2508.10751); "rest" with k = n rewards the best alone, by its lead (2503.19595).
     Sibling: `group_advantage`, which this is at k = 1 for "mean" and "leave_one_out".
     """
     check_grouped("pass_at_k_advantage", rewards, group)
-    if baseline not in BASELINES or scale not in SCALES:
-        raise ValueError(
-            f"pass_at_k_advantage: baseline must be one of {list(BASELINES)} and scale one of {list(SCALES)}; got "
-            f"{baseline!r} and {scale!r}. Correct the name."
-        )
-    if k < 1 + (baseline == "rest"):
-        raise ValueError(
-            f"pass_at_k_advantage: k must be at least 1, or 2 for the baseline 'rest'; got {k}. Give a number of tries."
-        )
+    _check_choice(k, baseline, scale)
     if not len(rewards):
         return rewards.clone()
     x = Ordered.of(rewards, group)
@@ -91,6 +76,18 @@ def pass_at_k_advantage(
     if scale is not None:
         above = torch.where(std == 0, 0.0, above / (std + eps))
     return above.to(rewards.dtype)[x.inverse]
+
+
+def _check_choice(k: int, baseline: str | None, scale: str | None) -> None:
+    if baseline not in BASELINES or scale not in SCALES:
+        raise ValueError(
+            f"pass_at_k_advantage: baseline must be one of {list(BASELINES)} and scale one of {list(SCALES)}; got "
+            f"{baseline!r} and {scale!r}. Correct the name."
+        )
+    if k < 1 + (baseline == "rest"):
+        raise ValueError(
+            f"pass_at_k_advantage: k must be at least 1, or 2 for the baseline 'rest'; got {k}. Give a number of tries."
+        )
 
 
 def _others(x, n, tries, backend):

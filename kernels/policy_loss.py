@@ -8,7 +8,7 @@
     losses    = weights (beta kl - gain - entropy_coef entropy)
 
     dlosses   = weights (beta dkl - dgain)
-    dgain     = Clip: gain, 0 where a bound holds    Weight: bounded ratio w A    Gate: 4 s (1 - s) ratio w A, s the sigmoid
+    dgain     = Clip: gain, 0 where a bound holds   Weight: bounded ratio w A   Gate: 4 s (1 - s) ratio w A, s = sigmoid
     dkl       = 1, -d, 1 - exp(d); -d for k1+ and k3+; with kl_weighted ratio times kl + dkl, which is -ratio d for k3
 
 Which bound holds is decided on log_ratio against the logarithms of the bounds, by strict comparison: at a bound the
@@ -242,7 +242,7 @@ def policy_loss(
     importance: Truncate | Within | None = None, beta: float = 0.0, kl: str = "k3", kl_weighted: bool = False,
     entropy_coef: float = 0.0, backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Loss of each token of a policy, clipped, weighted or gated, with KL and entropy terms, and statistics in one pass.
+    """Loss of each token of a policy, clipped, weighted or gated, with KL and entropy terms and statistics in one pass.
 
         losses = weights (beta kl - w gain - entropy_coef entropy)
         ratio  = exp(logprobs - old_logprobs)        w = exp(old_logprobs - rollout_logprobs), or exp(log_weights)
@@ -270,8 +270,8 @@ def policy_loss(
         backend: "triton", "cpu" or "reference"; the fastest that runs here by default.
 
     Returns:
-        (losses, statistics): a loss per token, differentiable once in logprobs and entropy; (12,) sums and extremes over
-        tokens, detached, in the order and meaning of `policy_statistics.STATISTICS`, for `merged` and `named`.
+        (losses, statistics): a loss per token, differentiable once in logprobs and entropy; (12,) sums and extremes
+        over tokens, detached, in the order and meaning of `policy_statistics.STATISTICS`, for `merged` and `named`.
 
     Raises:
         ValueError: on a wrong shape, dtype, device, number or name, and for a gradient asked of another input.
@@ -291,10 +291,8 @@ def policy_loss(
     numbers += [*correction_of(importance), float(beta), float(entropy_coef)]
     codes = [kind, *map(int, (*estimator, kl_weighted, log_weights is not None, with_derivative))]
     sampled = rollout_logprobs if log_weights is None else log_weights
-    losses, statistics, _ = torch.ops.fuserl.policy_loss(
-        *tokens[:4], sampled, entropy, weights, mask, numbers, codes, backend
-    )
-    return losses, statistics
+    given = *tokens[:4], sampled, entropy, weights, mask, numbers, codes, backend
+    return torch.ops.fuserl.policy_loss(*given)[:2]
 
 
 def _check(tokens: Tokens) -> None:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 __all__ = ["EXTREMES", "STATISTICS", "merged", "named", "of_no_token"]
 
-# Sums over tokens, then extremes: clipped_low counts tokens below their bound, clipped_high and clipped_dual those above
-# it with w A > 0 and w A < 0; approx_kl sums ratio - 1 - log_ratio, an estimate of KL(old || policy); importance sums w,
-# and importance_cut counts where a bound of it was met.
+# Sums over tokens, then extremes: clipped_low counts tokens below their bound, clipped_high and clipped_dual those
+# above it with w A > 0 and w A < 0; approx_kl sums ratio - 1 - log_ratio, an estimate of KL(old || policy); importance
+# sums w, and importance_cut counts where a bound of it was met.
 STATISTICS = (
     "tokens", "clipped_low", "clipped_high", "clipped_dual", "approx_kl", "kl", "importance", "importance_cut",
     "ratio", "ratio_sq", "ratio_max", "ratio_min",

@@ -135,13 +135,13 @@ def _token_kernel(
     whole = left == BLOCK
     if whole:
         logprob, a, log_ratio, d, log_weight, entropy, weight, keep = _tokens(
-            logprob_ptr, advantage_ptr, old_ptr, ref_ptr, rollout_ptr, log_weight_ptr, entropy_ptr, weight_ptr, mask_ptr,
-            first, at, None,
+            logprob_ptr, advantage_ptr, old_ptr, ref_ptr, rollout_ptr, log_weight_ptr, entropy_ptr, weight_ptr,
+            mask_ptr, first, at, None,
         )  # fmt: skip
     else:
         logprob, a, log_ratio, d, log_weight, entropy, weight, keep = _tokens(
-            logprob_ptr, advantage_ptr, old_ptr, ref_ptr, rollout_ptr, log_weight_ptr, entropy_ptr, weight_ptr, mask_ptr,
-            first, at, at < left,
+            logprob_ptr, advantage_ptr, old_ptr, ref_ptr, rollout_ptr, log_weight_ptr, entropy_ptr, weight_ptr,
+            mask_ptr, first, at, at < left,
         )  # fmt: skip
     dtype: tl.constexpr = partial_ptr.dtype.element_ty
     ratio, less_one, rest = _exponentials(log_ratio, TERMS)

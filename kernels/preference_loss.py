@@ -206,19 +206,11 @@ def _fake(logprobs, *arguments):
 
 
 def preference_loss(
-    logprobs: Tensor,
-    form: Form,
-    *,
-    offsets: Tensor | None = None,
-    mask: Tensor | None = None,
-    chosen: Tensor | None = None,
-    rejected: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    margins: Tensor | None = None,
-    desirable: Tensor | None = None,
-    baseline: Tensor | float = 0.0,
+    logprobs: Tensor, form: Form, *, offsets: Tensor | None = None, mask: Tensor | None = None,
+    chosen: Tensor | None = None, rejected: Tensor | None = None, ref_logprobs: Tensor | None = None,
+    margins: Tensor | None = None, desirable: Tensor | None = None, baseline: Tensor | float = 0.0,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss of each pair of rollouts, in the form of a published method, from the log-probs of their tokens.
 
         margin = scale (score of chosen - score of rejected) - shift - margins

@@ -1,4 +1,4 @@
-"""The gain of a token as its ratio grows, and the importance weight of one that another engine sampled: for policy_loss.
+"""The gain of a token as its ratio grows, and the importance weight of one that another engine sampled.
 
     Clip    ratio A, or bound A beyond the bounds, where no gradient flows
     Weight  bounded ratio, which carries no gradient, times A logprob

@@ -38,13 +38,19 @@ CASES = {  # inputs besides logprobs and advantages, and numbers
     "every weight": (("rollout_logprobs", "mask"), {}),
     "all": (
         (*EVERYTHING, "log_weights", "entropy"),
-        {"surrogate": Clip(dual=1.5), "importance": Truncate(1.2), "beta": 0.1, "kl_weighted": True, "entropy_coef": 0.1},
+        {
+            "surrogate": Clip(dual=1.5),
+            "importance": Truncate(1.2),
+            "beta": 0.1,
+            "kl_weighted": True,
+            "entropy_coef": 0.1,
+        },
     ),
 }
 
 
 def tokens(*shape, dtype=torch.float32, device="cpu"):
-    """Inputs of a clip with a KL term: policies that differ enough for each bound to hold somewhere; a tenth of A is 0."""
+    """Inputs of a clip with a KL term: policies so far apart that every bound holds somewhere; a tenth of A is 0."""
     old = -3 * torch.rand(shape, dtype=dtype)
     inputs = {
         "logprobs": old + torch.randn(shape, dtype=dtype) * 0.5,

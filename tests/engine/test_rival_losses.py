@@ -53,7 +53,9 @@ def verl(name, weight=None, **config):
 
     def loss(logprob, batch, dtype):
         functions = verl_losses()
-        old, rollout, a = (padded(batch, x, dtype) for x in (batch.old_logprobs, batch.rollout_logprobs, batch.advantages))
+        old, rollout, a = (
+            padded(batch, x, dtype) for x in (batch.old_logprobs, batch.rollout_logprobs, batch.advantages)
+        )
         settings = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "tau_pos": 1.0, "tau_neg": 1.05}
         mask, kind = mask_of(batch).to(dtype), VerlConfig
         if name == "sapo" or name == "cispo":
@@ -91,11 +93,13 @@ def trl(module="trl.trainer.grpo_trainer", trainer="GRPOTrainer", weight=None, *
         )  # fmt: skip
         vars(self).update({name: value for name, value in settings.items() if name in vars(self)})
         mask = mask_of(batch)
-        ids, (old, ref, rollout) = mask.long(), (
-            padded(batch, x, dtype) for x in (batch.old_logprobs, batch.ref_logprobs, batch.rollout_logprobs)
+        ids, (old, ref, rollout) = (
+            mask.long(),
+            (padded(batch, x, dtype) for x in (batch.old_logprobs, batch.ref_logprobs, batch.rollout_logprobs)),
         )
         inputs = {
-            "prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1], "completion_ids": ids, "completion_mask": mask.to(dtype),
+            "prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1], "completion_ids": ids,
+            "completion_mask": mask.to(dtype),
             "advantages": batch.rewards.to(dtype), "old_per_token_logps": old, "ref_per_token_logps": ref,
             "num_items_in_batch": mask.sum() * one,
         }  # fmt: skip
@@ -127,7 +131,12 @@ def within(least, most):
 
 
 DAPO = {"low": 0.2, "high": 0.28, "reduce": token_mean}
-GMPO = {"module": "trl.experimental.gmpo.gmpo_trainer", "trainer": "GMPOTrainer", "epsilon_low": 0.4, "epsilon_high": 0.4}
+GMPO = {
+    "module": "trl.experimental.gmpo.gmpo_trainer",
+    "trainer": "GMPOTrainer",
+    "epsilon_low": 0.4,
+    "epsilon_high": 0.4,
+}
 PAIRS = {  # ours, theirs
     "verl vanilla": (clipped(dual=3.0, **DAPO), verl("vanilla")),
     "verl vanilla, rollout-mean": (
@@ -175,7 +184,8 @@ PAIRS = {  # ours, theirs
     "trl cispo": (truncated(low=1.0, high=0.3), trl(loss_type="cispo", epsilon_high=1.3)),
     "trl sapo": (gated(), trl(loss_type="sapo")),
     "trl gspo": (
-        clipped_rollouts(low=0.03, high=0.04), trl(importance_sampling_level="sequence", epsilon_low=0.03, epsilon_high=0.04)
+        clipped_rollouts(low=0.03, high=0.04),
+        trl(importance_sampling_level="sequence", epsilon_low=0.03, epsilon_high=0.04),
     ),
     "trl gmpo": (geometric_rollouts(), trl(**GMPO)),
     "trl truncated": (
@@ -216,6 +226,12 @@ def test_the_cases_meet_their_bounds():
     batch, logprob = case()
     ratio, a = (logprob - batch.old_logprobs).exp(), batch.advantages
     weight = (batch.old_logprobs - batch.rollout_logprobs).exp()
-    for held in ((a < 0) & (ratio < 0.8), (a > 0) & (ratio > 1.28), (a < 0) & (ratio > 1.4), weight > 1.3, weight < 0.7):
+    for held in (
+        (a < 0) & (ratio < 0.8),
+        (a > 0) & (ratio > 1.28),
+        (a < 0) & (ratio > 1.4),
+        weight > 1.3,
+        weight < 0.7,
+    ):
         assert held.any()
     assert rollout_mean(batch).sum() == pytest.approx(1)

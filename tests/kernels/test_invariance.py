@@ -74,7 +74,13 @@ def by_sample(backend, g, x, _, ids, temperature):
 
 def by_policy_loss(backend, g, x, y, *_):
     logprobs = x[:, 0].clone().requires_grad_()
-    given = {"old_logprobs": y[:, 0], "ref_logprobs": y[:, 1], "weights": y[:, 2], "beta": 0.1, "surrogate": Clip(dual=2.0)}
+    given = {
+        "old_logprobs": y[:, 0],
+        "ref_logprobs": y[:, 1],
+        "weights": y[:, 2],
+        "beta": 0.1,
+        "surrogate": Clip(dual=2.0),
+    }
     losses, _ = policy_loss(logprobs, y[:, 3], **given, backend=backend)
     return differentiated([losses], g, logprobs)
 

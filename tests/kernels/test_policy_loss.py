@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from backends import FAST, INTERPRETING, cpu_only, each_backend, each_fast_backend, run_interpreted
+from backends import FAST, INTERPRETING, cpu_only, each_backend, each_fast_backend, run_interpreted, threads
 from clipped_policy import CASES, CISPO, EVERYTHING, IMPORTANCE, PPO, by_hand, chosen, every_input, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,8 +15,8 @@ import fuserl
 from fuserl.kernels import policy_loss as module
 from fuserl.kernels import policy_tokens
 from fuserl.kernels.policy_loss import STATISTICS, Tokens, merged, named, policy_loss, reference
-from fuserl.kernels.sampled_divergence import ESTIMATORS, sampled_divergence
-from fuserl.kernels.surrogates import Clip, Gate, Truncate, Weight, Within, bounds_of, correction_of, numbers_of
+from fuserl.kernels.sampled_divergence import ESTIMATORS
+from fuserl.kernels.surrogates import Clip, Gate, Truncate, bounds_of, correction_of, numbers_of
 
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
@@ -182,10 +182,16 @@ def test_overflow(device, backend):
 
     for a, log_ratio in ((0.0, 1e4), (-0.0, 1e4), (0.0, math.inf), (0.0, -math.inf)):
         assert (
-            one(log_ratio, a) == one(log_ratio, a, surrogate=Clip(dual=3.0)) == one(log_ratio, a, surrogate=UNBOUND) == (0, 0)
+            one(log_ratio, a)
+            == one(log_ratio, a, surrogate=Clip(dual=3.0))
+            == one(log_ratio, a, surrogate=UNBOUND)
+            == (0, 0)
         )
     assert one(1e4, 2.0) == pytest.approx((-1.2, 0)) and one(1e4, -2.0) == (math.inf, math.inf)
-    assert one(1e4, -2.0, surrogate=Clip(dual=3.0)) == (3.0, 0) and one(1e4, 2.0, surrogate=UNBOUND) == (-math.inf, -math.inf)
+    assert one(1e4, -2.0, surrogate=Clip(dual=3.0)) == (3.0, 0) and one(1e4, 2.0, surrogate=UNBOUND) == (
+        -math.inf,
+        -math.inf,
+    )
     assert one(-1e4, 2.0) == one(-math.inf, 2.0) == (0, 0) and one(-math.inf, -2.0) == pytest.approx((0.8, 0))
     x = torch.tensor([100.0, 1e4, 0.0], device=device)
     statistics = policy_loss(x, 0 * x, old_logprobs=0 * x, backend=backend)[1]
@@ -248,7 +254,9 @@ def test_identities(count, cut, seed, dual):
     equal(run(positive, ones, backend, surrogate=Clip(dual=1.01)), run(positive, ones, backend))
     at = int(count * cut)
     parts = [{name: t[part] for name, t in x.items()} for part in (slice(0, at), slice(at, None))]
-    results = [run(part, torch.ones_like(part["logprobs"]), backend, surrogate=Clip(dual=dual), beta=0.1) for part in parts]
+    results = [
+        run(part, torch.ones_like(part["logprobs"]), backend, surrogate=Clip(dual=dual), beta=0.1) for part in parts
+    ]
     whole = run(x, ones, backend, surrogate=Clip(dual=dual), beta=0.1)
     equal([torch.cat(both) for both in zip(*results, strict=True)][:2], whole[:2])
     both, exactly = merged(torch.stack([r[-1] for r in results])), [0, 1, 2, 3, 7, 10, 11]
@@ -259,35 +267,22 @@ def test_identities(count, cut, seed, dual):
 @each_fast_backend
 def test_runs_and_threads_and_neighbours_change_nothing(device, backend):
     x = tokens(50_000 if backend == "cpu" else 3 * BLOCK + 5, device=device)
-    ones, threads = torch.ones_like(x["logprobs"]), torch.get_num_threads()
-    whole = run(x, ones, backend, surrogate=Clip(dual=2.0), beta=0.1)
-    try:
-        for count in (*[threads] * 9, 1, 2, 3):
-            torch.set_num_threads(count)
-            equal(run(x, ones, backend, surrogate=Clip(dual=2.0), beta=0.1), whole)
-    finally:
-        torch.set_num_threads(threads)
+    ones, rule = torch.ones_like(x["logprobs"]), {"surrogate": Clip(dual=2.0), "beta": 0.1}
+    whole = run(x, ones, backend, **rule)
+    for count in (*[torch.get_num_threads()] * 9, 1, 2, 3):
+        with threads(count):
+            equal(run(x, ones, backend, **rule), whole)
     for count in (1, 15, 16, 17, 255, 257, BLOCK + 1):
-        part = run({name: t[-count:] for name, t in x.items()}, ones[-count:], backend, surrogate=Clip(dual=2.0), beta=0.1)
+        part = run({name: t[-count:] for name, t in x.items()}, ones[-count:], backend, **rule)
         equal(part[:3], [result[-count:] for result in whole[:3]])
 
 
 @cpu_only
-def test_every_instruction_set():
-    from fuserl import _C
-
-    best = _C.isa()
-    try:
-        for isa in ("baseline", "avx2", "avx512"):
-            _C.set_isa(isa)
-            for dtype in (torch.float32, torch.float64):
-                compare(tokens(4099, dtype=dtype), "cpu", surrogate=Clip(dual=1.5), beta=0.1)
-            test_small_differences_keep_their_digits(torch.float32, "cpu", "cpu")
-            test_ratios_of_every_size(torch.float32, "cpu", "cpu")
-            if isa == best:
-                break
-    finally:
-        _C.set_isa(best)
+def test_every_instruction_set(isa):
+    for dtype in (torch.float32, torch.float64):
+        compare(tokens(4099, dtype=dtype), "cpu", surrogate=Clip(dual=1.5), beta=0.1)
+    test_small_differences_keep_their_digits(torch.float32, "cpu", "cpu")
+    test_ratios_of_every_size(torch.float32, "cpu", "cpu")
 
 
 @cpu_only
@@ -333,7 +328,9 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_a_graph_break(dynamic):
     def loss(inputs, low):
-        losses, statistics = policy_loss(**{**inputs, "logprobs": inputs["logprobs"] * 2}, surrogate=Clip(low, dual=2.0), beta=0.1)
+        losses, statistics = policy_loss(
+            **{**inputs, "logprobs": inputs["logprobs"] * 2}, surrogate=Clip(low, dual=2.0), beta=0.1
+        )
         return losses.sum(), named(statistics)["ess"]
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")

@@ -1,4 +1,4 @@
-"""The surrogates, importance weights and divergences of policy_loss: what is equal to what, edges, and what is refused."""
+"""The surrogates, importance weights and divergences of policy_loss: what equals what, edges, and what is refused."""
 
 import math
 
@@ -69,7 +69,9 @@ def test_a_weight_multiplies_the_advantage(surrogate, device, backend):
     heavier = {name: value for name, value in x.items() if name != "log_weights"}
     heavier["advantages"] = x["advantages"] * x["log_weights"].exp()
     for some, other in zip(
-        run(x, backend, surrogate=surrogate, beta=0.1), run(heavier, backend, surrogate=surrogate, beta=0.1), strict=True
+        run(x, backend, surrogate=surrogate, beta=0.1),
+        run(heavier, backend, surrogate=surrogate, beta=0.1),
+        strict=True,
     ):
         if isinstance(some, torch.Tensor):
             assert torch.allclose(some, other, rtol=1e-5, atol=1e-7)
@@ -149,7 +151,7 @@ def test_the_divergence_is_that_of_sampled_divergence(kl, device, backend):
 
 @cpu_only
 def test_weighted_divergences_are_right_on_average_off_policy():
-    """Averages under the old policy over a vocabulary: value and gradient are KL(policy || reference)'s, for k1 and k3."""
+    """Averages under the old policy over a vocabulary: value and gradient of KL(policy || reference), by k1 and k3."""
     z, old, ref = (torch.randn(9, dtype=torch.float64) for _ in range(3))
     z.requires_grad_()
     logp, log_old, log_ref = (x.log_softmax(0) for x in (z, old, ref))
@@ -195,7 +197,9 @@ def test_overflow(device, backend):
 
 
 @each_backend
-@pytest.mark.parametrize("name", ["rollout_logprobs", "log_weights", "entropy", "advantages", "logprobs", "ref_logprobs"])
+@pytest.mark.parametrize(
+    "name", ["rollout_logprobs", "log_weights", "entropy", "advantages", "logprobs", "ref_logprobs"]
+)
 @pytest.mark.parametrize("surrogate", [Clip(), CISPO, Gate()])
 def test_nan_is_not_hidden(name, surrogate, device, backend):
     x = every_input(1030, device=device)
