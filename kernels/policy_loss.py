@@ -260,8 +260,8 @@ def policy_loss(
         entropy: (...) of the policy's distribution at each token, for a bonus.
         weights: (...) of each token's loss, the normaliser in it; None for 1. A weight of 0 is still a token counted.
         mask: (...) bool; a False token has loss and gradient 0, is not counted, and its other inputs may be anything.
-        surrogate: Clip, Weight or Gate of `fuserl.surrogates`, whose docstrings name the papers.
-        importance: Truncate or Within of `fuserl.surrogates`, what w may be; None for any.
+        surrogate: `Clip`, `Weight` or `Gate`, whose docstrings name the papers.
+        importance: `Truncate` or `Within`, what w may be; None for any.
         beta: coefficient of the KL term; 0 leaves it out.
         kl: "k1", "k2", "k3", "k1+" or "k3+", each with its gradient as in `sampled_divergence`.
         kl_weighted: multiply the KL term by the ratio, gradient and all: k1 and k3 are then right on average, in value

@@ -128,7 +128,7 @@ def numbers_of(surrogate: Clip | Weight | Gate) -> tuple[int, float, float, floa
             )
         return GATE, float(surrogate.positive), float(surrogate.negative), 0.0, 0.0
     names = ", ".join(kind.__name__ for kind in KINDS)
-    raise ValueError(f"policy_loss: surrogate must be one of {names}; got {surrogate!r}. Make it of fuserl.surrogates.")
+    raise ValueError(f"policy_loss: surrogate must be one of {names}; got {surrogate!r}. Import one from fuserl.")
 
 
 def correction_of(importance: Truncate | Within | None) -> Correction:
@@ -137,8 +137,7 @@ def correction_of(importance: Truncate | Within | None) -> Correction:
         return Correction()
     if not isinstance(importance, (Truncate, Within)):
         raise ValueError(
-            f"policy_loss: importance must be Truncate, Within or None; got {importance!r}. Make it of "
-            "fuserl.surrogates."
+            f"policy_loss: importance must be Truncate, Within or None; got {importance!r}. Import one from fuserl."
         )
     least, most = importance.least, importance.most
     _require_bounds("importance", least, most)

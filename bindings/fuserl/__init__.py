@@ -31,16 +31,21 @@ OPS = (
     "tree_attention",
     "tree_decode",
 )
-# What stands on other ops, and the file it lives in.
+# What stands on other ops or is given to one, and the file it lives in.
 _FORMS = {
     "BradleyTerry": "preferences",
     "CPO": "preferences",
+    "Clip": "surrogates",
     "DPO": "preferences",
+    "Gate": "surrogates",
     "Hinge": "preferences",
     "IPO": "preferences",
     "KTO": "preferences",
     "ORPO": "preferences",
     "SimPO": "preferences",
+    "Truncate": "surrogates",
+    "Weight": "surrogates",
+    "Within": "surrogates",
     "group_ranks": "group_ranks",
     "lambda_returns": "returns",
     "pair_advantage": "pair_advantage",
@@ -50,8 +55,7 @@ _FORMS = {
     "to_tokens": "segment_sum",
     "vtrace": "returns",
 }
-_MODULES = ("surrogates",)  # of types that an op takes
-__all__ = [*OPS, *_FORMS, *_MODULES, "backends"]
+__all__ = [*OPS, *_FORMS, "backends"]
 
 
 def backends() -> dict[str, str | None]:
@@ -64,10 +68,8 @@ def backends() -> dict[str, str | None]:
 def __getattr__(name: str):
     if name in OPS or name in _FORMS:
         return getattr(import_module(f"fuserl.kernels.{_FORMS.get(name, name)}"), name)
-    if name in _MODULES:
-        return import_module(f"fuserl.kernels.{name}")
     raise AttributeError(f"module 'fuserl' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
 def __dir__():
-    return sorted([*globals(), *OPS, *_FORMS, *_MODULES])
+    return sorted([*globals(), *OPS, *_FORMS])
