@@ -7,7 +7,7 @@ from head_case import Case, compare, same
 from fuserl.kernels import linear_policy_loss as module
 from fuserl.kernels.head_outputs import OUTPUTS
 from fuserl.kernels.linear_policy_loss import linear_policy_loss
-from fuserl.kernels.policy_loss import merged, policy_loss
+from fuserl.kernels.policy_loss import STATISTICS, merged, policy_loss
 
 DEVICES = [pytest.param("cpu", "cpu"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
 
@@ -202,7 +202,7 @@ def fused(case, seen=None):
 def test_statistics_of_a_chunk_stand_one_below_the_other(backend, chunk, chunks):
     case = Case()
     loss, d_hidden, d_weight, out, stats = case.run(fused(case), chunk=chunk, backend=backend)
-    assert stats["clip"].shape == (chunks, 10) and stats["clip"].dtype == torch.float32
+    assert stats["clip"].shape == (chunks, len(STATISTICS)) and stats["clip"].dtype == torch.float32
     assert not stats["clip"].requires_grad and stats["ratio"].shape == (45,)
     whole = policy_loss(out.logprob, case.advantages, old_logprobs=case.old.float())[1]
     assert torch.allclose(merged(stats["clip"]), whole, rtol=1e-5) and whole[0] == 45 and whole[1:3].all()
