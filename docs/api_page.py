@@ -18,6 +18,7 @@ from fuserl.engine import (
     cli,
     evaluation,
     flags,
+    importance,
     loop,
     losses,
     prompts,
@@ -75,7 +76,8 @@ def _chapters() -> Iterator[tuple[str, str, list[tuple[str, object]]]]:
     yield "Ops", "`import fuserl`; tensors in, tensors out.", [*ops, *statistics]
     slots = [("Recipe", Recipe), ("Critic", Critic), ("Loss", losses.Loss)]
     yield "Parts of a recipe", _PARTS, slots
-    for title, module in (("Losses", losses), ("Advantages", advantages), ("Where rollouts come from", rollouts)):
+    parts = {"Losses": losses, "Importance weights of a loss": importance, "Advantages": advantages}
+    for title, module in {**parts, "Where rollouts come from": rollouts}.items():
         yield title, docstrings.docstring(module.__doc__), _functions(module)
     asked = [("Prompt", Prompt), ("prompts.sampler", prompts.sampler), ("rewards.scorer", rewards.scorer)]
     asked += [(f"rewards.{name}", function) for name, function in rewards.BUILT_IN.items()]
@@ -115,7 +117,7 @@ def _entry(name: str, thing, links: dict[str, str]) -> Iterator[str]:
         return
     described = inspect.cleandoc(thing.__doc__)
     if not dataclasses.is_dataclass(thing):
-        yield docstrings.code(docstrings.signature(name, thing.__init__))
+        yield docstrings.code(docstrings.signature(name, thing if issubclass(thing, tuple) else thing.__init__))
     yield docstrings.docstring(described, links)
     if dataclasses.is_dataclass(thing) and "\nArgs:" not in described:
         yield docstrings.fields(thing, links)

@@ -133,6 +133,7 @@ def _parameter(parameter: inspect.Parameter) -> str:
 def _annotation(annotation: object) -> str:
     if annotation is inspect.Signature.empty:
         return ""
+    annotation = getattr(annotation, "__forward_arg__", annotation)  # a NamedTuple keeps them so
     return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
 
 
