@@ -1,5 +1,6 @@
 """divergence: against one read of both logits (forward), and against torch, eager and compiled (with backward)."""
 
+import head_shape
 import pytest
 import torch
 from measure import Provider, compare
@@ -9,13 +10,9 @@ from fuserl.kernels.divergence import divergence
 
 def inputs(device, smoke):
     """Peaky logits of a student, which require a gradient, and a teacher's not far from them."""
-    if smoke:
-        rows, vocabulary, dtype = 16, 1000, torch.float32
-    else:
-        rows, vocabulary, dtype = (8192, 151936, torch.bfloat16) if device == "cuda" else (1024, 49152, torch.float32)
-    student = torch.randn(rows, vocabulary, device=device) * 4
-    teacher = student + 0.3 * torch.randn(rows, vocabulary, device=device)
-    return student.to(dtype).requires_grad_(), teacher.to(dtype)
+    student = head_shape.logits(device, smoke)
+    teacher = student + 0.3 * torch.randn_like(student)
+    return student.requires_grad_(), teacher
 
 
 def eager(student, teacher, kind):

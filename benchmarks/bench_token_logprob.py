@@ -1,22 +1,16 @@
 """token_logprob: against one read of the logits (forward), and against torch, eager and compiled (with backward)."""
 
+import head_shape
 import torch
 from measure import Provider, compare
 
 from fuserl.kernels.token_logprob import reference, token_logprob
 
 
-def sizes(device, smoke):
-    """Rows, vocabulary and dtype of a case."""
-    if smoke:
-        return 16, 1000, torch.float32
-    return (8192, 151936, torch.bfloat16) if device == "cuda" else (1024, 49152, torch.float32)
-
-
 def inputs(device, smoke):
     """Peaky logits and the chosen tokens."""
-    rows, vocabulary, dtype = sizes(device, smoke)
-    logits = (torch.randn(rows, vocabulary, device=device) * 4).to(dtype)
+    logits = head_shape.logits(device, smoke)
+    rows, vocabulary = logits.shape
     return logits, torch.randint(vocabulary, (rows,), device=device)
 
 

@@ -1,5 +1,6 @@
 """topk_divergence with its gradient: against one read of the logits and against torch, eager and compiled."""
 
+import head_shape
 import torch
 from measure import Provider, compare
 
@@ -8,14 +9,10 @@ from fuserl.kernels.topk_divergence import topk_divergence
 
 def inputs(device, smoke):
     """Peaky logits of a student, which require a gradient, and the 64 best tokens of a teacher not far from it."""
-    if smoke:
-        rows, vocabulary, dtype = 16, 1000, torch.float32
-    else:
-        rows, vocabulary, dtype = (8192, 151936, torch.bfloat16) if device == "cuda" else (1024, 49152, torch.float32)
-    student = torch.randn(rows, vocabulary, device=device) * 4
-    teacher = (student + 0.3 * torch.randn(rows, vocabulary, device=device)).log_softmax(-1)
+    student = head_shape.logits(device, smoke)
+    teacher = (student.float() + 0.3 * torch.randn_like(student, dtype=torch.float32)).log_softmax(-1)
     logprobs, ids = teacher.topk(64)
-    return student.to(dtype).requires_grad_(), ids, logprobs
+    return student.requires_grad_(), ids, logprobs
 
 
 def eager(student, ids, teacher, kind):

@@ -1,4 +1,4 @@
-"""The vocabulary head that the ops from hidden states are timed on, and when a gradient through it is right."""
+"""The vocabulary head and the logits that ops are timed on, and when a gradient through the head is right."""
 
 import torch
 from torch import Tensor
@@ -12,6 +12,14 @@ def operands(device: str, smoke: bool) -> tuple[Tensor, Tensor]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     hidden, weight = torch.randn(rows, width, device=device), torch.randn(vocabulary, width, device=device) * 0.1
     return hidden.to(dtype), weight.to(dtype)
+
+
+def logits(device: str, smoke: bool) -> Tensor:
+    """Peaky logits (N, V): of a small model, or on a GPU those of a large one's vocabulary in bfloat16."""
+    rows, vocabulary = (1024, 49152) if device == "cpu" else (8192, 151936)
+    if smoke:
+        rows, vocabulary = 16, 1000
+    return (4 * torch.randn(rows, vocabulary, device=device)).to(torch.bfloat16 if device == "cuda" else torch.float32)
 
 
 def check_gradient(got: Tensor, truth: Tensor, *, of: str = "d_hidden", coarse: float = 2e-2) -> None:
