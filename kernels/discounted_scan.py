@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fuserl.kernels.dispatch import choose
+from fuserl.kernels.registration import register
 from fuserl.kernels.scan_tiles import launch
 
 __all__ = ["discounted_scan", "ends", "following"]
@@ -67,24 +68,24 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, g):
     a, offsets, x = ctx.saved_tensors
-    d_b = torch.ops.fuserl.discounted_scan(g, a, ctx.factor, offsets, not ctx.forward, ctx.backend)
+    d_b = _discounted_scan(g, a, ctx.factor, offsets, not ctx.forward, ctx.backend)
     d_a = None
     if ctx.needs_input_grad[1]:
         d_a = following(d_b, offsets) * x if ctx.forward else d_b * following(x, offsets)
     return d_b, d_a, None, None, None, None
 
 
-_library = torch.library.Library("fuserl", "FRAGMENT")
-_library.define(
-    "discounted_scan(Tensor b, Tensor? a, float factor, Tensor? offsets, bool forward, str? backend) -> Tensor"
-)
-_library.impl("discounted_scan", _dispatch, "CompositeExplicitAutograd")
-torch.library.register_autograd("fuserl::discounted_scan", _autograd, setup_context=_setup_context, lib=_library)
-
-
-@torch.library.register_fake("fuserl::discounted_scan", lib=_library)
 def _fake(b, *_):
     return torch.empty_like(b, memory_format=torch.contiguous_format)
+
+
+_discounted_scan = register(
+    "discounted_scan(Tensor b, Tensor? a, float factor, Tensor? offsets, bool forward, str? backend) -> Tensor",
+    _dispatch,
+    _fake,
+    keep=_setup_context,
+    backward=_autograd,
+)
 
 
 def discounted_scan(
@@ -157,7 +158,7 @@ def preceding(x: Tensor, offsets: Tensor | None) -> Tensor:
 def scan(b: Tensor, a: float | Tensor, offsets: Tensor | None, backend: str | None, *, forward: bool = False) -> Tensor:
     """`discounted_scan` of rows (C, N), without mask."""
     a, factor = split(a)
-    return torch.ops.fuserl.discounted_scan(b, a, factor, offsets, forward, backend)
+    return _discounted_scan(b, a, factor, offsets, forward, backend)
 
 
 def split(number: float | Tensor) -> tuple[Tensor | None, float]:

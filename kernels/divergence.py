@@ -18,6 +18,7 @@ from torch import Tensor
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.divergence_rows import IMPLS, STATISTICS, reference
 from fuserl.kernels.divergence_terms import KINDS, Rule, rule
+from fuserl.kernels.registration import register
 from fuserl.kernels.token_logprob import row_temperatures, rows_of
 
 __all__ = ["IMPLS", "KINDS", "divergence", "reference"]
@@ -62,41 +63,47 @@ def _autograd(ctx, g_divergence, g_entropy, _g_kept):
     tensors, g = ctx.saved_tensors, torch.stack([g_divergence, g_entropy])
     arguments = *tensors, g, *ctx.rule, ctx.needs_input_grad[1], ctx.backend
     if ctx.inplace:
-        d_p, d_q = tensors[0], torch.ops.fuserl.divergence_backward_(*arguments)
+        d_p, d_q = tensors[0], _divergence_backward_(*arguments)
         torch.autograd.graph.increment_version(d_p)  # so that whoever saved them too learns that they are gone
     else:
-        d_p, d_q = torch.ops.fuserl.divergence_backward(*arguments)
+        d_p, d_q = _divergence_backward(*arguments)
     return d_p, d_q if ctx.needs_input_grad[1] else None, *[None] * 6
 
 
 _ROWS = "Tensor logits_p, Tensor logits_q, Tensor temperatures"
 _RULE = "int kind, float parameter, float scale"
 _GRADIENTS = f"Tensor kept, Tensor g, {_RULE}, bool wanted_q, str? backend"
-_library = torch.library.Library("fuserl", "FRAGMENT")
-_library.define(f"divergence({_ROWS}, {_RULE}, bool inplace_backward, str? backend) -> (Tensor, Tensor, Tensor)")
-_library.define(f"divergence_backward({_ROWS}, {_GRADIENTS}) -> (Tensor, Tensor)")
-_library.define(f"divergence_backward_({_ROWS.replace('Tensor', 'Tensor(a!)', 1)}, {_GRADIENTS}) -> Tensor")
-_library.impl("divergence", _forward, "CompositeExplicitAutograd")
-_library.impl("divergence_backward", _backward, "CompositeExplicitAutograd")
-_library.impl("divergence_backward_", _backward_, "CompositeExplicitAutograd")
-torch.library.register_autograd("fuserl::divergence", _autograd, setup_context=_setup_context, lib=_library)
 
 
-@torch.library.register_fake("fuserl::divergence", lib=_library)
 def _fake_forward(logits_p, logits_q, temperatures, *_):
     divergence, entropy = (temperatures.new_empty(logits_p.shape[:-1]) for _ in range(2))
     return divergence, entropy, temperatures.new_empty((STATISTICS, temperatures.shape[1]))
 
 
-@torch.library.register_fake("fuserl::divergence_backward", lib=_library)
 def _fake_backward(logits_p, *arguments):
     return torch.empty_like(logits_p, memory_format=torch.contiguous_format), _fake_backward_(logits_p, *arguments)
 
 
-@torch.library.register_fake("fuserl::divergence_backward_", lib=_library)
 def _fake_backward_(logits_p, logits_q, *arguments):
     wanted_q = arguments[-2]
     return torch.empty_like(logits_q, memory_format=torch.contiguous_format) if wanted_q else logits_q.new_empty(0)
+
+
+_divergence = register(
+    f"divergence({_ROWS}, {_RULE}, bool inplace_backward, str? backend) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    keep=_setup_context,
+    backward=_autograd,
+)
+_divergence_backward = register(
+    f"divergence_backward({_ROWS}, {_GRADIENTS}) -> (Tensor, Tensor)", _backward, _fake_backward
+)
+_divergence_backward_ = register(
+    f"divergence_backward_({_ROWS.replace('Tensor', 'Tensor(a!)', 1)}, {_GRADIENTS}) -> Tensor",
+    _backward_,
+    _fake_backward_,
+)
 
 
 def divergence(
@@ -157,7 +164,7 @@ def divergence(
     temperature_q = temperature if temperature_q is None else temperature_q
     temperatures = torch.stack([row_temperatures("divergence", t, logits_p) for t in (temperature, temperature_q)])
     logits_q = logits_q.detach() if detach_q else logits_q
-    result = torch.ops.fuserl.divergence(logits_p, logits_q, temperatures, *chosen, inplace_backward, backend)
+    result = _divergence(logits_p, logits_q, temperatures, *chosen, inplace_backward, backend)
     return result[0], result[1]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fuserl.kernels.discounted_scan import checked, discounted_scan, flat, split
 from fuserl.kernels.dispatch import choose
+from fuserl.kernels.registration import register
 from fuserl.kernels.returns import bootstrap_rows, next_values
 from fuserl.kernels.scan_tiles import launch
 
@@ -77,17 +78,16 @@ def _dispatch(rewards, *arguments):
     return IMPLS[backend](*tensors, gamma, lam)
 
 
-_library = torch.library.Library("fuserl", "FRAGMENT")
-_library.define(
-    "gae(Tensor rewards, Tensor values, Tensor? gamma, Tensor? lam, Tensor? bootstrap, Tensor? mask, Tensor? offsets, "
-    "float gamma_of_all, float lam_of_all, str? backend) -> (Tensor, Tensor)"
-)
-_library.impl("gae", _dispatch, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fuserl::gae", lib=_library)
 def _fake(rewards, *_):
     return tuple(torch.empty_like(rewards, memory_format=torch.contiguous_format) for _ in range(2))
+
+
+_gae = register(
+    "gae(Tensor rewards, Tensor values, Tensor? gamma, Tensor? lam, Tensor? bootstrap, Tensor? mask, Tensor? offsets, "
+    "float gamma_of_all, float lam_of_all, str? backend) -> (Tensor, Tensor)",
+    _dispatch,
+    _fake,
+)
 
 
 def gae(
@@ -145,5 +145,5 @@ def gae(
     else:
         (gamma, gamma_of_all), (lam, lam_of_all) = split(gamma), split(lam)
         tensors = rows, values, gamma, lam, bootstrap, mask, offsets
-        found = torch.ops.fuserl.gae(*tensors, gamma_of_all, lam_of_all, backend)
+        found = _gae(*tensors, gamma_of_all, lam_of_all, backend)
     return found[0].view(rewards.shape), found[1].view(rewards.shape)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fuserl.kernels.dispatch import choose
+from fuserl.kernels.registration import register
 
 __all__ = ["group_advantage"]
 
@@ -109,18 +110,17 @@ def _dispatch(*arguments):
     return IMPLS[choose("group_advantage", IMPLS, tensors[0].device, backend)](tensors, rule)
 
 
-_library = torch.library.Library("fuserl", "FRAGMENT")
-_library.define(
-    "group_advantage(Tensor rewards, Tensor? group, Tensor? rounds, Tensor? weights, Tensor? baselines, Tensor? scales,"
-    " Tensor? channel_weights, SymInt members, int baseline, int scale, int keep, float given_baseline,"
-    " float given_scale, int ddof, float eps, str? backend) -> Tensor"
-)
-_library.impl("group_advantage", _dispatch, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fuserl::group_advantage", lib=_library)
 def _fake(*arguments):
     return _like(arguments[: len(TENSORS)]).contiguous()
+
+
+_group_advantage = register(
+    "group_advantage(Tensor rewards, Tensor? group, Tensor? rounds, Tensor? weights, Tensor? baselines, Tensor? scales,"
+    " Tensor? channel_weights, SymInt members, int baseline, int scale, int keep, float given_baseline,"
+    " float given_scale, int ddof, float eps, str? backend) -> Tensor",
+    _dispatch,
+    _fake,
+)
 
 
 def group_advantage(
@@ -176,7 +176,7 @@ def group_advantage(
     scale_code, scales, given_scale = _choice("scale", scale, SCALES, rewards, rollouts)
     if keep not in KEEP:
         raise ValueError(f"group_advantage: keep must be one of {list(KEEP)}; got {keep!r}. Correct the name.")
-    found = torch.ops.fuserl.group_advantage(
+    found = _group_advantage(
         flat, group, rounds, weights, baselines, scales, channel_weights, members,
         baseline_code, scale_code, KEEP[keep], given_baseline, given_scale, ddof, eps, backend,
     )  # fmt: skip

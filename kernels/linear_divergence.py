@@ -25,6 +25,7 @@ from fuserl.kernels.divergence_rows import IMPLS, STATISTICS
 from fuserl.kernels.divergence_terms import Rule, rule
 from fuserl.kernels.head_outputs import Head
 from fuserl.kernels.head_products import HeadProducts, pieces, rows_alive, taken_rows, through_tanh
+from fuserl.kernels.registration import register
 from fuserl.kernels.softmax_rows import accumulator
 
 __all__ = ["IMPLS", "linear_divergence"]
@@ -178,7 +179,7 @@ def _autograd(ctx, g_divergence, g_entropy, _g_kept):
     kept, *tensors = ctx.saved_tensors
     needs, g = list(ctx.needs_input_grad[:6]), torch.stack([g_divergence, g_entropy])
     with torch.autocast(g.device.type, enabled=False):
-        found = iter(torch.ops.fuserl.linear_divergence_backward(g, kept, needs, *tensors, *ctx.settings))
+        found = iter(_linear_divergence_backward(g, kept, needs, *tensors, *ctx.settings))
     return *(next(found) if need else None for need in needs), *[None] * 9
 
 
@@ -187,24 +188,28 @@ _CALL = (
     "Tensor temperatures, float? inner_p, float? inner_q, int kind, float parameter, float scale, SymInt? chunk, "
     "str? backend"
 )
-_library = torch.library.Library("fuserl", "FRAGMENT")
-_library.define(f"linear_divergence({_CALL}) -> (Tensor, Tensor, Tensor)")
-_library.define(f"linear_divergence_backward(Tensor g, Tensor kept, bool[] needs, {_CALL}) -> Tensor[]")
-_library.impl("linear_divergence", _forward, "CompositeExplicitAutograd")
-_library.impl("linear_divergence_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_autograd("fuserl::linear_divergence", _autograd, setup_context=_setup_context, lib=_library)
 
 
-@torch.library.register_fake("fuserl::linear_divergence", lib=_library)
 def _fake_forward(*arguments):
     temperatures = _Call(*arguments).temperatures
     count = temperatures.shape[1]
     return *(temperatures.new_empty(count) for _ in range(2)), temperatures.new_empty((STATISTICS, count))
 
 
-@torch.library.register_fake("fuserl::linear_divergence_backward", lib=_library)
 def _fake_backward(_g, _kept, needs, *arguments):
     return [torch.empty_like(x) for x, need in zip(arguments[:6], needs, strict=True) if need]
+
+
+_linear_divergence = register(
+    f"linear_divergence({_CALL}) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    keep=_setup_context,
+    backward=_autograd,
+)
+_linear_divergence_backward = register(
+    f"linear_divergence_backward(Tensor g, Tensor kept, bool[] needs, {_CALL}) -> Tensor[]", _backward, _fake_backward
+)
 
 
 def linear_divergence(
@@ -252,7 +257,7 @@ def linear_divergence(
     )  # fmt: skip
     operands = _operands(sides, mask, detach_q, chunk)
     with torch.autocast(hidden_p.device.type, enabled=False):
-        found = torch.ops.fuserl.linear_divergence(*operands, *rule(_NAME, kind, beta, alpha), chunk, backend)
+        found = _linear_divergence(*operands, *rule(_NAME, kind, beta, alpha), chunk, backend)
     return found[0].view(hidden_p.shape[:-1]), found[1].view(hidden_p.shape[:-1])
 
 

@@ -22,6 +22,7 @@ from fuserl.kernels.allowed import Allowed, check_lists
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.head_outputs import Head, Outputs
 from fuserl.kernels.head_products import BUCKET, HeadProducts, Lora, pieces, places_alive, taken_rows
+from fuserl.kernels.registration import register
 from fuserl.kernels.vocabulary_shards import VocabularyShards
 
 __all__ = ["linear_logprob"]
@@ -157,7 +158,7 @@ def _autograd(ctx, g, _g_statistics, _g_kept):
     statistics, kept, *tensors = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
     with torch.autocast(g.device.type, enabled=False):
-        found = iter(torch.ops.fuserl.linear_logprob_backward(g, statistics, kept, needs, *tensors, *ctx.settings))
+        found = iter(_linear_logprob_backward(g, statistics, kept, needs, *tensors, *ctx.settings))
     rest = len(_Call._fields) - _DIFFERENTIABLE
     return *(next(found) if need else None for need in needs), *[None] * rest
 
@@ -169,15 +170,8 @@ _CALL = (
     "str? group, float temperature, float? softcap, float logit_scale, float lora_scale, str[] outputs, SymInt? chunk, "
     "SymInt memory, bool batch_invariant, str? backend"
 )
-_library = torch.library.Library("fuserl", "FRAGMENT")
-_library.define(f"linear_logprob({_CALL}) -> (Tensor, Tensor, Tensor)")
-_library.define(f"linear_logprob_backward(Tensor g, Tensor statistics, Tensor kept, bool[] needs, {_CALL}) -> Tensor[]")
-_library.impl("linear_logprob", _forward, "CompositeExplicitAutograd")
-_library.impl("linear_logprob_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_autograd("fuserl::linear_logprob", _autograd, setup_context=_setup_context, lib=_library)
 
 
-@torch.library.register_fake("fuserl::linear_logprob", lib=_library)
 def _fake_forward(*arguments):
     call = _Call(*arguments)
     kept, count = call.empty_kept(), call.ids.shape[0]
@@ -185,9 +179,22 @@ def _fake_forward(*arguments):
     return values, statistics, kept
 
 
-@torch.library.register_fake("fuserl::linear_logprob_backward", lib=_library)
 def _fake_backward(_g, _statistics, _kept, needs, *arguments):
     return [torch.empty_like(x) for x, need in zip(arguments[:_DIFFERENTIABLE], needs, strict=True) if need]
+
+
+_linear_logprob = register(
+    f"linear_logprob({_CALL}) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    keep=_setup_context,
+    backward=_autograd,
+)
+_linear_logprob_backward = register(
+    f"linear_logprob_backward(Tensor g, Tensor statistics, Tensor kept, bool[] needs, {_CALL}) -> Tensor[]",
+    _backward,
+    _fake_backward,
+)
 
 
 IMPLS = softmax_rows.IMPLS
@@ -250,7 +257,7 @@ def linear_logprob(
     given = {"mask": mask, "chunk": chunk, "memory": memory, "group": group, "batch_invariant": batch_invariant}
     call = _call(hidden, weight, ids, tuple(outputs), terms, backend=backend, **given)
     with torch.autocast(hidden.device.type, enabled=False):  # the operands are cast; the adapter stays as it is
-        found, _, _ = torch.ops.fuserl.linear_logprob(*call)
+        found, _, _ = _linear_logprob(*call)
     rows = zip(outputs, found.unbind(), strict=True)
     return Outputs(**{name: (row.detach() if name == "is_top1" else row).view(ids.shape) for name, row in rows})
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fuserl.kernels import head_outputs, topk_divergence
 from fuserl.kernels.head_products import HeadProducts, pieces, rows_alive, taken_rows
+from fuserl.kernels.registration import register
 from fuserl.kernels.softmax_rows import accumulator
 
 __all__ = ["linear_topk_divergence"]
@@ -117,7 +118,7 @@ def _autograd(ctx, g_buckets, g_entropy, _g_statistics):
     needs = list(ctx.needs_input_grad[:3])
     given = g_buckets, g_entropy, buckets, statistics, needs, *tensors, *ctx.settings
     with torch.autocast(statistics.device.type, enabled=False):
-        found = iter(torch.ops.fuserl.linear_topk_buckets_backward(*given))
+        found = iter(_linear_topk_buckets_backward(*given))
     return *(next(found) if need else None for need in needs), *[None] * 6
 
 
@@ -125,25 +126,29 @@ _CALL = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, Tensor? mask, Tensor temperature, float? inner, "
     "SymInt? chunk, str? backend"
 )
-_library = torch.library.Library("fuserl", "FRAGMENT")
-_library.define(f"linear_topk_buckets({_CALL}) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    "linear_topk_buckets_backward(Tensor g, Tensor g_entropy, Tensor buckets, Tensor statistics, bool[] needs, "
-    f"{_CALL}) -> Tensor[]"
-)
-_library.impl("linear_topk_buckets", _forward, "CompositeExplicitAutograd")
-_library.impl("linear_topk_buckets_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_autograd("fuserl::linear_topk_buckets", _autograd, setup_context=_setup_context, lib=_library)
 
 
-@torch.library.register_fake("fuserl::linear_topk_buckets", lib=_library)
 def _fake_forward(*arguments):
     return _Call(*arguments).results()
 
 
-@torch.library.register_fake("fuserl::linear_topk_buckets_backward", lib=_library)
 def _fake_backward(_g, _g_entropy, _buckets, _statistics, needs, *arguments):
     return [torch.empty_like(x) for x, need in zip(arguments[:3], needs, strict=True) if need]
+
+
+_linear_topk_buckets = register(
+    f"linear_topk_buckets({_CALL}) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    keep=_setup_context,
+    backward=_autograd,
+)
+_linear_topk_buckets_backward = register(
+    "linear_topk_buckets_backward(Tensor g, Tensor g_entropy, Tensor buckets, Tensor statistics, bool[] needs, "
+    f"{_CALL}) -> Tensor[]",
+    _backward,
+    _fake_backward,
+)
 
 
 def linear_topk_divergence(
@@ -212,7 +217,7 @@ def _buckets(hidden, weight, ids, teacher_logprobs, mask, *, chunk, backend, ter
     topk_divergence.check_lists(_NAME, ids, teacher_logprobs, rows, len(weight))
     head = head_outputs.head_of(_NAME, rows, dtype, **terms)
     with torch.autocast(hidden.device.type, enabled=False):
-        buckets, entropy, _ = torch.ops.fuserl.linear_topk_buckets(
+        buckets, entropy, _ = _linear_topk_buckets(
             hidden.reshape(-1, hidden.shape[-1]), weight, terms["bias"], ids.reshape(-1, ids.shape[-1]),
             None if mask is None else mask.reshape(-1), head.each_temperature(rows.numel(), dtype, rows.device),
             head.inner, chunk, backend,

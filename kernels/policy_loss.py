@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.policy_statistics import STATISTICS, merged, named, of_no_token
+from fuserl.kernels.registration import register
 from fuserl.kernels.sampled_divergence import ESTIMATORS
 from fuserl.kernels.surrogates import (
     GATE,
@@ -217,21 +218,21 @@ def _autograd(ctx, g, *_):
     return tuple(gradients)
 
 
-# Few arguments, the numbers in lists: torch takes a time that grows with their square to look at those of a call.
-_library = torch.library.Library("fuserl", "FRAGMENT")
-_library.define(
-    "policy_loss(Tensor logprobs, Tensor advantages, Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? sampled, "
-    "Tensor? entropy, Tensor? weights, Tensor? mask, float[] numbers, int[] codes, str? backend)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-_library.impl("policy_loss", _dispatch, "CompositeExplicitAutograd")
-torch.library.register_autograd("fuserl::policy_loss", _autograd, setup_context=_setup_context, lib=_library)
-
-
-@torch.library.register_fake("fuserl::policy_loss", lib=_library)
 def _fake(logprobs, *arguments):
     derivative = logprobs.new_empty(logprobs.shape if arguments[-2][-1] else 0)
     return logprobs.new_empty(logprobs.shape), logprobs.new_empty(len(STATISTICS)), derivative
+
+
+# Few arguments, the numbers in lists: torch takes a time that grows with their square to look at those of a call.
+_policy_loss = register(
+    "policy_loss(Tensor logprobs, Tensor advantages, Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? sampled, "
+    "Tensor? entropy, Tensor? weights, Tensor? mask, float[] numbers, int[] codes, str? backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _dispatch,
+    _fake,
+    keep=_setup_context,
+    backward=_autograd,
+)
 
 
 def policy_loss(
@@ -292,7 +293,7 @@ def policy_loss(
     codes = [kind, *map(int, (*estimator, kl_weighted, log_weights is not None, with_derivative))]
     sampled = rollout_logprobs if log_weights is None else log_weights
     given = *tokens[:4], sampled, entropy, weights, mask, numbers, codes, backend
-    return torch.ops.fuserl.policy_loss(*given)[:2]
+    return _policy_loss(*given)[:2]
 
 
 def _check(tokens: Tokens) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.jit import tl, triton
 from fuserl.kernels.philox import high_product, random_bits, row_bits
+from fuserl.kernels.registration import register
 
 __all__ = ["check_settings", "sample"]
 
@@ -296,13 +297,12 @@ def _dispatch(logits, row_temperature, *numbers):
     return ids, logprobs
 
 
-_library = torch.library.Library("fuserl", "FRAGMENT")
-_library.define(
+_sample = register(
     "sample(Tensor logits, Tensor? row_temperature, float temperature, int top_k, float top_p, float log_min_p, "
-    "int seed, Tensor rollout_ids, Tensor positions, str? backend) -> (Tensor, Tensor)"
+    "int seed, Tensor rollout_ids, Tensor positions, str? backend) -> (Tensor, Tensor)",
+    _dispatch,
+    lambda logits, *_: _outputs(logits),
 )
-_library.impl("sample", _dispatch, "CompositeExplicitAutograd")
-torch.library.register_fake("fuserl::sample", lambda logits, *_: _outputs(logits), lib=_library)
 
 
 def sample(
@@ -363,7 +363,7 @@ def drawn(logits, temperature, cuts, seed, rollout_ids, positions, backend) -> t
     # In float32 here, so that all backends mean the same number.
     log_min_p = torch.tensor(math.log(min_p) if min_p > 0 else -math.inf, dtype=torch.float32).item()
     seed = (int(seed) + 2**63) % 2**64 - 2**63
-    return torch.ops.fuserl.sample(
+    return _sample(
         logits.detach(), row_temperature, float(temperature), top_k, float(top_p), log_min_p, seed, rollout_ids,
         positions, backend,
     )  # fmt: skip

@@ -26,6 +26,7 @@ from fuserl.kernels import divergence_terms
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.divergence_terms import TERMS, Rule, near_zero, reference_terms, triton_terms
 from fuserl.kernels.jit import tl, triton
+from fuserl.kernels.registration import register
 
 __all__ = ["ESTIMATORS", "sampled_divergence"]
 
@@ -145,19 +146,19 @@ def _autograd(ctx, g, _):
     return g * ctx.saved_tensors[0], *[None] * 9
 
 
-_library = torch.library.Library("fuserl", "FRAGMENT")
-_library.define(
-    "sampled_divergence(Tensor logprobs, Tensor ref_logprobs, int estimator, bool score, int kind, float parameter, "
-    "float scale, float clamp, bool with_derivative, str? backend) -> (Tensor, Tensor)"
-)
-_library.impl("sampled_divergence", _dispatch, "CompositeExplicitAutograd")
-torch.library.register_autograd("fuserl::sampled_divergence", _autograd, setup_context=_setup_context, lib=_library)
-
-
-@torch.library.register_fake("fuserl::sampled_divergence", lib=_library)
 def _fake(logprobs, *arguments):
     with_derivative = arguments[-2]
     return logprobs.new_empty(logprobs.shape), logprobs.new_empty(logprobs.shape if with_derivative else 0)
+
+
+_sampled_divergence = register(
+    "sampled_divergence(Tensor logprobs, Tensor ref_logprobs, int estimator, bool score, int kind, float parameter, "
+    "float scale, float clamp, bool with_derivative, str? backend) -> (Tensor, Tensor)",
+    _dispatch,
+    _fake,
+    keep=_setup_context,
+    backward=_autograd,
+)
 
 
 def sampled_divergence(
@@ -215,7 +216,7 @@ def sampled_divergence(
     bound = math.inf if clamp is None else float(clamp)
     with_derivative = logprobs.requires_grad and torch.is_grad_enabled()
     numbers = estimator, score, *rule, bound, with_derivative, backend
-    return torch.ops.fuserl.sampled_divergence(logprobs, ref_logprobs, *numbers)[0]
+    return _sampled_divergence(logprobs, ref_logprobs, *numbers)[0]
 
 
 def _check(logprobs: Tensor, ref_logprobs: Tensor) -> None:

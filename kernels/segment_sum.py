@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.jit import tl, triton
+from fuserl.kernels.registration import register
 
 __all__ = ["segment_mean", "segment_sum", "to_tokens"]
 
@@ -124,30 +125,35 @@ def _keep(ctx, inputs, output):
 
 
 def _backward_sum(ctx, g):
-    return torch.ops.fuserl.to_tokens(g, *ctx.saved_tensors, ctx.tokens, ctx.backend), None, None
+    return _to_tokens(g, *ctx.saved_tensors, ctx.tokens, ctx.backend), None, None
 
 
 def _backward_spread(ctx, g):
-    return torch.ops.fuserl.segment_sum(g, *ctx.saved_tensors, ctx.backend), None, None, None
+    return _segment_sum(g, *ctx.saved_tensors, ctx.backend), None, None, None
 
 
-_library = torch.library.Library("fuserl", "FRAGMENT")
-_library.define("segment_sum(Tensor x, Tensor offsets, str? backend) -> Tensor")
-_library.define("to_tokens(Tensor x, Tensor offsets, SymInt tokens, str? backend) -> Tensor")
-_library.impl("segment_sum", _dispatch_sum, "CompositeExplicitAutograd")
-_library.impl("to_tokens", _dispatch_spread, "CompositeExplicitAutograd")
-torch.library.register_autograd("fuserl::segment_sum", _backward_sum, setup_context=_keep, lib=_library)
-torch.library.register_autograd("fuserl::to_tokens", _backward_spread, setup_context=_keep, lib=_library)
-
-
-@torch.library.register_fake("fuserl::segment_sum", lib=_library)
 def _fake_sum(x, offsets, _):
     return _per_segment(x, offsets)
 
 
-@torch.library.register_fake("fuserl::to_tokens", lib=_library)
 def _fake_spread(x, _offsets, tokens, _):
     return x.new_empty((x.shape[0], tokens))
+
+
+_segment_sum = register(
+    "segment_sum(Tensor x, Tensor offsets, str? backend) -> Tensor",
+    _dispatch_sum,
+    _fake_sum,
+    keep=_keep,
+    backward=_backward_sum,
+)
+_to_tokens = register(
+    "to_tokens(Tensor x, Tensor offsets, SymInt tokens, str? backend) -> Tensor",
+    _dispatch_spread,
+    _fake_spread,
+    keep=_keep,
+    backward=_backward_spread,
+)
 
 
 def segment_sum(x: Tensor, offsets: Tensor, *, backend: str | None = None) -> Tensor:
@@ -170,7 +176,7 @@ def segment_sum(x: Tensor, offsets: Tensor, *, backend: str | None = None) -> Te
     Sibling: `to_tokens` is its gradient.
     """
     _check("segment_sum", "x", x, offsets, x.dim() >= 1, "(..., N)")
-    return torch.ops.fuserl.segment_sum(_rows(x), offsets, backend).view(*x.shape[:-1], offsets.shape[0] - 1)
+    return _segment_sum(_rows(x), offsets, backend).view(*x.shape[:-1], offsets.shape[0] - 1)
 
 
 def segment_mean(x: Tensor, offsets: Tensor, *, backend: str | None = None) -> Tensor:
@@ -207,7 +213,7 @@ def to_tokens(per_segment: Tensor, offsets: Tensor, tokens: int, *, backend: str
     """
     fits = per_segment.dim() >= 1 and offsets.dim() == 1 and per_segment.shape[-1] == len(offsets) - 1
     _check("to_tokens", "per_segment", per_segment, offsets, fits, "(..., B) for offsets (B + 1,),")
-    out = torch.ops.fuserl.to_tokens(_rows(per_segment), offsets, tokens, backend)
+    out = _to_tokens(_rows(per_segment), offsets, tokens, backend)
     return out.view(*per_segment.shape[:-1], tokens)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fuserl.kernels import softmax_rows
 from fuserl.kernels.dispatch import choose
+from fuserl.kernels.registration import register
 
 __all__ = ["token_logprob"]
 
@@ -72,39 +73,43 @@ def _autograd(ctx, g_logprob, g_entropy, _g_kept):
     logits, ids, row_temperature, kept = ctx.saved_tensors
     arguments = logits, ids, row_temperature, ctx.temperature, kept, torch.stack([g_logprob, g_entropy]), ctx.backend
     if not ctx.inplace:
-        return torch.ops.fuserl.token_logprob_backward(*arguments), None, None, None, None, None
-    torch.ops.fuserl.token_logprob_backward_(*arguments)
+        return _token_logprob_backward(*arguments), None, None, None, None, None
+    _token_logprob_backward_(*arguments)
     torch.autograd.graph.increment_version(logits)  # so that whoever saved them too learns that they are gone
     return logits, None, None, None, None, None
 
 
 _ROW = "Tensor logits, Tensor ids, Tensor? row_temperature, float temperature"
 _GRADIENTS = "Tensor kept, Tensor g, str? backend"
-_library = torch.library.Library("fuserl", "FRAGMENT")
-_library.define(f"token_logprob({_ROW}, bool inplace_backward, str? backend) -> (Tensor, Tensor, Tensor)")
-_library.define(f"token_logprob_backward({_ROW}, {_GRADIENTS}) -> Tensor")
-_library.define(f"token_logprob_backward_({_ROW.replace('Tensor', 'Tensor(a!)', 1)}, {_GRADIENTS}) -> ()")
-_library.impl("token_logprob", _forward, "CompositeExplicitAutograd")
-_library.impl("token_logprob_backward", _backward, "CompositeExplicitAutograd")
-_library.impl("token_logprob_backward_", _backward_, "CompositeExplicitAutograd")
-torch.library.register_autograd("fuserl::token_logprob", _autograd, setup_context=_setup_context, lib=_library)
 
 
-@torch.library.register_fake("fuserl::token_logprob", lib=_library)
 def _fake_forward(logits, ids, row_temperature, temperature, inplace, backend):
     dtype = softmax_rows.accumulator(logits.dtype)
     logprob, entropy = (logits.new_empty(ids.shape, dtype=dtype) for _ in range(2))
     return logprob, entropy, logits.new_empty((3, ids.numel()), dtype=dtype)
 
 
-@torch.library.register_fake("fuserl::token_logprob_backward", lib=_library)
 def _fake_backward(logits, *_):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("fuserl::token_logprob_backward_", lib=_library)
 def _fake_backward_(*_):
     return None
+
+
+_token_logprob = register(
+    f"token_logprob({_ROW}, bool inplace_backward, str? backend) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    keep=_setup_context,
+    backward=_autograd,
+)
+_token_logprob_backward = register(f"token_logprob_backward({_ROW}, {_GRADIENTS}) -> Tensor", _backward, _fake_backward)
+_token_logprob_backward_ = register(
+    f"token_logprob_backward_({_ROW.replace('Tensor', 'Tensor(a!)', 1)}, {_GRADIENTS}) -> ()",
+    _backward_,
+    _fake_backward_,
+)
 
 
 IMPLS = softmax_rows.IMPLS
@@ -141,9 +146,7 @@ def token_logprob(
     """
     _check(logits, ids)
     row_temperature, temperature = split_temperature("token_logprob", temperature, ids)
-    logprob, entropy, _ = torch.ops.fuserl.token_logprob(
-        logits, ids, row_temperature, temperature, inplace_backward, backend
-    )
+    logprob, entropy, _ = _token_logprob(logits, ids, row_temperature, temperature, inplace_backward, backend)
     return logprob, entropy
 
 

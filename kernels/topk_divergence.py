@@ -16,6 +16,7 @@ from torch import Tensor
 from fuserl.kernels import softmax_rows
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.divergence import divergence
+from fuserl.kernels.registration import register
 from fuserl.kernels.softmax_rows import accumulator
 from fuserl.kernels.token_logprob import row_temperatures, rows_of
 
@@ -99,30 +100,32 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, g_buckets, g_entropy, _g_statistics):
     arguments = *ctx.saved_tensors, g_buckets, g_entropy, ctx.backend
-    return torch.ops.fuserl.topk_buckets_backward(*arguments), None, None, None
+    return _topk_buckets_backward(*arguments), None, None, None
 
 
-_library = torch.library.Library("fuserl", "FRAGMENT")
-_library.define("topk_buckets(Tensor logits, Tensor ids, Tensor temperature, str? backend) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    "topk_buckets_backward(Tensor logits, Tensor ids, Tensor temperature, Tensor buckets, Tensor statistics, Tensor g, "
-    "Tensor g_entropy, str? backend) -> Tensor"
-)
-_library.impl("topk_buckets", buckets_of, "CompositeExplicitAutograd")
-_library.impl("topk_buckets_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_autograd("fuserl::topk_buckets", _autograd, setup_context=_setup_context, lib=_library)
-
-
-@torch.library.register_fake("fuserl::topk_buckets", lib=_library)
 def _fake_forward(logits, ids, temperature, backend):
     buckets = ids.shape[-1] + (ids.shape[-1] < logits.shape[-1])
     shapes = (*ids.shape[:-1], buckets), ids.shape[:-1], (4, temperature.numel())
     return tuple(temperature.new_empty(shape) for shape in shapes)
 
 
-@torch.library.register_fake("fuserl::topk_buckets_backward", lib=_library)
 def _fake_backward(logits, *_):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+_topk_buckets = register(
+    "topk_buckets(Tensor logits, Tensor ids, Tensor temperature, str? backend) -> (Tensor, Tensor, Tensor)",
+    buckets_of,
+    _fake_forward,
+    keep=_setup_context,
+    backward=_autograd,
+)
+_topk_buckets_backward = register(
+    "topk_buckets_backward(Tensor logits, Tensor ids, Tensor temperature, Tensor buckets, Tensor statistics, Tensor g, "
+    "Tensor g_entropy, str? backend) -> Tensor",
+    _backward,
+    _fake_backward,
+)
 
 
 def topk_divergence(
@@ -166,7 +169,7 @@ def topk_divergence(
     """
     _check(logits, ids, teacher_logprobs)
     temperatures = row_temperatures("topk_divergence", temperature, logits)
-    buckets, entropy, _ = torch.ops.fuserl.topk_buckets(logits, ids, temperatures, backend)
+    buckets, entropy, _ = _topk_buckets(logits, ids, temperatures, backend)
     given = {"kind": kind, "beta": beta, "alpha": alpha, "backend": backend}
     return from_teacher(buckets, teacher_logprobs, **given), entropy
 

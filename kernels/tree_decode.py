@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fuserl.kernels import softmax_rows, tree_decode_tiles
 from fuserl.kernels.dispatch import choose
+from fuserl.kernels.registration import register
 from fuserl.kernels.tree_segments import Rule
 
 _NAME = "tree_decode"
@@ -137,17 +138,16 @@ def _run(q, k, v, parent, start, length, leaf, *numbers_and_backend):
     return out.to(q.dtype).contiguous(), lse
 
 
-_library = torch.library.Library("fuserl", "FRAGMENT")
-_library.define(
-    "tree_decode(Tensor q, Tensor k, Tensor v, Tensor parent, Tensor start, Tensor length, Tensor leaf, float scale, "
-    "int? window, float? softcap, str? backend) -> (Tensor, Tensor)"
-)
-_library.impl("tree_decode", _run, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fuserl::tree_decode", lib=_library)
 def _fake(q, *_):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=softmax_rows.accumulator(q.dtype))
+
+
+_tree_decode = register(
+    "tree_decode(Tensor q, Tensor k, Tensor v, Tensor parent, Tensor start, Tensor length, Tensor leaf, float scale, "
+    "int? window, float? softcap, str? backend) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+)
 
 
 def tree_decode(
@@ -202,7 +202,7 @@ def tree_decode(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
-    return torch.ops.fuserl.tree_decode(q, k, v, *found, scale, window, softcap, backend)
+    return _tree_decode(q, k, v, *found, scale, window, softcap, backend)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale, window, softcap) -> None:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fuserl.kernels import softmax_rows
+from fuserl.kernels.registration import register
 
 _CHUNK = 2048  # rows at a time on a GPU: from V_r, which may differ, ranks would choose different ones
 
@@ -140,7 +141,7 @@ def sizes(op: str, group, ids: Tensor, mask: Tensor | None, size: int, *, agreed
     Raises:
         ValueError: where they are not; on a GPU, where looking would wait, under FUSERL_DEBUG=1 only.
     """
-    return torch.ops.fuserl.vocabulary_sizes(ids, mask, size, agreed, op, group.group_name)
+    return _vocabulary_sizes(ids, mask, size, agreed, op, group.group_name)
 
 
 def chunk_of(chunk: int | None, group, ids: Tensor) -> int | None:
@@ -166,14 +167,15 @@ def _sizes(ids: Tensor, mask: Tensor | None, size: int, agreed: Sequence[int], o
     return every[:, 0].contiguous()
 
 
-_library = torch.library.Library("fuserl", "FRAGMENT")
-_library.define("vocabulary_sizes(Tensor ids, Tensor? mask, SymInt size, SymInt[] agreed, str op, str group) -> Tensor")
-_library.impl("vocabulary_sizes", _sizes, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fuserl::vocabulary_sizes", lib=_library)
 def _fake_sizes(ids, _mask, _size, _agreed, _op, group):
     return ids.new_empty(_process_group(group).size())
+
+
+_vocabulary_sizes = register(
+    "vocabulary_sizes(Tensor ids, Tensor? mask, SymInt size, SymInt[] agreed, str op, str group) -> Tensor",
+    _sizes,
+    _fake_sizes,
+)
 
 
 def _gathered(own: Tensor, group: str) -> Tensor:
