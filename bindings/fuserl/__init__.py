@@ -67,7 +67,11 @@ def backends() -> dict[str, str | None]:
 
 def __getattr__(name: str):
     if name in OPS or name in _FORMS:
-        return getattr(import_module(f"fuserl.kernels.{_FORMS.get(name, name)}"), name)
+        found = getattr(import_module(f"fuserl.kernels.{_FORMS.get(name, name)}"), name)
+        if not isinstance(found, type):
+            found = import_module("fuserl.arrays").taking_arrays(found)
+        globals()[name] = found
+        return found
     raise AttributeError(f"module 'fuserl' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
