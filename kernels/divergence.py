@@ -19,7 +19,7 @@ from fuserl.kernels.dispatch import choose
 from fuserl.kernels.divergence_rows import IMPLS, STATISTICS, reference
 from fuserl.kernels.divergence_terms import KINDS, Rule, rule
 from fuserl.kernels.registration import register
-from fuserl.kernels.token_logprob import row_temperatures, rows_of
+from fuserl.kernels.token_logprob import put_back, row_temperatures, rows_of
 
 __all__ = ["IMPLS", "KINDS", "divergence", "reference"]
 
@@ -47,8 +47,9 @@ def _write_gradient(out, logits_p, logits_q, temperatures, kept, g, *settings):
     out_q = torch.empty_like(logits_q, memory_format=torch.contiguous_format) if wanted_q else None
     if temperatures.numel():
         rows = rows_of(logits_p), rows_of(logits_q), temperatures, kept, g.flatten(1)
-        outs = rows_of(out), rows_of(out_q) if wanted_q else None
-        IMPLS[backend][1](*rows, Rule(*rule), *outs)
+        into = rows_of(out)
+        IMPLS[backend][1](*rows, Rule(*rule), into, rows_of(out_q) if wanted_q else None)
+        put_back(into, out)
     return out_q if wanted_q else logits_q.new_empty(0)
 
 

@@ -51,8 +51,9 @@ def _write_gradient(out, logits, ids, row_temperature, temperature, kept, g, bac
     backend = choose("token_logprob", IMPLS, logits.device, backend)
     (g_logprob, g_entropy), zero = g.flatten(1), torch.zeros_like(kept[0])
     coefficients = torch.stack([zero, -g_logprob - g_entropy * kept[0], -g_entropy, zero, g_logprob])
-    rows = rows_of(logits), ids.reshape(-1).contiguous(), kept[1:], coefficients
-    softmax_rows.gradient(*rows, temperature, row_temperature, rows_of(out), backend)
+    rows, into = (rows_of(logits), ids.reshape(-1).contiguous(), kept[1:], coefficients), rows_of(out)
+    softmax_rows.gradient(*rows, temperature, row_temperature, into, backend)
+    put_back(into, out)
 
 
 def rows_of(logits: Tensor) -> Tensor:
@@ -62,6 +63,12 @@ def rows_of(logits: Tensor) -> Tensor:
     if logits.dim() < 3:
         return logits.reshape(1, -1, logits.shape[-1])
     return logits.flatten(0, -3)
+
+
+def put_back(rows: Tensor, logits: Tensor) -> None:
+    """Bring what was written to `rows_of(logits)` to the logits, where it is a copy."""
+    if rows.data_ptr() != logits.data_ptr():
+        logits.copy_(rows.view(logits.shape))
 
 
 def _setup_context(ctx, inputs, output):

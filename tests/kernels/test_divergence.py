@@ -253,8 +253,9 @@ def test_alpha_tends_to_both_kls(device, backend):
             torch.testing.assert_close(near, limit, rtol=100 * abs(small) + 1e-7, atol=0)
 
 
+@pytest.mark.parametrize("columns_first", [False, True])
 @each_fast_backend
-def test_detached_and_in_place(device, backend):
+def test_detached_and_in_place(device, backend, columns_first):
     p, q = pair(5, 700, device=device)
     g = torch.randn(2, 5, device=device)
     expected = run(p, q, g, "jensen_shannon", backend=backend)
@@ -263,7 +264,7 @@ def test_detached_and_in_place(device, backend):
     outputs = divergence(p, q, "jensen_shannon", backend=backend)
     gradients = torch.autograd.grad(outputs, (p, q), list(g), allow_unused=True)
     assert torch.equal(gradients[0], expected[2]) and gradients[1] is None
-    scaled = p * 1.0
+    scaled = p.T.contiguous().T if columns_first else p * 1.0
     outputs = divergence(scaled, q, "jensen_shannon", detach_q=False, inplace_backward=True, backend=backend)
     gradients = torch.autograd.grad(outputs, (scaled, q), list(g), retain_graph=True)
     assert gradients[0].data_ptr() == scaled.data_ptr()

@@ -111,11 +111,12 @@ def test_nan_and_inf_are_not_hidden():
         assert output.isnan().all()
 
 
+@pytest.mark.parametrize("columns_first", [False, True])
 @pytest.mark.parametrize("device,backend", DEVICES)
-def test_inplace_backward(device, backend):
+def test_inplace_backward(device, backend, columns_first):
     logits, ids = peaky(6, 500, device=device), torch.randint(500, (6,), device=device)
     expected = both(token_logprob, logits, ids, torch.ones(6, device=device), torch.ones(6, device=device))[2]
-    leaf = logits.clone().requires_grad_()
+    leaf = (logits.T.contiguous().T if columns_first else logits.clone()).requires_grad_()
     scaled = leaf * 1.0
     outputs = token_logprob(scaled, ids, inplace_backward=True, backend=backend)
     (gradient,) = torch.autograd.grad(sum(o.sum() for o in outputs), scaled, retain_graph=True)
