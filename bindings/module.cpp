@@ -94,6 +94,15 @@ void preference_loss(const TensorView& logprobs, const std::array<std::optional<
       {static_cast<fuserl::PreferenceLink>(link), mean, scale, shift, positive, negative, nll, centre}, threads);
 }
 
+void preference_gradient(const TensorView& g, const TensorView& derivative,
+                         const std::array<std::optional<TensorView>, 4>& spread, bool paired, const TensorView& out,
+                         int threads) {
+  share_torch_threads();
+  const auto& [offsets, mask, chosen, rejected] = spread;
+  fuserl::cpu::preference_gradient(
+      {g, derivative, pointer(offsets), pointer(mask), pointer(chosen), pointer(rejected), paired, out}, threads);
+}
+
 void sample(const TensorView& logits, const std::optional<TensorView>& row_temperature, double temperature,
             std::int64_t top_k, double top_p, double log_min_p, std::int64_t seed, const TensorView& rollout_ids,
             const TensorView& positions, const TensorView& ids, const TensorView& logprobs, int threads) {
@@ -206,6 +215,8 @@ PYBIND11_MODULE(_C, m) {
         "derivative"_a, "statistics"_a, "threads"_a, no_gil());
   m.def("preference_loss", preference_loss, "logprobs"_a, "others"_a, "link"_a, "mean"_a, "numbers"_a, "losses"_a,
         "rewards"_a, "derivative"_a, "statistics"_a, "threads"_a, no_gil());
+  m.def("preference_gradient", preference_gradient, "g"_a, "derivative"_a, "spread"_a, "paired"_a, "out"_a, "threads"_a,
+        no_gil());
   m.def("sample", sample, "logits"_a, "row_temperature"_a, "temperature"_a, "top_k"_a, "top_p"_a, "log_min_p"_a,
         "seed"_a, "rollout_ids"_a, "positions"_a, "ids"_a, "logprobs"_a, "threads"_a, no_gil());
   m.def("divergence_forward", divergence_forward, "logits_p"_a, "logits_q"_a, "temperatures"_a, "kind"_a, "parameter"_a,

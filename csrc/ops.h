@@ -139,11 +139,11 @@ struct PolicyTensors {
 void policy_loss(const PolicyTensors& tensors, const PolicyRule& rule, int threads);
 
 // A loss of each pair of R rollouts, and its derivatives to the sum of each one's tokens; equations: kernels/preference_loss.
-//   logprobs      (N,) f32 | f64; without offsets (R,), the scores themselves
+//   logprobs      (N,) f32 | f64; without offsets (R, T), or (R,), the scores themselves
 //   offsets       (R + 1,) i64, from 0 to N, or null
 //   chosen, rejected  (P,) i64, rollouts of each pair, or both null: P = R / 2, pair p is (p, p + P)
 //   desirable     (R,) bool, or null: P = R, each rollout stands against `baseline` (1,), or null for 0, on its own side
-//   ref_logprobs  as logprobs, or null; mask (N,) bool, or null for all true; margins (P,) or null
+//   ref_logprobs  as logprobs, or null; mask as logprobs, bool, or null for all true; margins (P,) or null
 //   losses (P,), rewards (R,), derivative (2, P) of the chosen and of the rejected, statistics (PreferenceStatistic::all,)
 // Numbers have the dtype of logprobs; sums are taken in double. Nothing depends on `threads`.
 struct PreferenceTensors {
@@ -152,6 +152,16 @@ struct PreferenceTensors {
   const TensorView &losses, &rewards, &derivative, &statistics;
 };
 void preference_loss(const PreferenceTensors& tensors, const PreferenceRule& rule, int threads);
+
+// The gradient to logprobs, out of their shape, of g (P,) and what preference_loss wrote of the same arguments; `paired` without
+// desirable. A rollout's is the sum, in double, over the pairs that it is in, at each token that the mask keeps, else 0.
+struct PreferenceGradient {
+  const TensorView &g, &derivative;
+  const TensorView *offsets, *mask, *chosen, *rejected;
+  bool paired;
+  const TensorView& out;
+};
+void preference_gradient(const PreferenceGradient& tensors, int threads);
 
 // Draws a token per row; equations: kernels/sample. A row's result depends on its own logits and numbers only, and every
 // backend draws the same.

@@ -29,12 +29,7 @@ def choose(op: str, implemented: Iterable[str], device: torch.device, backend: s
         if reason:
             raise RuntimeError(f"{op}: backend {wanted!r} cannot run on {device.type}: {reason}")
         return wanted
-    order = _ORDER.get(device.type, ("triton", "reference"))
-    usable = next(name for name in order if name == "reference" or why_not(op, implemented, name, device.type) is None)
-    if usable == "reference":
-        reasons = "; ".join(f"{name}: {why_not(op, implemented, name, device.type)}" for name in order[:-1])
-        _warn_once(f"{op}: running the plain torch reference on {device.type}, slowly ({reasons})")
-    return usable
+    return _first_usable(op, implemented, device.type)
 
 
 def why_not(op: str, implemented: Iterable[str], backend: str, device_type: str) -> str | None:
@@ -80,5 +75,11 @@ def _import_failure(module: str, cure: str) -> str | None:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+def _first_usable(op: str, implemented: tuple[str, ...], device_type: str) -> str:
+    order = _ORDER.get(device_type, ("triton", "reference"))
+    usable = next(name for name in order if name == "reference" or why_not(op, implemented, name, device_type) is None)
+    if usable == "reference":
+        reasons = "; ".join(f"{name}: {why_not(op, implemented, name, device_type)}" for name in order[:-1])
+        message = f"{op}: running the plain torch reference on {device_type}, slowly ({reasons})"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+    return usable

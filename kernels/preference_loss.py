@@ -21,6 +21,7 @@ from fuserl.kernels import preference_pairs
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.preferences import HINGE, LOGISTIC, ODDS, SIGMOID, SQUARE, STATISTICS, Form, Rule, merged, named
 from fuserl.kernels.segment_sum import reference as segment_sums
+from fuserl.kernels.segment_sum import to_tokens
 
 __all__ = ["STATISTICS", "merged", "named", "preference_loss"]
 
@@ -46,6 +47,7 @@ class Given(NamedTuple):
 
 def reference(logprobs: Tensor, given: Given, rule: Rule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The definition, in plain torch: losses, through which autograd goes; rewards; statistics; derivatives."""
+    logprobs, given = _packed(logprobs, given)
     sums, totals, lengths = _rollouts(logprobs, given)
     scores = sums / lengths if rule.mean else sums
     (c, has_c), (r, has_r) = _sides(logprobs, given)
@@ -69,6 +71,16 @@ def reference(logprobs: Tensor, given: Given, rule: Rule) -> tuple[Tensor, Tenso
     seen = torch.ones_like(apart), apart, apart > 0, has_c, has_r, won, lost, nll
     statistics = torch.stack([x.sum(dtype=apart.dtype) for x in seen]).detach()
     return losses, (rule.scale * scores).detach(), statistics, derivative
+
+
+def _packed(logprobs: Tensor, given: Given) -> tuple[Tensor, Given]:
+    """The same rollouts one after the other, where they are rows."""
+    if logprobs.dim() == 1:
+        return logprobs, given
+    rollouts, width = logprobs.shape
+    mask, ref_logprobs = (None if x is None else x.flatten() for x in (given.mask, given.ref_logprobs))
+    offsets = width * torch.arange(rollouts + 1, device=logprobs.device)
+    return logprobs.flatten(), given._replace(offsets=offsets, mask=mask, ref_logprobs=ref_logprobs)
 
 
 def _rollouts(logprobs: Tensor, given: Given) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,6 +137,7 @@ def _log_one_less_exp(x):
 
 
 def _triton(logprobs, given, rule):
+    logprobs, given = _packed(logprobs, given)
     losses, rewards, derivative = _outputs(logprobs, given)
     statistics = preference_pairs.launch(logprobs, given, rule, (losses, rewards, derivative))
     return losses, rewards, statistics, derivative
@@ -150,36 +163,39 @@ IMPLS = {"triton": _triton, "cpu": _cpu, "reference": reference}
 
 
 def _dispatch(logprobs, *arguments):
-    *tensors, link, mean, scale, shift, positive, negative, nll, centre, backend = arguments
+    *tensors, numbers, (link, mean), backend = arguments
     backend = choose("preference_loss", IMPLS, logprobs.device, backend)
     given = Given(*(None if x is None else x.contiguous() for x in tensors))
-    rule = Rule(link, mean, scale, shift, positive, negative, nll, centre)
     if given.sizes(logprobs)[1] == 0:
         losses, rewards, derivative = (x.zero_() for x in _outputs(logprobs, given))
         return losses, rewards, logprobs.new_zeros(len(STATISTICS)), derivative
-    return IMPLS[backend](logprobs.contiguous(), given, rule)
+    return IMPLS[backend](logprobs.contiguous(), given, Rule(link, bool(mean), *numbers))
 
 
-def _setup_context(ctx, inputs, output):
-    logprobs, offsets, mask, chosen, rejected, _, _, desirable, *_, ctx.backend = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.tokens, ctx.rollouts, ctx.paired = logprobs.shape[0], output[1].shape[0], desirable is None
-    ctx.save_for_backward(output[3], offsets, mask, chosen, rejected)
+class Spread(NamedTuple):
+    """How the derivatives of pairs become those of tokens: each of them None where the call had none."""
+
+    offsets: Tensor | None
+    mask: Tensor | None
+    chosen: Tensor | None
+    rejected: Tensor | None
 
 
-@torch.autograd.function.once_differentiable
-def _autograd(ctx, g, *_):
-    derivative, offsets, mask, chosen, rejected = ctx.saved_tensors
+def reference_gradient(g: Tensor, derivative: Tensor, spread: Spread, paired: bool, shape: torch.Size) -> Tensor:
+    """The gradient to logprobs in plain torch, of g (P,) and the derivatives (2, P) that `reference` returned."""
     each = g * derivative
-    if not ctx.paired:
+    if not paired:
         each = each.sum(0)
-    elif chosen is None:
+    elif spread.chosen is None:
         each = each.flatten()
     else:
-        each = _added(each.flatten(), torch.cat([chosen, rejected]), ctx.rollouts)
-    if offsets is not None:
-        each = torch.ops.fuserl.to_tokens(each[None], offsets, ctx.tokens, ctx.backend)[0]
-    return each if mask is None else torch.where(mask, each, 0.0), *[None] * 17
+        rollouts = shape[0] if spread.offsets is None else len(spread.offsets) - 1
+        each = _added(each.flatten(), torch.cat([spread.chosen, spread.rejected]), rollouts)
+    if spread.offsets is not None:
+        each = to_tokens(each, spread.offsets, shape[0])
+    if len(shape) == 2:
+        each = each[:, None].expand(shape)
+    return each if spread.mask is None else torch.where(spread.mask, each, 0.0)
 
 
 def _added(values: Tensor, index: Tensor, size: int) -> Tensor:
@@ -188,21 +204,69 @@ def _added(values: Tensor, index: Tensor, size: int) -> Tensor:
     return out.index_put((index,), values, accumulate=True) if values.is_cuda else out.index_add(0, index, values)
 
 
+def _cpu_gradient(g, derivative, spread, paired, shape):
+    from fuserl import _C
+
+    out = g.new_empty(shape)
+    _C.preference_gradient(g.contiguous(), derivative, spread, paired, out, torch.get_num_threads())
+    return out
+
+
+GRADIENTS = {"triton": reference_gradient, "cpu": _cpu_gradient, "reference": reference_gradient}
+
+
+def _dispatch_gradient(g, derivative, offsets, mask, chosen, rejected, paired, shape, backend):
+    spread = Spread(*(None if x is None else x.contiguous() for x in (offsets, mask, chosen, rejected)))
+    backend = choose("preference_gradient", GRADIENTS, g.device, backend)
+    return GRADIENTS[backend](g, derivative, spread, paired, shape)
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logprobs, arguments):
+        losses, *others, derivative = torch.ops.fuserl.preference_terms(logprobs, *arguments)
+        offsets, mask, chosen, rejected, _, _, desirable, *_, backend = arguments
+        ctx.mark_non_differentiable(*others)
+        ctx.settings = desirable is None, logprobs.shape, backend
+        ctx.save_for_backward(derivative, offsets, mask, chosen, rejected)
+        return losses, *others
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, *_):
+        return torch.ops.fuserl.preference_gradient(g, *ctx.saved_tensors, *ctx.settings), None
+
+
+def _differentiable(logprobs, *arguments):
+    return _Loss.apply(logprobs, arguments)
+
+
 _library = torch.library.Library("fuserl", "FRAGMENT")
-_library.define(
-    "preference_loss(Tensor logprobs, Tensor? offsets, Tensor? mask, Tensor? chosen, Tensor? rejected, "
-    "Tensor? ref_logprobs, Tensor? margins, Tensor? desirable, Tensor? baseline, int link, bool mean, float scale, "
-    "float shift, float positive, float negative, float nll, float centre, str? backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+_ARGUMENTS = (
+    "(Tensor logprobs, Tensor? offsets, Tensor? mask, Tensor? chosen, Tensor? rejected, Tensor? ref_logprobs, "
+    "Tensor? margins, Tensor? desirable, Tensor? baseline, float[] numbers, int[] codes, str? backend)"
 )
-_library.impl("preference_loss", _dispatch, "CompositeExplicitAutograd")
-torch.library.register_autograd("fuserl::preference_loss", _autograd, setup_context=_setup_context, lib=_library)
+_library.define(f"preference_loss{_ARGUMENTS} -> (Tensor, Tensor, Tensor)")
+_library.define(f"preference_terms{_ARGUMENTS} -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(
+    "preference_gradient(Tensor g, Tensor derivative, Tensor? offsets, Tensor? mask, Tensor? chosen, Tensor? rejected, "
+    "bool paired, SymInt[] shape, str? backend) -> Tensor"
+)
+# Not register_autograd: in each call it lists all arguments of the op once per argument, longer than this op takes.
+_library.impl("preference_loss", _differentiable, "CompositeImplicitAutograd")
+_library.impl("preference_terms", _dispatch, "CompositeExplicitAutograd")
+_library.impl("preference_gradient", _dispatch_gradient, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fuserl::preference_loss", lib=_library)
+@torch.library.register_fake("fuserl::preference_terms", lib=_library)
 def _fake(logprobs, *arguments):
     losses, rewards, derivative = _outputs(logprobs, Given(*arguments[:8]))
     return losses, rewards, logprobs.new_empty(len(STATISTICS)), derivative
+
+
+@torch.library.register_fake("fuserl::preference_gradient", lib=_library)
+def _fake_gradient(g, *arguments):
+    return g.new_empty(arguments[-2])
 
 
 def preference_loss(
@@ -245,30 +309,27 @@ def preference_loss(
     Sibling: `linear_logprob` makes logprobs without logits; `segment_sum` the sums alone.
     """
     rule = form.rule()
-    shape = logprobs.shape
-    if logprobs.dim() == 2:
-        if offsets is None:
-            offsets = torch.arange(0, logprobs.numel() + 1, max(shape[1], 1), device=logprobs.device)
-        logprobs, mask, ref_logprobs = (None if x is None else x.flatten() for x in (logprobs, mask, ref_logprobs))
     if not isinstance(baseline, Tensor):
         baseline = None if desirable is None else logprobs.new_full((1,), baseline)
     else:
         baseline = baseline.reshape(1)
     given = Given(offsets, mask, chosen, rejected, ref_logprobs, margins, desirable, baseline)
     _check(logprobs, given, form, rule)
-    losses, rewards, statistics, _ = torch.ops.fuserl.preference_loss(logprobs, *given, *rule, backend)
-    return losses, rewards, statistics
+    link, mean, *numbers = rule
+    return torch.ops.fuserl.preference_loss(logprobs, *given, numbers, (link, int(mean)), backend)
 
 
 def _check(logprobs: Tensor, given: Given, form: Form, rule: Rule) -> None:
-    dtype, device, tokens = logprobs.dtype, logprobs.device, given.offsets is not None
-    if logprobs.dim() != 1 or dtype not in (torch.float32, torch.float64):
+    dtype, device, padded = logprobs.dtype, logprobs.device, logprobs.dim() == 2
+    if logprobs.dim() - padded != 1 or dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"preference_loss: logprobs must be (N,), (R, T) or (R,), float32 or float64; got {tuple(logprobs.shape)} "
             f"{dtype}. Flatten or convert them, with .float()."
         )
-    if tokens and (given.offsets.dim() != 1 or not given.offsets.shape[0]):
+    if given.offsets is not None and (given.offsets.dim() != 1 or not given.offsets.shape[0]):
         raise ValueError(f"preference_loss: offsets must be (R + 1,); got {tuple(given.offsets.shape)}.")
+    _agree(given.offsets is not None, given.offsets is not None and not padded, "offsets", "(R, T)", "Its rows begin.")
+    tokens = padded or given.offsets is not None
     name, kto = type(form).__name__, rule.link == SIGMOID
     _agree(given.desirable is not None, kto, "desirable", name, "It says on which side of the baseline a rollout is.")
     _agree(given.mask is not None, tokens and given.mask is not None, "mask", "scores", "It is of tokens.")

@@ -77,6 +77,14 @@ def preference_loss(
     statistics: Tensor,
     threads: int,
 ) -> None: ...
+def preference_gradient(
+    g: Tensor,
+    derivative: Tensor,
+    spread: tuple[Tensor | None, ...],
+    paired: bool,
+    out: Tensor,
+    threads: int,
+) -> None: ...
 def sample(
     logits: Tensor,
     row_temperature: Tensor | None,

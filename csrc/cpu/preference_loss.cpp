@@ -90,7 +90,8 @@ struct Statistics {
 };
 
 struct Sizes {
-  std::int64_t rollouts, items;
+  Segments tokens;  // of each rollout; scores are rollouts of one
+  std::int64_t items;
 };
 
 template <class T>
@@ -186,12 +187,9 @@ struct Problem {
   }
 
   void run(int threads) {
-    rollout.resize(static_cast<std::size_t>(sizes.rollouts));
-    if (tensors.offsets)
-      sum_rollouts(tensors.offsets->as<std::int64_t>(), threads);
-    else
-      for (std::int64_t r = 0; r < sizes.rollouts; ++r) rollout[static_cast<std::size_t>(r)] = sum(r, r + 1);
-    for (std::int64_t r = 0; r < sizes.rollouts; ++r) tensors.rewards.as<T>()[r] = static_cast<T>(rule.scale * score(r));
+    rollout.resize(static_cast<std::size_t>(sizes.tokens.count()));
+    sum_rollouts(threads);
+    for (std::int64_t r = 0; r < sizes.tokens.count(); ++r) tensors.rewards.as<T>()[r] = static_cast<T>(rule.scale * score(r));
     blocks.resize(static_cast<std::size_t>((sizes.items + block_items - 1) / block_items));
     parallel_for(static_cast<std::int64_t>(blocks.size()), blocks_at_once, threads, link, this);
     Statistics total;
@@ -200,13 +198,12 @@ struct Problem {
                    [](double value) { return static_cast<T>(value); });
   }
 
-  void sum_rollouts(const std::int64_t* offsets, int threads) {
-    for (std::int64_t r = 0; r < sizes.rollouts; ++r)
-      for (std::int64_t i = offsets[r]; i < offsets[r + 1]; i += part_tokens)
-        parts.push_back({r, i, std::min(i + part_tokens, offsets[r + 1]), {}});
-    const std::int64_t tokens = tensors.logprobs.size(), count = static_cast<std::int64_t>(parts.size());
-    const std::int64_t grain = std::max<std::int64_t>(1, part_tokens * count / std::max<std::int64_t>(tokens, 1));
-    parallel_for(count, grain, threads, sum_parts, this);
+  void sum_rollouts(int threads) {
+    for (std::int64_t r = 0; r < sizes.tokens.count(); ++r)
+      for (std::int64_t i = sizes.tokens.begin(r), end = sizes.tokens.end(r); i < end; i += part_tokens)
+        parts.push_back({r, i, std::min(i + part_tokens, end), {}});
+    const std::int64_t count = static_cast<std::int64_t>(parts.size());
+    parallel_for(count, sizes.tokens.grain(part_tokens), threads, sum_parts, this);
     for (const Part& part : parts) {
       PreferenceSums& total = rollout[static_cast<std::size_t>(part.rollout)];
       total.score += part.sums.score;
@@ -216,8 +213,26 @@ struct Problem {
   }
 };
 
+// The tokens of each rollout, in a tensor of logprobs' shape.
+Segments rollouts_of(const char* function, const TensorView& logprobs, const TensorView* offsets) {
+  TensorView rows = logprobs;
+  rows.shape[0] = offsets ? 1 : logprobs.shape[0];
+  rows.shape[1] = offsets ? logprobs.size() : logprobs.ndim == 2 ? logprobs.shape[1] : 1;
+  return segments_of(function, rows, offsets);
+}
+
+void check_tokens(const char* function, const char* argument, const TensorView* view, DType dtype,
+                  const TensorView& logprobs) {
+  if (!view) return;
+  if (logprobs.ndim == 2)
+    check_dense(function, argument, *view, dtype, Device::cpu, {logprobs.shape[0], logprobs.shape[1]});
+  else
+    check_dense(function, argument, *view, dtype, Device::cpu, {logprobs.size()});
+}
+
 // Every index must name a rollout.
-void check_sides(const char* argument, const TensorView* view, std::int64_t items, std::int64_t rollouts) {
+void check_sides(const char* function, const char* argument, const TensorView* view, std::int64_t items,
+                 std::int64_t rollouts) {
   if (!view) return;
   check_dense(function, argument, *view, DType::i64, Device::cpu, {items});
   const auto* index = view->as<std::int64_t>();
@@ -231,22 +246,17 @@ Sizes checked(const cpu::PreferenceTensors& x, const PreferenceRule& rule) {
   const DType dtype = x.logprobs.dtype;
   if (dtype != DType::f32 && dtype != DType::f64)
     refuse(function, "logprobs must be float32 or float64", name(dtype), "Convert them with .float().");
-  const std::int64_t n = x.logprobs.size(), items = x.losses.size();
+  const std::int64_t items = x.losses.size();
   const auto require = [&](const char* argument, const TensorView* view, DType wanted, std::int64_t size) {
     if (view) check_dense(function, argument, *view, wanted, Device::cpu, {size});
   };
-  require("logprobs", &x.logprobs, dtype, n);
-  require("ref_logprobs", x.ref_logprobs, dtype, n);
-  require("mask", x.mask, DType::boolean, n);
-  std::int64_t rollouts = n;
-  if (x.offsets) {
-    TensorView row = x.logprobs;
-    row.shape[0] = 1;
-    row.shape[1] = n;
-    rollouts = segments_of(function, row, x.offsets).per_row;
-  }
-  check_sides("chosen", x.chosen, items, rollouts);
-  check_sides("rejected", x.rejected, items, rollouts);
+  check_tokens(function, "logprobs", &x.logprobs, dtype, x.logprobs);
+  check_tokens(function, "ref_logprobs", x.ref_logprobs, dtype, x.logprobs);
+  check_tokens(function, "mask", x.mask, DType::boolean, x.logprobs);
+  const Segments tokens = rollouts_of(function, x.logprobs, x.offsets);
+  const std::int64_t rollouts = tokens.count();
+  check_sides(function, "chosen", x.chosen, items, rollouts);
+  check_sides(function, "rejected", x.rejected, items, rollouts);
   require("margins", x.margins, dtype, items);
   require("desirable", x.desirable, DType::boolean, rollouts);
   require("baseline", x.baseline, dtype, 1);
@@ -260,7 +270,65 @@ Sizes checked(const cpu::PreferenceTensors& x, const PreferenceRule& rule) {
            std::to_string(rollouts) + " rollouts for " + std::to_string(items) + " losses", "See kernels/preference_loss.");
   if (rule.nll != 0 && x.desirable)
     refuse(function, "nll must be 0 for rollouts without a pair", std::to_string(rule.nll), "Leave it out.");
-  return {rollouts, items};
+  return {tokens, items};
+}
+
+template <class T>
+struct Gradient {
+  const cpu::PreferenceGradient& tensors;
+  const Segments tokens;
+  std::vector<double> rollout;
+
+  void add(const TensorView* index, std::int64_t other, const T* derivative) {
+    const T* g = tensors.g.as<T>();
+    for (std::int64_t i = 0; i < tensors.g.size(); ++i) {
+      const std::int64_t r = index ? index->as<std::int64_t>()[i] : i + other;
+      rollout[static_cast<std::size_t>(r)] += static_cast<double>(g[i]) * static_cast<double>(derivative[i]);
+    }
+  }
+
+  static void spread(void* context, std::int64_t first, std::int64_t last) {
+    const Gradient& self = *static_cast<Gradient*>(context);
+    const unsigned char* mask = self.tensors.mask ? self.tensors.mask->as<unsigned char>() : nullptr;
+    T* out = self.tensors.out.as<T>();
+    for (std::int64_t r = first; r < last; ++r) {
+      const T value = static_cast<T>(self.rollout[static_cast<std::size_t>(r)]);
+      const std::int64_t begin = self.tokens.begin(r), end = self.tokens.end(r);
+      if (mask)
+        for (std::int64_t t = begin; t < end; ++t) out[t] = mask[t] ? value : T(0);
+      else
+        std::fill(out + begin, out + end, value);
+    }
+  }
+
+  void run(int threads) {
+    const std::int64_t items = tensors.g.size();
+    const T* derivative = tensors.derivative.as<T>();
+    rollout.resize(static_cast<std::size_t>(tokens.count()));
+    add(tensors.chosen, 0, derivative);
+    add(tensors.rejected, tensors.paired ? items : 0, derivative + items);
+    parallel_for(tokens.count(), tokens.grain(part_tokens), threads, spread, this);
+  }
+};
+
+// The tokens of each rollout; without offsets one each.
+Segments checked(const cpu::PreferenceGradient& x) {
+  constexpr const char* function = "preference_gradient";
+  const DType dtype = x.out.dtype;
+  if (dtype != DType::f32 && dtype != DType::f64)
+    refuse(function, "out must be float32 or float64", name(dtype), "Convert it with .float().");
+  const std::int64_t items = x.g.size();
+  check_tokens(function, "out", &x.out, dtype, x.out);
+  check_tokens(function, "mask", x.mask, DType::boolean, x.out);
+  check_dense(function, "g", x.g, dtype, Device::cpu, {items});
+  check_dense(function, "derivative", x.derivative, dtype, Device::cpu, {2, items});
+  const Segments tokens = rollouts_of(function, x.out, x.offsets);
+  check_sides(function, "chosen", x.chosen, items, tokens.count());
+  check_sides(function, "rejected", x.rejected, items, tokens.count());
+  if (!x.chosen != !x.rejected || (!x.chosen && tokens.count() != (x.paired ? 2 * items : items)))
+    refuse(function, "chosen and rejected must be given together, or g for all rollouts",
+           std::to_string(items) + " for " + std::to_string(tokens.count()), "See kernels/preference_loss.");
+  return tokens;
 }
 
 }  // namespace
@@ -273,6 +341,14 @@ void preference_loss(const PreferenceTensors& tensors, const PreferenceRule& rul
     Problem<double>{tensors, rule, sizes, {}, {}, {}}.run(threads);
   else
     Problem<float>{tensors, rule, sizes, {}, {}, {}}.run(threads);
+}
+
+void preference_gradient(const PreferenceGradient& tensors, int threads) {
+  const Segments tokens = checked(tensors);
+  if (tensors.out.dtype == DType::f64)
+    Gradient<double>{tensors, tokens, {}}.run(threads);
+  else
+    Gradient<float>{tensors, tokens, {}}.run(threads);
 }
 
 }  // namespace cpu

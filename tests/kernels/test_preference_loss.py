@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from backends import FAST, INTERPRETING, cpu_only, each_backend, each_fast_backend, run_interpreted
+from backends import FAST, INTERPRETING, cpu_only, each_backend, each_fast_backend, run_interpreted, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paired_rollouts import FORMS, LENGTHS, by_hand, rollouts
@@ -260,31 +260,25 @@ def test_named_are_means(device, backend):
 def test_runs_and_threads_and_neighbours_change_nothing(device, backend):
     lengths = MANY if INTERPRETING else [*MANY, 40_000, 33_000] * 3
     inputs = rollouts(lengths, DPO(), device=device)
-    g, threads, form = gradients_of(inputs, DPO()), torch.get_num_threads(), DPO(nll=0.2)
+    g, form = gradients_of(inputs, DPO()), DPO(nll=0.2)
     whole = run(inputs, form, g, backend)
-    try:
-        for count in (*[threads] * 9, 1, 2, 3):
-            torch.set_num_threads(count)
+    for count in (*[torch.get_num_threads()] * 9, 1, 2, 3):
+        with threads(count):
             assert all(torch.equal(a, b) for a, b in zip(run(inputs, form, g, backend), whole, strict=True))
-    finally:
-        torch.set_num_threads(threads)
 
 
 @cpu_only
-def test_every_instruction_set_gives_the_same_bits():
+def test_every_instruction_set_is_right_and_gives_the_same_bits(isa):
     from fuserl import _C
 
-    best, found = _C.isa(), []
-    inputs = rollouts([*LENGTHS, 70_000, 5])
-    try:
-        for isa in ("baseline", "avx2", "avx512"):
-            _C.set_isa(isa)
-            found.append(run(inputs, DPO(nll=0.2), torch.ones(7), "cpu"))
-            if isa == best:
-                break
-    finally:
-        _C.set_isa(best)
-    assert all(torch.equal(a, b) for each in found for a, b in zip(each, found[0], strict=True))
+    for given in (("margins", "indices", "mask"), ()):
+        inputs = rollouts([*LENGTHS, 70_000, 5], given=given)
+        compare(inputs, DPO(nll=0.2), "cpu")
+        found = run(inputs, DPO(nll=0.2), torch.ones(7), "cpu")
+        _C.set_isa("baseline")
+        same = run(inputs, DPO(nll=0.2), torch.ones(7), "cpu")
+        _C.set_isa(isa)
+        assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True))
 
 
 @cpu_only
@@ -335,8 +329,13 @@ def test_opcheck(name):
     tensors = [x.get(each) for each in Given._fields]
     if isinstance(form, KTO):
         tensors[-1] = tensors[-1].reshape(1)
-    arguments = x["logprobs"].clone().requires_grad_(), *tensors, *form.rule(), "cpu"
-    torch.library.opcheck(torch.ops.fuserl.preference_loss, arguments)
+    link, mean, *numbers = form.rule()
+    arguments = *tensors, numbers, [link, int(mean)], "cpu"
+    torch.library.opcheck(torch.ops.fuserl.preference_loss, (x["logprobs"].clone().requires_grad_(), *arguments))
+    torch.library.opcheck(torch.ops.fuserl.preference_terms, (x["logprobs"], *arguments))
+    losses, *_, derivative = torch.ops.fuserl.preference_terms(x["logprobs"], *arguments)
+    arguments = losses, derivative, *tensors[:4], not isinstance(form, KTO), x["logprobs"].shape, "cpu"
+    torch.library.opcheck(torch.ops.fuserl.preference_gradient, arguments)
 
 
 OFFSETS = torch.tensor([0, 1, 3])
