@@ -59,6 +59,14 @@ void group_advantage(const TensorView& rewards, const std::optional<TensorView>&
                                rule);
 }
 
+void pass_at_k_advantage(const TensorView& rewards, const TensorView& group, const TensorView& out, std::int64_t k,
+                         int baseline, int scale, double eps) {
+  fuserl::check_best_of_codes("pass_at_k_advantage", baseline, scale);
+  const fuserl::BestOfRule rule{k, static_cast<fuserl::BestOfBaseline>(baseline),
+                                static_cast<fuserl::BestOfScale>(scale), eps};
+  fuserl::cpu::pass_at_k_advantage(rewards, group, rule, out);
+}
+
 void policy_loss(const TensorView& logprobs, const TensorView& advantages, const std::optional<TensorView>& old_logprobs,
                  const std::optional<TensorView>& ref_logprobs, const std::optional<TensorView>& rollout_logprobs,
                  const std::optional<TensorView>& log_weights, const std::optional<TensorView>& entropy,
@@ -209,6 +217,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("group_advantage", group_advantage, "rewards"_a, "group"_a, "rounds"_a, "weights"_a, "baselines"_a, "scales"_a,
         "channel_weights"_a, "out"_a, "members"_a, "baseline"_a, "scale"_a, "keep"_a, "given_baseline"_a,
         "given_scale"_a, "ddof"_a, "eps"_a, no_gil());
+  m.def("group_ranks", fuserl::cpu::group_ranks, "rewards"_a, "group"_a, "best"_a, "out"_a, no_gil());
+  m.def("pass_at_k_advantage", pass_at_k_advantage, "rewards"_a, "group"_a, "out"_a, "k"_a, "baseline"_a, "scale"_a,
+        "eps"_a, no_gil());
   m.def("policy_loss", policy_loss, "logprobs"_a, "advantages"_a, "old_logprobs"_a, "ref_logprobs"_a,
         "rollout_logprobs"_a, "log_weights"_a, "entropy"_a, "weights"_a, "mask"_a, "surrogate"_a, "factors"_a,
         "log_ratios"_a, "correction"_a, "beta"_a, "kl"_a, "score"_a, "kl_weighted"_a, "entropy_coef"_a, "losses"_a,

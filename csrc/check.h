@@ -63,6 +63,13 @@ inline void check_codes(const char* function, int baseline, int scale, int keep)
     refuse(function, "keep must be 0 (all), 1 (positive) or 2 (negative)", std::to_string(keep), "Pass one of them.");
 }
 
+inline void check_best_of_codes(const char* function, int baseline, int scale) {
+  if (baseline < 0 || baseline > 3)
+    refuse(function, "baseline must be 0 to 3, a BestOfBaseline", std::to_string(baseline), "Pass one of them.");
+  if (scale < 0 || scale > 2)
+    refuse(function, "scale must be 0 to 2, a BestOfScale", std::to_string(scale), "Pass one of them.");
+}
+
 // the estimator of a divergence,
 inline void check_kl_code(const char* function, int kl) {
   if (kl < 0 || kl > 3)

@@ -27,6 +27,16 @@ struct AdvantageTensors {
   std::int64_t members;  // of each group, where `group` is null
 };
 
+// What the best reward of k rollouts of a group is held against, and its scale; kernels/pass_at_k_advantage.
+enum class BestOfBaseline : int { none, mean, leave_one_out, rest };
+enum class BestOfScale : int { none, group, best };
+struct BestOfRule {
+  std::int64_t k;
+  BestOfBaseline baseline;
+  BestOfScale scale;
+  double eps;
+};
+
 enum class KlEstimator : int { none, k1, k2, k3 };
 // What a token gains by its ratio and advantage; kernels/surrogates.py has the equations. Four numbers are those below
 // and above for a positive advantage, then for a negative one; infinity is no bound.
@@ -118,6 +128,13 @@ void softmax_rows_gradient(const TensorView& logits, const TensorView& ids, cons
 //   out              as rewards; with channel_weights (B,), the channels' weighted sum
 // A group without spread gives exact 0 where its mean or its standard deviation is asked for.
 void group_advantage(const AdvantageTensors& tensors, const AdvantageRule& rule);
+
+// A number of each rollout from its place among the members of its group: scores by rank, equations in
+// kernels/group_ranks, `best` for ties that have the best of their places; and the advantage for the best of k.
+//   rewards, out  (B,) f32 | f64; group (B,) i64 in [0, B), any order. A group with a NaN gets NaN.
+void group_ranks(const TensorView& rewards, const TensorView& group, bool best, const TensorView& out);
+void pass_at_k_advantage(const TensorView& rewards, const TensorView& group, const BestOfRule& rule,
+                         const TensorView& out);
 
 // losses = weights (beta kl - w gain - entropy_coef entropy), and the derivative of each loss to its log-prob; equations:
 // kernels/policy_loss.

@@ -2,7 +2,7 @@
 
     score[b] = (worse[b] + ties[b] / 2) / (n - 1)
 
-of n members, worse[b] have less than rewards[b] and ties[b] others have as much. Two stable sorts, no wait.
+of n members, worse[b] have less than rewards[b] and ties[b] others have as much. In torch two stable sorts, no wait.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fuserl.kernels.discounted_scan import discounted_scan
+from fuserl.kernels.dispatch import choose
 
 __all__ = ["group_ranks"]
 
@@ -66,22 +67,59 @@ class Ordered:
         return self.scan(x, forward=True, backend=backend)[self.end - 1]
 
 
-def group_ranks(rewards: Tensor, group: Tensor, *, ties: str = "mean") -> Tensor:
+def reference(rewards: Tensor, group: Tensor, best: bool) -> Tensor:
+    """The definition, in plain torch."""
+    x = Ordered.of(rewards, group)
+    most, least = x.end - 1 - x.first, x.end - 1 - x.last
+    score = most if best else (most + least) / 2
+    score = torch.where(x.size > 1, score / (x.size - 1).clamp(min=1).double(), 0.5)
+    return torch.where(x.rewards[x.begin].isnan(), torch.nan, score).to(rewards.dtype)[x.inverse]
+
+
+def _cpu(rewards, group, best):
+    from fuserl import _C
+
+    out = torch.empty_like(rewards)
+    _C.group_ranks(rewards, group, best, out)
+    return out
+
+
+IMPLS = {"triton": reference, "cpu": _cpu, "reference": reference}  # on a GPU torch's sorts do
+
+
+def _dispatch(rewards, group, best, backend):
+    backend = choose("group_ranks", IMPLS, rewards.device, backend)
+    return IMPLS[backend](rewards.contiguous(), group.contiguous(), best) if len(rewards) else rewards.clone()
+
+
+_library = torch.library.Library("fuserl", "FRAGMENT")
+_library.define("group_ranks(Tensor rewards, Tensor group, bool best, str? backend) -> Tensor")
+_library.impl("group_ranks", _dispatch, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fuserl::group_ranks", lib=_library)
+def _fake(rewards, *_):
+    return rewards.new_empty(rewards.shape)
+
+
+def group_ranks(rewards: Tensor, group: Tensor, *, ties: str = "mean", backend: str | None = None) -> Tensor:
     """Score of each rollout by the rank of its reward in its group: 1 the best, 0 the worst, whatever their size.
 
         score = (worse + ties / 2) / (n - 1)
 
     Args:
         rewards: (B,) float32 or float64.
-        group: (B,) int64 in [0, B): equal for rollouts of one prompt, in any order. Ids outside give wrong numbers.
+        group: (B,) int64 in [0, B): equal for rollouts of one prompt, in any order. On CPU an id outside raises; on
+            GPU, where a check would wait, it gives wrong numbers.
         ties: "mean" gives equal rewards the mean of their scores; "best" the highest of them.
+        backend: "triton", "cpu" or "reference"; the fastest that runs here by default.
 
     Returns:
         (B,) of rewards' dtype, without gradient; 0.5 for a group of one; NaN in a group with a NaN. Give it to
         `group_advantage` as rewards.
 
     Raises:
-        ValueError: on a wrong shape, dtype, device or name.
+        ValueError: on a wrong shape, dtype, device, name or group id.
 
     Memory: a few numbers per rollout. Source: quantile rewards of a tournament (ArenaRL).
     Sibling: `group_advantage`.
@@ -89,13 +127,7 @@ def group_ranks(rewards: Tensor, group: Tensor, *, ties: str = "mean") -> Tensor
     check_grouped("group_ranks", rewards, group)
     if ties not in TIES:
         raise ValueError(f"group_ranks: ties must be one of {list(TIES)}; got {ties!r}. Correct the name.")
-    if not len(rewards):
-        return rewards.clone()
-    x = Ordered.of(rewards, group)
-    best, worst = x.end - 1 - x.first, x.end - 1 - x.last
-    score = (best + worst) / 2 if ties == "mean" else best
-    score = torch.where(x.size > 1, score / (x.size - 1).clamp(min=1).double(), 0.5)
-    return torch.where(x.rewards[x.begin].isnan(), torch.nan, score).to(rewards.dtype)[x.inverse]
+    return torch.ops.fuserl.group_ranks(rewards, group, ties == "best", backend)
 
 
 def check_grouped(function: str, rewards: Tensor, group: Tensor) -> None:

@@ -13,12 +13,71 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fuserl.kernels.dispatch import choose
 from fuserl.kernels.group_ranks import Ordered, check_grouped
 
 __all__ = ["pass_at_k_advantage"]
 
 BASELINES = (None, "mean", "leave_one_out", "rest")
 SCALES = (None, "group", "best")
+
+
+def reference(
+    rewards: Tensor, group: Tensor, k: int, baseline: int, scale: int, eps: float, *, backend: str = "reference"
+) -> Tensor:
+    """The definition, in plain torch but for the scans, which `backend` runs; places in BASELINES and in SCALES."""
+    x = Ordered.of(rewards, group)
+    top = x.rewards[x.begin]
+    below = x.rewards - top  # equal rewards are exact zeros, whatever is summed
+    n, tries = x.size.double(), x.size.clamp(max=k).double()
+    with_it = _with_it(x, below, n, tries, backend)
+    best, std = _best(x, below, n, tries, backend)
+    above = (
+        lambda: with_it + top,
+        lambda: with_it - best,
+        lambda: torch.where(n > tries, (with_it - best) * n / (n - tries).clamp(min=1), 0 * with_it),
+        lambda: _lead(x, below, n, tries, backend),
+    )[baseline]()
+    if SCALES[scale] == "group":
+        mean = x.total(below, backend) / n
+        std = (x.total((below - mean).square(), backend) / (n - 1).clamp(min=1)).sqrt()
+    if SCALES[scale] is not None:
+        above = torch.where(std == 0, 0.0, above / (std + eps))
+    return above.to(rewards.dtype)[x.inverse]
+
+
+def _triton(*arguments):
+    return reference(*arguments, backend="triton")
+
+
+def _cpu(rewards, group, *rule):
+    from fuserl import _C
+
+    out = torch.empty_like(rewards)
+    _C.pass_at_k_advantage(rewards, group, out, *rule)
+    return out
+
+
+IMPLS = {"triton": _triton, "cpu": _cpu, "reference": reference}
+
+
+def _dispatch(rewards, group, *rule):
+    *rule, backend = rule
+    backend = choose("pass_at_k_advantage", IMPLS, rewards.device, backend)
+    return IMPLS[backend](rewards.contiguous(), group.contiguous(), *rule) if len(rewards) else rewards.clone()
+
+
+_library = torch.library.Library("fuserl", "FRAGMENT")
+_library.define(
+    "pass_at_k_advantage(Tensor rewards, Tensor group, int k, int baseline, int scale, float eps, str? backend)"
+    " -> Tensor"
+)
+_library.impl("pass_at_k_advantage", _dispatch, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fuserl::pass_at_k_advantage", lib=_library)
+def _fake(rewards, *_):
+    return rewards.new_empty(rewards.shape)
 
 
 def pass_at_k_advantage(
@@ -34,21 +93,22 @@ def pass_at_k_advantage(
 
     Args:
         rewards: (B,) float32 or float64; 0 and 1 for pass@k.
-        group: (B,) int64 in [0, B): equal for rollouts of one prompt, in any order. Ids outside give wrong numbers.
+        group: (B,) int64 in [0, B): equal for rollouts of one prompt, in any order. On CPU an id outside raises; on
+            GPU, where a check would wait, it gives wrong numbers.
         k: tries, at least 1; of a group with fewer members all are taken.
         baseline: the "mean" over all k-subsets; "leave_one_out", over those without the rollout, 0 where there are
             none; "rest", the best of the subset without the rollout, for k of at least 2; None for 0.
         scale: standard deviation of the "group"'s rewards (n - 1 under the root), or of the "best" of k, plus eps; None
             to leave the scale.
         eps: added to the standard deviation.
-        backend: of `discounted_scan`.
+        backend: "triton", "cpu" or "reference"; the fastest that runs here by default.
 
     Returns:
         (B,) of rewards' dtype, without gradient. A group without spread gets exact zeros unless baseline and scale are
         None. NaN shows in its group.
 
     Raises:
-        ValueError: on a wrong shape, dtype, device, number or name.
+        ValueError: on a wrong shape, dtype, device, number, name or group id.
 
     Memory: a few float64 per rollout. Source: "leave_one_out" and "rest" are PKPO (arXiv:2505.15201); "mean" with scale
     "best" is Pass@k Training (2508.10751); "rest" with k = n rewards the best alone, by its lead (2503.19595).
@@ -56,26 +116,8 @@ def pass_at_k_advantage(
     """
     check_grouped("pass_at_k_advantage", rewards, group)
     _check_choice(k, baseline, scale)
-    if not len(rewards):
-        return rewards.clone()
-    x = Ordered.of(rewards, group)
-    top = x.rewards[x.begin]
-    below = x.rewards - top  # equal rewards are exact zeros, whatever is summed
-    n, tries = x.size.double(), x.size.clamp(max=k).double()
-    with_it = _with_it(x, below, n, tries, backend)
-    best, std = _best(x, below, n, tries, backend)
-    above = {
-        None: lambda: with_it + top,
-        "mean": lambda: with_it - best,
-        "leave_one_out": lambda: torch.where(n > tries, (with_it - best) * n / (n - tries).clamp(min=1), 0 * with_it),
-        "rest": lambda: _lead(x, below, n, tries, backend),
-    }[baseline]()
-    if scale == "group":
-        mean = x.total(below, backend) / n
-        std = (x.total((below - mean).square(), backend) / (n - 1).clamp(min=1)).sqrt()
-    if scale is not None:
-        above = torch.where(std == 0, 0.0, above / (std + eps))
-    return above.to(rewards.dtype)[x.inverse]
+    codes = BASELINES.index(baseline), SCALES.index(scale)
+    return torch.ops.fuserl.pass_at_k_advantage(rewards, group, k, *codes, eps, backend)
 
 
 def _check_choice(k: int, baseline: str | None, scale: str | None) -> None:

@@ -41,6 +41,10 @@ def group_advantage(
     ddof: int,
     eps: float,
 ) -> None: ...
+def group_ranks(rewards: Tensor, group: Tensor, best: bool, out: Tensor) -> None: ...
+def pass_at_k_advantage(
+    rewards: Tensor, group: Tensor, out: Tensor, k: int, baseline: int, scale: int, eps: float
+) -> None: ...
 def policy_loss(
     logprobs: Tensor,
     advantages: Tensor,

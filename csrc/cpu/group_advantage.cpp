@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "advantage_terms.h"
+#include "groups.h"
 
 namespace fuserl {
 namespace {
@@ -112,16 +113,6 @@ void check_weights(const TensorView& weights) {
              "Use 0 to leave a rollout out.");
 }
 
-void check_ids(const TensorView& group) {
-  const std::int64_t n = group.size();
-  for (std::int64_t i = 0; i < n; ++i) {
-    const std::int64_t id = group.as<std::int64_t>()[i];
-    if (id < 0 || id >= n)
-      refuse("group_advantage", "group must hold ids in [0, " + std::to_string(n) + ")",
-             std::to_string(id) + " at index " + std::to_string(i), "Number the groups from 0.");
-  }
-}
-
 }  // namespace
 
 namespace cpu {
@@ -129,7 +120,7 @@ namespace cpu {
 void group_advantage(const AdvantageTensors& tensors, const AdvantageRule& rule) {
   check_advantage(tensors, rule, Device::cpu);
   const bool wide = tensors.rewards.dtype == DType::f64;
-  if (tensors.group) check_ids(*tensors.group);
+  if (tensors.group) check_ids("group_advantage", *tensors.group);
   if (tensors.weights) wide ? check_weights<double>(*tensors.weights) : check_weights<float>(*tensors.weights);
   wide ? advantages<double>(tensors, rule) : advantages<float>(tensors, rule);
 }
