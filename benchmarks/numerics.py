@@ -18,6 +18,7 @@ from pathlib import Path
 
 import attention_subjects
 import divergence_subjects
+import group_subjects
 import preference_subjects
 import sequence_subjects
 import subjects
@@ -249,6 +250,7 @@ SUBJECTS = {
         (torch.float32,),
     ),
     **divergence_subjects.SUBJECTS,
+    **group_subjects.SUBJECTS,
     **preference_subjects.SUBJECTS,
     **sequence_subjects.SUBJECTS,
     **attention_subjects.SUBJECTS,

@@ -215,8 +215,9 @@ def _cpu_gradient(g, derivative, spread, paired, shape):
 GRADIENTS = {"triton": reference_gradient, "cpu": _cpu_gradient, "reference": reference_gradient}
 
 
-def _dispatch_gradient(g, derivative, offsets, mask, chosen, rejected, paired, shape, backend):
-    spread = Spread(*(None if x is None else x.contiguous() for x in (offsets, mask, chosen, rejected)))
+def _dispatch_gradient(g, derivative, *arguments):
+    *tensors, paired, shape, backend = arguments
+    spread = Spread(*(None if x is None else x.contiguous() for x in tensors))
     backend = choose("preference_gradient", GRADIENTS, g.device, backend)
     return GRADIENTS[backend](g, derivative, spread, paired, shape)
 
@@ -328,7 +329,13 @@ def _check(logprobs: Tensor, given: Given, form: Form, rule: Rule) -> None:
         )
     if given.offsets is not None and (given.offsets.dim() != 1 or not given.offsets.shape[0]):
         raise ValueError(f"preference_loss: offsets must be (R + 1,); got {tuple(given.offsets.shape)}.")
-    _agree(given.offsets is not None, given.offsets is not None and not padded, "offsets", "(R, T)", "Its rows begin.")
+    _agree(
+        given.offsets is not None,
+        given.offsets is not None and not padded,
+        "offsets",
+        "(R, T)",
+        "A row begins a rollout.",
+    )
     tokens = padded or given.offsets is not None
     name, kto = type(form).__name__, rule.link == SIGMOID
     _agree(given.desirable is not None, kto, "desirable", name, "It says on which side of the baseline a rollout is.")

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from backends import cpu_only, each_backend
 
 from fuserl.kernels.group_advantage import group_advantage
 from fuserl.kernels.group_ranks import group_ranks
@@ -45,18 +46,18 @@ def enumerated(rewards, group, k, baseline, scale, eps):
     return out
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@each_backend
 @pytest.mark.parametrize("scale", [None, "group", "best"])
 @pytest.mark.parametrize("baseline", [None, "mean", "leave_one_out", "rest"])
 @pytest.mark.parametrize("kind", ["binary", "ties", "far"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_pass_at_k_over_all_subsets(kind, baseline, scale, dtype, device):
+def test_pass_at_k_over_all_subsets(kind, baseline, scale, dtype, device, backend):
     rewards, group = case(kind, dtype, device)
     for k in (1, 2, 3, 6, 9):
         if k == 1 and baseline == "rest":
             continue
         truth = enumerated(rewards.cpu(), group.cpu(), k, baseline, scale, 1e-3)
-        got = pass_at_k_advantage(rewards, group, k, baseline=baseline, scale=scale, eps=1e-3)
+        got = pass_at_k_advantage(rewards, group, k, baseline=baseline, scale=scale, eps=1e-3, backend=backend)
         assert got.dtype == dtype
         # Sums of up to 35 rewards in double: their rounding over eps, and that of the result.
         allowed = (
@@ -106,17 +107,18 @@ def test_max_at_k_is_unbiased():
         torch.testing.assert_close(found, truth, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_ranks(device):
+@each_backend
+def test_ranks(device, backend):
     rewards, group = case("ties", torch.float64, device)
     for ties in ("mean", "best"):
-        got = group_ranks(rewards, group, ties=ties)
+        got = group_ranks(rewards, group, ties=ties, backend=backend)
         for b in range(len(rewards)):
             members = rewards[group == group[b]]
             worse, same = int((members < rewards[b]).sum()), int((members == rewards[b]).sum()) - 1
             score = (worse + same * (0.5 if ties == "mean" else 1)) / max(len(members) - 1, 1)
             assert float(got[b]) == (score if len(members) > 1 else 0.5)
-    assert torch.equal(group_ranks((rewards * 3 + 1).exp(), group), group_ranks(rewards, group))
+    again = group_ranks((rewards * 3 + 1).exp(), group, backend=backend)
+    assert torch.equal(again, group_ranks(rewards, group, backend=backend))
     flat = group_advantage(group_ranks(rewards, group), group)[group == 5]
     assert (flat == 0).all()
     sixteen = torch.randn(16, device=device)
@@ -147,22 +149,52 @@ def test_pairs(device):
     assert torch.equal(pair_advantage(square, scale=False), square.double().mean(2).float())
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_permuted_empty_nan_and_ten_runs(device):
+@each_backend
+def test_permuted_empty_nan_and_ten_runs(device, backend):
     rewards, group = case("ties", torch.float64, device)
     order = torch.randperm(len(rewards), device=device)
-    for function in (group_ranks, lambda r, g: pass_at_k_advantage(r, g, 3, baseline="rest", scale="group")):
+    hurt = torch.where(torch.arange(len(group), device=device) == int((group == 2).nonzero()[0]), torch.nan, rewards)
+    options = {"baseline": "rest", "scale": "group", "backend": backend}
+    for function in (
+        lambda r, g: group_ranks(r, g, backend=backend),
+        lambda r, g: pass_at_k_advantage(r, g, 3, **options),
+    ):
         once = function(rewards, group)
         assert torch.equal(function(rewards[order], group[order]), once[order])
         assert all(torch.equal(function(rewards, group), once) for _ in range(9))
         assert function(rewards[:0], group[:0]).shape == (0,)
-        hurt = function(
-            torch.where(
-                (torch.arange(len(group), device=device) == int((group == 2).nonzero()[0])), torch.nan, rewards
-            ),
-            group,
-        )
-        assert hurt[group == 2].isnan().all() and torch.equal(hurt[group != 2], once[group != 2])
+        found = function(hurt, group)
+        assert found[group == 2].isnan().all() and torch.equal(found[group != 2], once[group != 2])
+
+
+@each_backend
+def test_infinite_rewards(device, backend):
+    """Ranks take them as they are; a difference of two infinities is NaN, in its group alone."""
+    rewards = torch.tensor([math.inf, 1.0, -math.inf, 0.0, 2.0], device=device)
+    group = torch.tensor([0, 0, 0, 3, 3], device=device)
+    assert group_ranks(rewards, group, backend=backend).tolist() == [1, 0.5, 0, 0, 1]
+    for baseline in ("mean", "leave_one_out", "rest"):
+        got = pass_at_k_advantage(rewards, group, 2, baseline=baseline, backend=backend)
+        assert got[:3].isnan().all() and got[3:].isfinite().all(), baseline
+
+
+@each_backend
+def test_large_groups(device, backend):
+    """Of one group of thousands, against what its sorted rewards say."""
+    rewards, group = torch.randn(3000, dtype=torch.float64, device=device), torch.zeros(3000, dtype=torch.int64)
+    group, sorted_to = group.to(device), rewards.sort().indices
+    ranks = torch.empty_like(rewards).scatter(0, sorted_to, torch.arange(3000, device=device).double() / 2999)
+    assert torch.equal(group_ranks(rewards, group, backend=backend), ranks)
+    two = pass_at_k_advantage(rewards, group, 2, baseline=None, backend=backend)
+    pairs = torch.maximum(rewards[:, None], rewards).fill_diagonal_(0).sum(1) / 2999
+    torch.testing.assert_close(two, pairs, rtol=0, atol=1e-11)
+
+
+@cpu_only
+def test_opcheck():
+    rewards, group = case("ties", torch.float32)
+    torch.library.opcheck(torch.ops.fuserl.group_ranks, (rewards, group, True, "cpu"))
+    torch.library.opcheck(torch.ops.fuserl.pass_at_k_advantage, (rewards, group, 2, 1, 2, 1e-6, "cpu"))
 
 
 def test_compiles_whole():
@@ -184,6 +216,8 @@ def test_bad_input():
         "group_ranks: ties must be": lambda: group_ranks(rewards, group, ties="worst"),
         "pass_at_k_advantage: baseline must be": lambda: pass_at_k_advantage(rewards, group, 2, baseline="best"),
         "pass_at_k_advantage: k must be": lambda: pass_at_k_advantage(rewards, group, 1, baseline="rest"),
+        "group_ranks: group must hold ids": lambda: group_ranks(rewards, group + 99),
+        "pass_at_k_advantage: group must hold ids": lambda: pass_at_k_advantage(rewards, group - 1, 2),
         "pair_advantage: margins must be": lambda: pair_advantage(torch.ones(2, 3, 4)),
         "pair_advantage: group must be": lambda: pair_advantage(torch.ones(2, 3), group),
     }.items():

@@ -271,8 +271,8 @@ def test_runs_and_threads_and_neighbours_change_nothing(device, backend):
 def test_every_instruction_set_is_right_and_gives_the_same_bits(isa):
     from fuserl import _C
 
-    for given in (("margins", "indices", "mask"), ()):
-        inputs = rollouts([*LENGTHS, 70_000, 5], given=given)
+    for what in (("margins", "indices", "mask"), ()):
+        inputs = rollouts([*LENGTHS, 70_000, 5], given=what)
         compare(inputs, DPO(nll=0.2), "cpu")
         found = run(inputs, DPO(nll=0.2), torch.ones(7), "cpu")
         _C.set_isa("baseline")
@@ -346,6 +346,7 @@ OFFSETS = torch.tensor([0, 1, 3])
     "change,message",
     [
         ({"logprobs": torch.zeros(3).half()}, "logprobs must be .* float32 or float64"),
+        ({"logprobs": torch.zeros(2, 2)}, r"offsets must be None for \(R, T\); got a tensor. A row begins"),
         ({"offsets": OFFSETS.int()}, r"offsets must be \(3,\) torch.int64"),
         ({"offsets": torch.tensor([0, 4, 3])}, "offsets must not decrease"),
         ({"offsets": torch.tensor([0, 2, 2])}, "offsets must begin with 0 and end with 3"),
