@@ -110,8 +110,9 @@ __device__ void write_nan(const Arrays<T>& x, int i) {
   for (int c = lane(); c < width; c += warp_size) x.out[static_cast<std::int64_t>(i) * width + c] = static_cast<T>(NAN);
 }
 
+// Of one block, so that ptxas gives a thread the 80 registers it needs: for sm_100 it would take 64 and spill.
 template <class T>
-__global__ void __launch_bounds__(most_warps* warp_size) group_advantage_kernel(Arrays<T> x, AdvantageRule rule) {
+__global__ void __launch_bounds__(most_warps* warp_size, 1) group_advantage_kernel(Arrays<T> x, AdvantageRule rule) {
   extern __shared__ double shared[];
   Moments* own = reinterpret_cast<Moments*>(shared) + threadIdx.x / warp_size * 2 * x.channels;
   Moments* all = own + x.channels;
