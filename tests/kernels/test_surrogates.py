@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from backends import FAST, INTERPRETING, cpu_only, each_backend, each_fast_backend, run_interpreted
+from backends import FAST, INTERPRETING, cpu_only, each_backend, each_fast_backend, run_interpreted, threads
 from clipped_policy import CISPO, TOPR, chosen, every_input, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -238,19 +238,15 @@ def test_runs_threads_and_neighbours_change_nothing(device, backend):
     x = every_input(3000, device=device)
     del x["rollout_logprobs"]
     numbers = {"importance": Truncate(1.3), "entropy_coef": 0.1, "beta": 0.1, "kl_weighted": True}
-    threads = torch.get_num_threads()
-    try:
-        for surrogate in (Clip(dual=2.0), CISPO, Gate()):
-            whole = run(x, backend, surrogate=surrogate, **numbers)
-            for count in (*[threads] * 9, 1, 2, 3):
-                torch.set_num_threads(count)
+    for surrogate in (Clip(dual=2.0), CISPO, Gate()):
+        whole = run(x, backend, surrogate=surrogate, **numbers)
+        for count in (*[torch.get_num_threads()] * 9, 1, 2, 3):
+            with threads(count):
                 again = run(x, backend, surrogate=surrogate, **numbers)
-                assert torch.equal(again[0], whole[0]) and torch.equal(again[1], whole[1]) and again[2] == whole[2]
-            for count in (1, 17, 513):
-                part = run({name: t[-count:] for name, t in x.items()}, backend, surrogate=surrogate, **numbers)
-                assert torch.equal(part[0], whole[0][-count:]) and torch.equal(part[1], whole[1][-count:])
-    finally:
-        torch.set_num_threads(threads)
+            assert torch.equal(again[0], whole[0]) and torch.equal(again[1], whole[1]) and again[2] == whole[2]
+        for count in (1, 17, 513):
+            part = run({name: t[-count:] for name, t in x.items()}, backend, surrogate=surrogate, **numbers)
+            assert torch.equal(part[0], whole[0][-count:]) and torch.equal(part[1], whole[1][-count:])
 
 
 @cpu_only
