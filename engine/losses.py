@@ -105,51 +105,49 @@ def decoupled(*, importance: Importance, **options) -> Loss:
 
 
 def clipped_rollouts(
-    *,
-    low: float,
-    high: float,
-    per_token: bool = False,
-    importance: Importance | None = None,
-    reduce: Callable = rollout_mean,
+    *, low: float, high: float, per_token: bool = False, reduce: Callable = rollout_mean, **terms
 ) -> Loss:
     """The clipped surrogate with one ratio per rollout, the geometric mean of its tokens' (arXiv:2507.18071, eq. 5-7).
 
         ratio[b] = exp(mean over its tokens of logprob - old_logprobs)
 
     With `per_token` (section 4.3) that ratio has no gradient, and each token has its own through a factor of value 1:
-    the same values and, where the advantage is that of the rollout, the same gradient.
+    the same values and, where the advantage is that of the rollout, the same gradient. `terms` are those of `clipped`
+    after `dual`; divergence and entropy are of tokens, and so is the ratio that weighs a divergence.
     """
     _require_clip("clipped_rollouts", low, high)
 
-    def log_ratios(logprob, old, batch):
+    def ratios(logprob, old, batch):
         whole = batch.to_tokens(batch.rollout_mean(logprob - old))
-        return whole.detach() + (logprob - logprob.detach()) if per_token else whole
+        whole = whole.detach() + (logprob - logprob.detach()) if per_token else whole
+        return whole, torch.zeros_like(whole)
 
-    return _of_rollouts(log_ratios, Clip(low, high), importance, reduce)
+    return _of_rollouts("clipped_rollouts", ratios, Clip(low, high), reduce=reduce, **terms)
 
 
-def geometric_rollouts(
-    *, low: float = 0.4, high: float = 0.4, importance: Importance | None = None, reduce: Callable = rollout_mean
-) -> Loss:
+def geometric_rollouts(*, low: float = 0.4, high: float = 0.4, reduce: Callable = rollout_mean, **terms) -> Loss:
     """The geometric mean of a rollout's ratios, each clipped, in the place of their mean (arXiv:2507.20673).
 
         loss = -A exp(mean over the tokens of the rollout of the clipped log_ratio)
         clipped log_ratio = min(log_ratio, high) where A > 0, max(log_ratio, -low) where A < 0
 
-    Bounds are those of the logarithm, and the advantage is that of the whole rollout.
+    Bounds are those of the logarithm, and the advantage is that of the whole rollout. `terms` are as of
+    `clipped_rollouts`.
     """
     _require_clip("geometric_rollouts", low, high)
 
-    def log_ratios(logprob, old, batch):
+    def ratios(logprob, old, batch):
         each, a = logprob - old, batch.advantages
         held = torch.where(a > 0, each.clamp(max=high), torch.where(a < 0, each.clamp(min=-low), each))
-        return batch.to_tokens(batch.rollout_mean(held))
+        whole = batch.to_tokens(batch.rollout_mean(held))
+        return whole, torch.zeros_like(whole)
 
     def clipped_at(logprob, old, batch):
         each, a = logprob - old, batch.advantages
         return (a < 0) & (each < -low), (a > 0) & (each > high)
 
-    return _of_rollouts(log_ratios, Clip(math.inf, math.inf), importance, reduce, clipped_at)
+    unbounded = Clip(math.inf, math.inf)
+    return _of_rollouts("geometric_rollouts", ratios, unbounded, clipped_at=clipped_at, reduce=reduce, **terms)
 
 
 def truncated(*, low: float, high: float, reduce: Callable = token_mean, **terms) -> Loss:
@@ -178,9 +176,37 @@ def asymmetric(
     By default what is good is learnt as in supervised learning, whoever sampled it, and what is bad is unlearnt only as
     far as the policy would still say it. Each token has its own ratio, as in `truncated`; `terms` are as of `clipped`.
     """
+    return _of_surrogate("asymmetric", _asymmetry("asymmetric", positive, negative), reduce=reduce, **terms)
+
+
+def asymmetric_rollouts(
+    *,
+    positive: tuple[float, float] = (1.0, 1.0),
+    negative: tuple[float, float] = (0.0, 1.0),
+    reduce: Callable = rollout_sum,
+    **terms,
+) -> Loss:
+    """Log-probs weighted by the ratio of the rollout within other bounds where A > 0 than where A < 0 (TOPR).
+
+        loss = -clip(ratio, *bounds of A's sign) A logprob
+        ratio[b] = exp(sum over its tokens of logprob - old_logprobs)
+
+    That is the paper's (arXiv:2503.14286), of which `asymmetric` is the form by token. `terms` are as of
+    `clipped_rollouts`.
+    """
+
+    def ratios(logprob, old, batch):
+        here = logprob.detach()
+        return logprob, here - batch.to_tokens(batch.rollout_sum(here - old))
+
+    surrogate = _asymmetry("asymmetric_rollouts", positive, negative)
+    return _of_rollouts("asymmetric_rollouts", ratios, surrogate, reduce=reduce, **terms)
+
+
+def _asymmetry(function: str, positive: tuple[float, float], negative: tuple[float, float]) -> Weight:
     for name, (least, most) in (("positive", positive), ("negative", negative)):
-        require("asymmetric", name, (least, most), 0 <= least <= most and most > 0, "0 <= least <= most, most > 0")
-    return _of_surrogate("asymmetric", Weight(tuple(positive), tuple(negative)), reduce=reduce, **terms)
+        require(function, name, (least, most), 0 <= least <= most and most > 0, "0 <= least <= most, most > 0")
+    return Weight(tuple(positive), tuple(negative))
 
 
 def gated(*, positive: float = 1.0, negative: float = 1.05, reduce: Callable = rollout_mean, **terms) -> Loss:
@@ -207,8 +233,7 @@ def _of_surrogate(
     reduce: Callable,
 ) -> Loss:
     """The loss of a surrogate of each token's ratio, with a KL and an entropy term when weighted."""
-    require(function, "beta", beta, 0 <= beta < math.inf, WEIGHT)
-    require(function, "entropy_coef", entropy_coef, abs(entropy_coef) < math.inf, "a finite number")
+    _require_terms(function, beta, entropy_coef)
 
     def loss(out, batch: Batch):
         old = out.logprob.detach() if batch.old_logprobs is None else batch.old_logprobs
@@ -238,26 +263,53 @@ def _of_surrogate(
     )
 
 
-def _of_rollouts(log_ratios, surrogate: Clip, importance: Importance | None, reduce: Callable, clipped_at=None) -> Loss:
-    """The loss of a surrogate of log_ratios(logprob, old, batch) (n,), equal at all tokens of a rollout."""
+def _of_rollouts(
+    function: str,
+    ratios: Callable,
+    surrogate: Clip | Weight,
+    *,
+    clipped_at: Callable | None = None,
+    importance: Importance | None = None,
+    reduce: Callable,
+    **terms,
+) -> Loss:
+    """The loss of a surrogate of ratios(logprob, old, batch), log-probs and old ones whose ratio is that of a rollout.
+
+    `terms` are of tokens, and come from a pass of their own, without advantages.
+    """
+    beta, entropy_coef = (terms.setdefault(name, 0.0) for name in ("beta", "entropy_coef"))
+    _require_terms(function, beta, entropy_coef)
 
     def loss(out, batch: Batch):
         old = out.logprob.detach() if batch.old_logprobs is None else batch.old_logprobs
-        log_ratio = log_ratios(out.logprob, old, batch)
+        (logprob, start), weights = ratios(out.logprob, old, batch), reduce(batch)
+        weighed = {} if importance is None else importance.of_rollouts(batch, old)
         losses, statistics = policy_loss(
-            log_ratio,
-            batch.advantages,
-            old_logprobs=torch.zeros_like(log_ratio),
-            weights=reduce(batch),
-            surrogate=surrogate,
-            **({} if importance is None else importance.of_rollouts(batch, old)),
+            logprob, batch.advantages, old_logprobs=start, weights=weights, surrogate=surrogate, **weighed
         )
         if clipped_at is not None:
             counts = torch.stack([each.sum() for each in clipped_at(out.logprob.detach(), old, batch)])
             statistics[STATISTICS.index("clipped_low") :][:2] = counts
+        if beta or entropy_coef or batch.ref_logprobs is not None:  # for its statistic where beta is 0
+            entropy, nothing = out.entropy if entropy_coef else None, torch.zeros_like(batch.advantages)
+            given = {"old_logprobs": old, "ref_logprobs": batch.ref_logprobs, "entropy": entropy, "weights": weights}
+            more, of_terms = policy_loss(out.logprob, nothing, **given, **terms)
+            losses = losses + more
+            statistics[STATISTICS.index("kl")] = of_terms[STATISTICS.index("kl")]
         return losses, {"policy": statistics[None]}
 
-    return Loss(loss, scope="rollout", live=with_any_advantage)
+    return Loss(
+        loss,
+        outputs=("logprob", "entropy") if entropy_coef else ("logprob",),
+        scope="rollout",
+        live=every_token if beta or entropy_coef else with_any_advantage,
+        reads=("ref_logprobs",) if beta else (),
+    )
+
+
+def _require_terms(function: str, beta: float, entropy_coef: float) -> None:
+    require(function, "beta", beta, 0 <= beta < math.inf, WEIGHT)
+    require(function, "entropy_coef", entropy_coef, abs(entropy_coef) < math.inf, "a finite number")
 
 
 def negative_logprob(*, reduce: Callable = token_mean) -> Loss:

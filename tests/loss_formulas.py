@@ -9,6 +9,7 @@ from batches import each_rollout
 from fuserl.engine.importance import mean_importance, rollout_importance, token_importance
 from fuserl.engine.losses import (
     asymmetric,
+    asymmetric_rollouts,
     clipped,
     clipped_rollouts,
     decoupled,
@@ -87,6 +88,26 @@ def weighted_formula(x, b, positive, negative, weight=None):
     return -(factor * a * x["logprob"] * (1 if weight is None else weight(b))).mean()
 
 
+def weighted_rollouts_formula(x, b, positive, negative, weight=None):
+    """-w clip(ratio of the rollout) A logprob, summed over rollouts and averaged over these."""
+    total = 0.0
+    for span in each_rollout(b):
+        a, logprob = b.advantages[span].double(), x["logprob"][span]
+        ratio = (logprob - b.old_logprobs[span].double()).sum().exp().detach()
+        factor = torch.where(a > 0, ratio.clamp(*positive), ratio.clamp(*negative))
+        total = total - ((1 if weight is None else weight(b)[span]) * factor * a * logprob).sum() / len(b.group)
+    return total
+
+
+def terms_formula(x, b, beta, entropy_coef):
+    """beta k3 - entropy_coef entropy, averaged over rollouts of their averages."""
+    d, total = b.ref_logprobs.double() - x["logprob"], 0.0
+    each = beta * (d.exp() - d - 1) - entropy_coef * x["entropy"]
+    for span in each_rollout(b):
+        total = total + (each[span].mean() / len(b.group) if span.start < span.stop else 0.0)
+    return total
+
+
 def gated_formula(x, b, positive, negative):
     a, total = b.advantages.double(), 0.0
     for span in each_rollout(b):
@@ -145,11 +166,26 @@ LOSSES = {
         lambda x, b: rollouts_formula(x, b, 0.05, 0.1, importance("mean", lambda weight: weight.clamp(max=1.1))),
     ),
     "geometric": (geometric_rollouts(low=0.3, high=0.4), lambda x, b: geometric_formula(x, b, 0.3, 0.4)),
+    "rollouts_and_terms": (
+        clipped_rollouts(low=0.05, high=0.1, beta=0.3, entropy_coef=0.1),
+        lambda x, b: rollouts_formula(x, b, 0.05, 0.1) + terms_formula(x, b, 0.3, 0.1),
+    ),
+    "geometric_and_terms": (
+        geometric_rollouts(low=0.3, high=0.4, beta=0.3, entropy_coef=0.1),
+        lambda x, b: geometric_formula(x, b, 0.3, 0.4) + terms_formula(x, b, 0.3, 0.1),
+    ),
     "truncated": (truncated(low=0.3, high=0.5), lambda x, b: weighted_formula(x, b, (0.7, 1.5), (0.7, 1.5))),
     "asymmetric": (asymmetric(), lambda x, b: weighted_formula(x, b, (1, 1), (0, 1))),
     "asymmetric_corrected": (
         asymmetric(positive=(0.5, 1.5), importance=token_importance(Within(0.6, 1.6))),
         lambda x, b: weighted_formula(x, b, (0.5, 1.5), (0, 1), importance("token", within(0.6, 1.6))),
+    ),
+    "asymmetric_rollouts": (asymmetric_rollouts(), lambda x, b: weighted_rollouts_formula(x, b, (1, 1), (0, 1))),
+    "asymmetric_rollouts_corrected": (
+        asymmetric_rollouts(positive=(0.5, 1.5), importance=rollout_importance(Truncate(1.1))),
+        lambda x, b: weighted_rollouts_formula(
+            x, b, (0.5, 1.5), (0, 1), importance("sum", lambda weight: weight.clamp(max=1.1))
+        ),
     ),
     "gated": (gated(negative=1.5), lambda x, b: gated_formula(x, b, 1.0, 1.5)),
     "decoupled": (

@@ -16,6 +16,7 @@ from fuserl.engine.importance import mean_importance, rollout_importance, token_
 from fuserl.engine.losses import (
     Loss,
     asymmetric,
+    asymmetric_rollouts,
     clipped,
     clipped_rollouts,
     decoupled,
@@ -37,6 +38,8 @@ from fuserl.kernels.surrogates import Truncate, Within
 ALL = pytest.mark.parametrize("name", LOSSES)
 CORRECTED = {name for name in LOSSES if "corrected" in name or name == "decoupled"}
 OF_ROLLOUTS = {"rollouts", "rollouts_by_token", "rollouts_corrected", "geometric", "corrected_rollouts"}
+TOPR = {"asymmetric_rollouts", "asymmetric_rollouts_corrected"}
+OF_ROLLOUTS |= TOPR
 OF_TOKENS = {"clipped", "dual", "truncated", "asymmetric", "asymmetric_corrected", "gated", "decoupled"}
 FUSED = sorted(OF_ROLLOUTS | OF_TOKENS | {"kl", "corrected_kl"})
 
@@ -153,8 +156,8 @@ def test_live_spares_all_that_can_be_known_to_vanish(name):
     loss = LOSSES[name][0]
     by_advantage = OF_ROLLOUTS | OF_TOKENS | {"sum", "mean_over", "likelihood"}
     assert (loss.live(batch_for(loss)) is not None) == (name in by_advantage)
-    # Rows of a rollout stay together where a mean is taken over them, and an importance weight may be 0 beyond a bound.
-    if name in by_advantage - {"rollouts_by_token", "corrected_rollouts", "asymmetric_corrected"}:
+    # Rows of a rollout stay together where one ratio is of all, and an importance weight may be 0 beyond a bound.
+    if name in by_advantage - TOPR - {"rollouts_by_token", "corrected_rollouts", "asymmetric_corrected"}:
         batch = batch_for(loss).replace(old_logprobs=None)
         _, gradients, _ = evaluated(loss, batch, outputs_for(batch))
         assert ((gradients["logprob"] != 0) == loss.live(batch)).all()  # on-policy nothing is clipped
@@ -227,6 +230,8 @@ def test_the_divergence_from_a_reference_is_watched_without_a_weight():
         dict(zip(STATISTICS, evaluated(clipped(), each, outputs)[2]["policy"][0].tolist(), strict=True))
         for each in (batch, batch.replace(ref_logprobs=None))
     )
+    whole = seen(evaluated(clipped_rollouts(low=0.2, high=0.2), batch, outputs)[2])
+    assert whole["kl"] == with_it["kl"] > 0 and whole["tokens"] == with_it["tokens"]
     assert with_it["kl"] == pytest.approx(float((gap.exp() - gap - 1).sum()), rel=1e-5) and without["kl"] == 0
 
 
@@ -320,7 +325,9 @@ def test_the_bounds_of_a_value_hold_both_ways():
         (lambda: clipped_rollouts(low=-1.0, high=0.1), "clipped_rollouts: low must be"),
         (lambda: truncated(low=0.1, high=-1.0), "truncated: high must be"),
         (lambda: truncated(low=0.1, high=1.0, beta=-1.0), "truncated: beta must be a finite number >= 0; got -1.0"),
+        (lambda: clipped_rollouts(low=0.1, high=0.1, beta=-1.0), "clipped_rollouts: beta must be a finite number >= 0"),
         (lambda: geometric_rollouts(low=-1.0), "geometric_rollouts: low must be"),
+        (lambda: asymmetric_rollouts(negative=(0.0, 0.0)), "asymmetric_rollouts: negative must be 0 <= least"),
         (lambda: asymmetric(positive=(2.0, 1.0)), r"asymmetric: positive must be 0 <= least .*; got \(2.0, 1.0\)"),
         (lambda: gated(negative=0.0), "gated: negative must be a finite number > 0; got 0.0"),
         (lambda: squared_value(clip=0.0), "squared_value: clip must be a number > 0"),

@@ -187,6 +187,10 @@ PAIRS = {  # ours, theirs
         clipped_rollouts(low=0.03, high=0.04),
         trl(importance_sampling_level="sequence", epsilon_low=0.03, epsilon_high=0.04),
     ),
+    "trl gspo with kl": (
+        clipped_rollouts(low=0.03, high=0.04, beta=0.1),
+        trl(importance_sampling_level="sequence", epsilon_low=0.03, epsilon_high=0.04, beta=0.1),
+    ),
     "trl gmpo": (geometric_rollouts(), trl(**GMPO)),
     "trl truncated": (
         clipped(beta=0.1, importance=token_importance(Truncate(1.2, 0.9)), **DAPO),
