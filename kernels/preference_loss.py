@@ -182,7 +182,7 @@ class Spread(NamedTuple):
 
 
 def reference_gradient(g: Tensor, derivative: Tensor, spread: Spread, paired: bool, shape: torch.Size) -> Tensor:
-    """The gradient to logprobs in plain torch, of g (P,) and the derivatives (2, P) that `reference` returned."""
+    """The gradient to logprobs in torch, of g (P,) and the derivatives (2, P) that `reference` returned."""
     each = g * derivative
     if not paired:
         each = each.sum(0)
@@ -195,7 +195,7 @@ def reference_gradient(g: Tensor, derivative: Tensor, spread: Spread, paired: bo
         each = to_tokens(each, spread.offsets, shape[0])
     if len(shape) == 2:
         each = each[:, None].expand(shape)
-    return each if spread.mask is None else torch.where(spread.mask, each, 0.0)
+    return each.contiguous() if spread.mask is None else torch.where(spread.mask, each, 0.0)
 
 
 def _added(values: Tensor, index: Tensor, size: int) -> Tensor:

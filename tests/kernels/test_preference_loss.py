@@ -96,24 +96,6 @@ def test_scores_without_tokens(device, backend):
             preference_loss(torch.zeros(4), form)
 
 
-@each_backend
-def test_padded_rollouts_are_packed_ones(device, backend):
-    lengths = torch.tensor([3, 1, 7, 5])
-    for form in FORMS.values():
-        packed = rollouts(lengths.tolist(), form, device=device, given=())
-        mask = torch.arange(7) < lengths[:, None]
-        padded = {**packed, "mask": mask.to(device)}
-        for name in ("logprobs", "ref_logprobs"):
-            if name in packed:
-                padded[name] = torch.full((4, 7), math.nan).masked_scatter(mask, packed[name].cpu()).to(device)
-        del padded["offsets"]
-        g = gradients_of(packed, form)
-        expected, got = run(packed, form, g, backend), run(padded, form, g, backend)
-        assert got[1].shape == (4, 7) and not got[1][~mask].any()
-        for a, b in zip((got[0], got[1][mask], *got[2:]), expected, strict=True):
-            assert torch.allclose(a, b, rtol=1e-6)
-
-
 @each_fast_backend
 def test_margins_of_every_size_keep_their_digits(device, backend):
     """log(1 + e^-m) from 1e-40 to 1e4, and the gradient that is left of a pair long settled."""
