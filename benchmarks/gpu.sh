@@ -25,7 +25,7 @@ pytest=("$PYTHON" -m pytest -q -p no:cacheprovider)
 if [ -n "$smoke" ]; then
     "$PYTHON" -c 'import fuserl._C' 2> /dev/null || build AUTO
     step 120 "${pytest[@]}" -m gpu
-    step 120 "${pytest[@]}" tests/kernels/test_ahead_of_time.py
+    step 120 "${pytest[@]}" tests/kernels/test_ahead_of_time.py tests/kernels/test_nvcc.py
     step 120 "$PYTHON" -m fuserl.engine.cli bench --smoke
     step 120 env TRITON_INTERPRET=1 "$PYTHON" benchmarks/launch_grid.py --smoke
     exit $failed
