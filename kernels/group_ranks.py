@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fuserl.kernels.discounted_scan import discounted_scan
 from fuserl.kernels.dispatch import choose
+from fuserl.kernels.registration import register
 
 __all__ = ["group_ranks"]
 
@@ -92,14 +93,15 @@ def _dispatch(rewards, group, best, backend):
     return IMPLS[backend](rewards.contiguous(), group.contiguous(), best) if len(rewards) else rewards.clone()
 
 
-_library = torch.library.Library("fuserl", "FRAGMENT")
-_library.define("group_ranks(Tensor rewards, Tensor group, bool best, str? backend) -> Tensor")
-_library.impl("group_ranks", _dispatch, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fuserl::group_ranks", lib=_library)
 def _fake(rewards, *_):
     return rewards.new_empty(rewards.shape)
+
+
+_group_ranks = register(
+    "group_ranks(Tensor rewards, Tensor group, bool best, str? backend) -> Tensor",
+    _dispatch,
+    _fake,
+)
 
 
 def group_ranks(rewards: Tensor, group: Tensor, *, ties: str = "mean", backend: str | None = None) -> Tensor:
@@ -127,7 +129,7 @@ def group_ranks(rewards: Tensor, group: Tensor, *, ties: str = "mean", backend: 
     check_grouped("group_ranks", rewards, group)
     if ties not in TIES:
         raise ValueError(f"group_ranks: ties must be one of {list(TIES)}; got {ties!r}. Correct the name.")
-    return torch.ops.fuserl.group_ranks(rewards, group, ties == "best", backend)
+    return _group_ranks(rewards, group, ties == "best", backend)
 
 
 def check_grouped(function: str, rewards: Tensor, group: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.group_ranks import Ordered, check_grouped
+from fuserl.kernels.registration import register
 
 __all__ = ["pass_at_k_advantage"]
 
@@ -67,17 +68,16 @@ def _dispatch(rewards, group, *rule):
     return IMPLS[backend](rewards.contiguous(), group.contiguous(), *rule) if len(rewards) else rewards.clone()
 
 
-_library = torch.library.Library("fuserl", "FRAGMENT")
-_library.define(
-    "pass_at_k_advantage(Tensor rewards, Tensor group, int k, int baseline, int scale, float eps, str? backend)"
-    " -> Tensor"
-)
-_library.impl("pass_at_k_advantage", _dispatch, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fuserl::pass_at_k_advantage", lib=_library)
 def _fake(rewards, *_):
     return rewards.new_empty(rewards.shape)
+
+
+_pass_at_k_advantage = register(
+    "pass_at_k_advantage(Tensor rewards, Tensor group, int k, int baseline, int scale, float eps, str? backend)"
+    " -> Tensor",
+    _dispatch,
+    _fake,
+)
 
 
 def pass_at_k_advantage(
@@ -117,7 +117,7 @@ def pass_at_k_advantage(
     check_grouped("pass_at_k_advantage", rewards, group)
     _check_choice(k, baseline, scale)
     codes = BASELINES.index(baseline), SCALES.index(scale)
-    return torch.ops.fuserl.pass_at_k_advantage(rewards, group, k, *codes, eps, backend)
+    return _pass_at_k_advantage(rewards, group, k, *codes, eps, backend)
 
 
 def _check_choice(k: int, baseline: str | None, scale: str | None) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fuserl.kernels import preference_pairs
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.preferences import HINGE, LOGISTIC, ODDS, SIGMOID, SQUARE, STATISTICS, Form, Rule, merged, named
+from fuserl.kernels.registration import register
 from fuserl.kernels.segment_sum import reference as segment_sums
 from fuserl.kernels.segment_sum import to_tokens
 
@@ -222,52 +223,44 @@ def _dispatch_gradient(g, derivative, *arguments):
     return GRADIENTS[backend](g, derivative, spread, paired, shape)
 
 
-class _Loss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logprobs, arguments):
-        losses, *others, derivative = torch.ops.fuserl.preference_terms(logprobs, *arguments)
-        offsets, mask, chosen, rejected, _, _, desirable, *_, backend = arguments
-        ctx.mark_non_differentiable(*others)
-        ctx.settings = desirable is None, logprobs.shape, backend
-        ctx.save_for_backward(derivative, offsets, mask, chosen, rejected)
-        return losses, *others
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g, *_):
-        return torch.ops.fuserl.preference_gradient(g, *ctx.saved_tensors, *ctx.settings), None
+def _fake_gradient(g, *arguments):
+    return g.new_empty(arguments[-2])
 
 
-def _differentiable(logprobs, *arguments):
-    return _Loss.apply(logprobs, arguments)
-
-
-_library = torch.library.Library("fuserl", "FRAGMENT")
-_ARGUMENTS = (
-    "(Tensor logprobs, Tensor? offsets, Tensor? mask, Tensor? chosen, Tensor? rejected, Tensor? ref_logprobs, "
-    "Tensor? margins, Tensor? desirable, Tensor? baseline, float[] numbers, int[] codes, str? backend)"
-)
-_library.define(f"preference_loss{_ARGUMENTS} -> (Tensor, Tensor, Tensor)")
-_library.define(f"preference_terms{_ARGUMENTS} -> (Tensor, Tensor, Tensor, Tensor)")
-_library.define(
+_preference_gradient = register(
     "preference_gradient(Tensor g, Tensor derivative, Tensor? offsets, Tensor? mask, Tensor? chosen, Tensor? rejected, "
-    "bool paired, SymInt[] shape, str? backend) -> Tensor"
+    "bool paired, SymInt[] shape, str? backend) -> Tensor",
+    _dispatch_gradient,
+    _fake_gradient,
 )
-# Not register_autograd: in each call it lists all arguments of the op once per argument, longer than this op takes.
-_library.impl("preference_loss", _differentiable, "CompositeImplicitAutograd")
-_library.impl("preference_terms", _dispatch, "CompositeExplicitAutograd")
-_library.impl("preference_gradient", _dispatch_gradient, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fuserl::preference_terms", lib=_library)
+def _setup_context(ctx, inputs, output):
+    logprobs, offsets, mask, chosen, rejected, _, _, desirable, *_, backend = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.settings = desirable is None, logprobs.shape, backend
+    ctx.save_for_backward(output[3], offsets, mask, chosen, rejected)
+
+
+@torch.autograd.function.once_differentiable
+def _autograd(ctx, g, *_):
+    return _preference_gradient(g, *ctx.saved_tensors, *ctx.settings), *[None] * 11
+
+
 def _fake(logprobs, *arguments):
     losses, rewards, derivative = _outputs(logprobs, Given(*arguments[:8]))
     return losses, rewards, logprobs.new_empty(len(STATISTICS)), derivative
 
 
-@torch.library.register_fake("fuserl::preference_gradient", lib=_library)
-def _fake_gradient(g, *arguments):
-    return g.new_empty(arguments[-2])
+_preference_loss = register(
+    "preference_loss(Tensor logprobs, Tensor? offsets, Tensor? mask, Tensor? chosen, Tensor? rejected, "
+    "Tensor? ref_logprobs, Tensor? margins, Tensor? desirable, Tensor? baseline, float[] numbers, int[] codes, "
+    "str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _dispatch,
+    _fake,
+    keep=_setup_context,
+    backward=_autograd,
+)
 
 
 def preference_loss(
@@ -317,7 +310,7 @@ def preference_loss(
     given = Given(offsets, mask, chosen, rejected, ref_logprobs, margins, desirable, baseline)
     _check(logprobs, given, form, rule)
     link, mean, *numbers = rule
-    return torch.ops.fuserl.preference_loss(logprobs, *given, numbers, (link, int(mean)), backend)
+    return _preference_loss(logprobs, *given, numbers, [link, int(mean)], backend)[:3]
 
 
 def _check(logprobs: Tensor, given: Given, form: Form, rule: Rule) -> None:

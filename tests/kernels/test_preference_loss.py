@@ -314,8 +314,7 @@ def test_opcheck(name):
     link, mean, *numbers = form.rule()
     arguments = *tensors, numbers, [link, int(mean)], "cpu"
     torch.library.opcheck(torch.ops.fuserl.preference_loss, (x["logprobs"].clone().requires_grad_(), *arguments))
-    torch.library.opcheck(torch.ops.fuserl.preference_terms, (x["logprobs"], *arguments))
-    losses, *_, derivative = torch.ops.fuserl.preference_terms(x["logprobs"], *arguments)
+    losses, *_, derivative = torch.ops.fuserl.preference_loss(x["logprobs"], *arguments)
     arguments = losses, derivative, *tensors[:4], not isinstance(form, KTO), x["logprobs"].shape, "cpu"
     torch.library.opcheck(torch.ops.fuserl.preference_gradient, arguments)
 

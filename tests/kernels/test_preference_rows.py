@@ -85,7 +85,7 @@ def test_opcheck(backend):
         arguments = *given, [0.1, 0.0, 1.0, 0.0, 0.0, 0.0], [0, 0], backend
         x = rows["logprobs"].nan_to_num()
         torch.library.opcheck(torch.ops.fuserl.preference_loss, (x.clone().requires_grad_(), *arguments))
-        losses, *_, derivative = torch.ops.fuserl.preference_terms(x, *arguments)
+        losses, *_, derivative = torch.ops.fuserl.preference_loss(x, *arguments)
         arguments = losses, derivative, *given[:4], True, x.shape, backend
         torch.library.opcheck(torch.ops.fuserl.preference_gradient, arguments)
 
