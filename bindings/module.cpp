@@ -111,6 +111,28 @@ void preference_gradient(const TensorView& g, const TensorView& derivative,
       {g, derivative, pointer(offsets), pointer(mask), pointer(chosen), pointer(rejected), paired, out}, threads);
 }
 
+using MaybeViews = std::array<std::optional<TensorView>, 3>;
+
+void gaussian_logprob_forward(const TensorView& actions, const TensorView& mean, const TensorView& scale,
+                              const MaybeViews& others, bool logs, const MaybeViews& out, int threads) {
+  share_torch_threads();
+  const auto& [ref_mean, ref_scale, mask] = others;
+  fuserl::cpu::gaussian_logprob_forward(
+      {actions, mean, scale, pointer(ref_mean), pointer(ref_scale), pointer(mask), logs},
+      {pointer(out[0]), pointer(out[1]), pointer(out[2])}, threads);
+}
+
+void gaussian_logprob_backward(const TensorView& actions, const TensorView& mean, const TensorView& scale,
+                               const MaybeViews& others, bool logs, const MaybeViews& g,
+                               const std::array<std::optional<TensorView>, 5>& out, int threads) {
+  share_torch_threads();
+  const auto& [ref_mean, ref_scale, mask] = others;
+  fuserl::cpu::gaussian_logprob_backward(
+      {actions, mean, scale, pointer(ref_mean), pointer(ref_scale), pointer(mask), logs},
+      {pointer(g[0]), pointer(g[1]), pointer(g[2])},
+      {pointer(out[0]), pointer(out[1]), pointer(out[2]), pointer(out[3]), pointer(out[4])}, threads);
+}
+
 void sample(const TensorView& logits, const std::optional<TensorView>& row_temperature, double temperature,
             std::int64_t top_k, double top_p, double log_min_p, std::int64_t seed, const TensorView& rollout_ids,
             const TensorView& positions, const TensorView& ids, const TensorView& logprobs, int threads) {
@@ -228,6 +250,10 @@ PYBIND11_MODULE(_C, m) {
         "rewards"_a, "derivative"_a, "statistics"_a, "threads"_a, no_gil());
   m.def("preference_gradient", preference_gradient, "g"_a, "derivative"_a, "spread"_a, "paired"_a, "out"_a, "threads"_a,
         no_gil());
+  m.def("gaussian_logprob_forward", gaussian_logprob_forward, "actions"_a, "mean"_a, "scale"_a, "others"_a, "logs"_a,
+        "out"_a, "threads"_a, no_gil());
+  m.def("gaussian_logprob_backward", gaussian_logprob_backward, "actions"_a, "mean"_a, "scale"_a, "others"_a, "logs"_a,
+        "g"_a, "out"_a, "threads"_a, no_gil());
   m.def("sample", sample, "logits"_a, "row_temperature"_a, "temperature"_a, "top_k"_a, "top_p"_a, "log_min_p"_a,
         "seed"_a, "rollout_ids"_a, "positions"_a, "ids"_a, "logprobs"_a, "threads"_a, no_gil());
   m.def("divergence_forward", divergence_forward, "logits_p"_a, "logits_q"_a, "temperatures"_a, "kind"_a, "parameter"_a,

@@ -180,6 +180,32 @@ struct PreferenceGradient {
 };
 void preference_gradient(const PreferenceGradient& tensors, int threads);
 
+// Log-probability of actions under a normal distribution of independent dimensions, its entropy, and its divergence from
+// a reference, of each row; equations: kernels/gaussian_logprob.
+//   actions, mean, ref_mean  (N, D) f32 | f64, the same dtype; ref_mean null without a reference
+//   scale, ref_scale  (N, D), (N, 1), (1, D) or (1, 1) of that dtype; standard deviations, or their logarithms
+//   mask              (N, D) or (1, D) bool, or null for all true; what is false has no part and may hold anything
+//   logprob, entropy, kl  (N,) of that dtype; entropy and kl null where they are not wanted
+// A row never depends on its neighbours or on `threads`.
+struct GaussianTensors {
+  const TensorView &actions, &mean, &scale;
+  const TensorView *ref_mean, *ref_scale, *mask;
+  bool logs;
+};
+struct GaussianResults {
+  const TensorView *logprob, *entropy, *kl;
+};
+void gaussian_logprob_forward(const GaussianTensors& tensors, const GaussianResults& out, int threads);
+
+// Gradients of the sums of g's times the results; a null g is 0, a null gradient is not wanted, each as its input.
+// A row whose g is 0 has gradients of 0, whatever it holds. Sums over rows are taken over groups at fixed places, merged in
+// order: nothing depends on `threads`.
+struct GaussianGradientViews {
+  const TensorView *actions, *mean, *scale, *ref_mean, *ref_scale;
+};
+void gaussian_logprob_backward(const GaussianTensors& tensors, const GaussianResults& g,
+                               const GaussianGradientViews& out, int threads);
+
 // Draws a token per row; equations: kernels/sample. A row's result depends on its own logits and numbers only, and every
 // backend draws the same.
 //   logits       (N, V) f32 | bf16 | f16, stride 1 in V, any other between rows

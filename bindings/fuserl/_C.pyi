@@ -89,6 +89,25 @@ def preference_gradient(
     out: Tensor,
     threads: int,
 ) -> None: ...
+def gaussian_logprob_forward(
+    actions: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    others: tuple[Tensor | None, ...],
+    logs: bool,
+    out: tuple[Tensor | None, ...],
+    threads: int,
+) -> None: ...
+def gaussian_logprob_backward(
+    actions: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    others: tuple[Tensor | None, ...],
+    logs: bool,
+    g: tuple[Tensor | None, ...],
+    out: tuple[Tensor | None, ...],
+    threads: int,
+) -> None: ...
 def sample(
     logits: Tensor,
     row_temperature: Tensor | None,

@@ -16,6 +16,7 @@ OPS = (
     "discounted_scan",
     "divergence",
     "gae",
+    "gaussian_logprob",
     "group_advantage",
     "linear_divergence",
     "linear_logprob",

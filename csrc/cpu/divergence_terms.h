@@ -2,6 +2,7 @@
 // compiled once per instruction set. kernels/divergence.py has the equations.
 #pragma once
 #include "exponentials.h"
+#include "logarithms.h"
 #include "ops.h"
 
 namespace fuserl {
@@ -29,20 +30,6 @@ FUSERL_INLINE V greater(V a, V b) {
 template <class V>
 FUSERL_INLINE V magnitude(V x) {
   return x < V{} ? -x : x;
-}
-
-FUSERL_INLINE double log_one_plus(double x) { return __builtin_log1p(x); }
-// For -1 < x <= 0, to 1 ulp: the mantissa's logarithm by a series in f / (2 + f), and what rounding 1 + x lost of x.
-FUSERL_INLINE Floats log_one_plus(Floats x) {
-  constexpr float ln2 = 6.9313812256e-01f, ln2_rest = 9.0580006145e-06f;
-  const Floats u = x + 1.0f, lost = (x - (u - 1.0f)) / u;
-  const Ints bits = (Ints)as_words(u) - 0x3f3504f3;
-  const Ints exponent = bits >> 23;
-  const Floats f = as_floats((Words)((bits & 0x7fffff) + 0x3f3504f3)) - 1.0f;
-  const Floats k = __builtin_convertvector(exponent, Floats);
-  const Floats s = f / (2.0f + f), z = s * s, w = z * z, half = 0.5f * f * f;
-  const Floats even = z * (0xaaaaaa.0p-24f + w * 0x91e9ee.0p-25f), odd = w * (0xccce13.0p-25f + w * 0xf89e26.0p-26f);
-  return s * (half + (even + odd)) + (k * ln2_rest + lost) - half + f + k * ln2;
 }
 
 // sum p log (p / q) - p + q, no term of which is negative.

@@ -1,6 +1,7 @@
 // Token kernels of policy_loss, compiled once per instruction set: FUSERL_ISA names the copy's namespace.
 #include "policy_loss_kernels.h"
 
+#include "elements.h"
 #include "exponentials.h"
 #include "vec.h"
 
@@ -10,21 +11,6 @@ namespace {
 // Tokens whose sums are kept apart before they are added to the block's, in double: a few roundings for each lane.
 template <class T>
 constexpr std::int64_t fold = sizeof(T) == sizeof(float) ? 256 : 32;
-
-FUSERL_INLINE double load(const double* p) { return *p; }
-FUSERL_INLINE void store(double* p, double x) { *p = x; }
-FUSERL_INLINE Ints load_mask(const unsigned char* p, Ints) {
-#if defined(__AVX512F__)
-  return (Ints)_mm512_maskz_cvtepu8_epi32(every, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) != 0;
-#elif defined(__AVX2__)
-  return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))) != 0;
-#else
-  Ints mask;
-  for (int i = 0; i < width; ++i) mask[i] = -(p[i] != 0);
-  return mask;
-#endif
-}
-FUSERL_INLINE bool load_mask(const unsigned char* p, bool) { return *p != 0; }
 
 template <class V>
 struct Term {
