@@ -183,8 +183,9 @@ void preference_gradient(const PreferenceGradient& tensors, int threads);
 // Log-probability of actions under a normal distribution of independent dimensions, its entropy, and its divergence from
 // a reference, of each row; equations: kernels/gaussian_logprob.
 //   actions, mean, ref_mean  (N, D) f32 | f64, the same dtype; ref_mean null without a reference
-//   scale, ref_scale  (N, D), (N, 1), (1, D) or (1, 1) of that dtype; standard deviations, or their logarithms
-//   mask              (N, D) or (1, D) bool, or null for all true; what is false has no part and may hold anything
+//   scale, ref_scale  (N, D) or (N, 1), or for all rows (D,) or (1,), of that dtype; standard deviations, or their
+//                     logarithms
+//   mask              (N, D) or (D,) bool, or null for all true; what is false has no part and may hold anything
 //   logprob, entropy, kl  (N,) of that dtype; entropy and kl null where they are not wanted
 // A row never depends on its neighbours or on `threads`.
 struct GaussianTensors {

@@ -41,7 +41,7 @@ class GaussianLogprob(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What a call is told, as rows: (N, D), scales and the mask also (1, D), scales (N, 1) and (1, 1), or None."""
+    """What a call is told, as rows: (N, D), scales also (N, 1), and (D,) or (1,) for all, the mask also (D,); or None."""
 
     actions: Tensor
     mean: Tensor
@@ -80,8 +80,10 @@ def _reference_forward(given, wanted):
 
 def _reference_backward(given, g, wanted):
     leaves = [x if x is None else x.detach().requires_grad_(want) for x, want in zip(given, wanted, strict=False)]
+    asked = torch.stack([x != 0 for x in g if x is not None]).any(0)[:, None]
+    mask = asked.expand_as(given.actions) if given.mask is None else asked & given.mask
     with torch.enable_grad():
-        results = reference(Given(*leaves, *given[5:]))
+        results = reference(Given(*leaves, mask, given.logs))
     outputs, above = zip(*[(x, each) for x, each in zip(results, g, strict=True) if each is not None], strict=True)
     needed = [x for x, want in zip(leaves, wanted, strict=True) if want]
     found = iter(torch.autograd.grad(outputs, needed, above, allow_unused=True, materialize_grads=True))
@@ -127,8 +129,17 @@ IMPLS = {
 
 def _rows(tensors, logs):
     """The inputs of the op as its implementations take them."""
-    rows = (x if x is None or x.dim() == 2 else x.reshape(-1, x.shape[-1] if x.dim() else 1) for x in tensors)
-    return Given(*(None if x is None else x.contiguous() for x in rows), logs)
+    lead = tensors[0].shape[:-1]
+    return Given(*(x if x is None else _dense(x, lead) for x in tensors), logs)
+
+
+def _dense(x, lead):
+    """Rows where x has one for each action, else what is for all."""
+    if x.shape[:-1] != lead or x.dim() == 0:
+        x = x.reshape(-1)
+    elif x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    return x.contiguous()
 
 
 def _counted(given):

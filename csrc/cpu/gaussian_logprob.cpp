@@ -43,17 +43,21 @@ T* data(const TensorView* view) {
   return view ? view->as<T>() : nullptr;
 }
 
+bool per_dimension(const TensorView& scale, const TensorView& actions) {
+  return scale.shape[scale.ndim - 1] == actions.shape[1];
+}
+
 template <class T>
 GaussianScale<T> scale_of(const TensorView& scale, const TensorView& actions) {
-  const bool per_row = scale.shape[0] == actions.shape[0];
-  return {scale.as<T>(), per_row, scale.shape[1] == actions.shape[1] && (per_row || scale.shape[1] > 1)};
+  const bool per_row = scale.ndim == 2;
+  return {scale.as<T>(), per_row, per_dimension(scale, actions) && (per_row || actions.shape[1] > 1)};
 }
 
 template <class T>
 GaussianRows<T> rows_of(const cpu::GaussianTensors& x) {
   GaussianRows<T> rows = {x.actions.shape[1], data<T>(&x.actions), data<T>(&x.mean), data<T>(x.ref_mean),
                           scale_of<T>(x.scale, x.actions), {}, data<unsigned char>(x.mask),
-                          x.mask && x.mask->shape[0] == x.actions.shape[0], x.logs};
+                          x.mask && x.mask->ndim == 2, x.logs};
   if (x.ref_scale) rows.ref_scale = scale_of<T>(*x.ref_scale, x.actions);
   return rows;
 }
@@ -116,7 +120,7 @@ void add_groups(const std::vector<double>& sums, std::int64_t width, std::int64_
 template <class T>
 void run_backward(const cpu::GaussianTensors& x, const cpu::GaussianResults& g, const cpu::GaussianGradientViews& out,
                   int threads) {
-  const auto summed = [&](const TensorView* scale) { return scale && scale->shape[0] != x.actions.shape[0]; };
+  const auto summed = [](const TensorView* scale) { return scale && scale->ndim == 1; };
   const bool scale = summed(out.scale), ref_scale = summed(out.ref_scale);
   Backward<T> problem = {rows_of<T>(x),
                          Groups(x.actions, scale || ref_scale),
@@ -135,14 +139,15 @@ void run_backward(const cpu::GaussianTensors& x, const cpu::GaussianResults& g, 
   add_groups<T>(problem.ref_sums, problem.ref_width, groups, out.ref_scale);
 }
 
-void check_scale(const char* function, const char* argument, const TensorView& view, const TensorView& actions) {
+// D entries for each row or for all of them, or `fewer`.
+void check_rows(const char* function, const char* argument, const TensorView& view, const TensorView& actions,
+                 DType dtype, std::int64_t fewer) {
   const std::int64_t n = actions.shape[0], d = actions.shape[1];
-  const bool fits = view.ndim == 2 && (view.shape[0] == n || view.shape[0] == 1) &&
-                    (view.shape[1] == d || view.shape[1] == 1);
-  if (!fits)
-    refuse(function, std::string(argument) + " must be " + shape_text({n, d}) + " or 1 in either place",
-           shape_text(view), "Reshape it.");
-  check_dense(function, argument, view, actions.dtype, Device::cpu, {view.shape[0], view.shape[1]});
+  const std::int64_t columns = view.ndim > 0 && view.shape[view.ndim - 1] == fewer ? fewer : d;
+  if (view.ndim == 1)
+    check_dense(function, argument, view, dtype, Device::cpu, {columns});
+  else
+    check_dense(function, argument, view, dtype, Device::cpu, {n, columns});
 }
 
 void check(const char* function, const cpu::GaussianTensors& x, const cpu::GaussianResults& results) {
@@ -154,10 +159,10 @@ void check(const char* function, const cpu::GaussianTensors& x, const cpu::Gauss
   const std::int64_t n = actions.shape[0], d = actions.shape[1];
   check_dense(function, "actions", actions, actions.dtype, Device::cpu, {n, d});
   check_dense(function, "mean", x.mean, actions.dtype, Device::cpu, {n, d});
-  check_scale(function, "scale", x.scale, actions);
+  check_rows(function, "scale", x.scale, actions, actions.dtype, 1);
   if (x.ref_mean) check_dense(function, "ref_mean", *x.ref_mean, actions.dtype, Device::cpu, {n, d});
-  if (x.ref_scale) check_scale(function, "ref_scale", *x.ref_scale, actions);
-  if (x.mask) check_dense(function, "mask", *x.mask, DType::boolean, Device::cpu, {x.mask->shape[0] == 1 ? 1 : n, d});
+  if (x.ref_scale) check_rows(function, "ref_scale", *x.ref_scale, actions, actions.dtype, 1);
+  if (x.mask) check_rows(function, "mask", *x.mask, actions, DType::boolean, d);
   if (results.kl && (!x.ref_mean || !x.ref_scale))
     refuse(function, "ref_mean and ref_scale must be given with kl", "none", "Leave kl out.");
   const auto require = [&](const char* argument, const TensorView* view) {
@@ -172,7 +177,10 @@ void check_gradients(const char* function, const cpu::GaussianTensors& x, const 
   const auto require = [&](const char* argument, const TensorView* view, const TensorView* like) {
     if (!view) return;
     if (!like) refuse(function, std::string(argument) + " must be given for its gradient", "none", "Leave it out.");
-    check_dense(function, argument, *view, x.actions.dtype, Device::cpu, {like->shape[0], like->shape[1]});
+    if (like->ndim == 1)
+      check_dense(function, argument, *view, x.actions.dtype, Device::cpu, {like->shape[0]});
+    else
+      check_dense(function, argument, *view, x.actions.dtype, Device::cpu, {like->shape[0], like->shape[1]});
   };
   require("actions", out.actions, &x.actions);
   require("mean", out.mean, &x.mean);
