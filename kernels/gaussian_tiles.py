@@ -11,8 +11,8 @@ from fuserl.kernels.policy_tokens import _exponentials
 
 __all__ = ["backward", "forward"]
 
-# Elements of a tile, dimensions of it at most; a row's sums depend on nothing but its own elements.
-TILE, WIDEST = 2048, 1024
+# Elements of a tile: whole rows, or a piece of one. A row's sums depend on nothing but its own elements.
+TILE = 1024
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
 
 
@@ -182,7 +182,7 @@ def _backward_kernel(
 def _launched(given):
     """What both kernels are compiled for, and programs, (of rows, of pieces of a row)."""
     N, D = given.actions.shape
-    block = min(triton.next_power_of_2(D), WIDEST)
+    block = min(triton.next_power_of_2(D), TILE)
     rows = TILE // block
     (per_row, per_dimension), (ref_per_row, ref_per_dimension) = (_told_apart(x, D) for x in given[2:5:2])
     settings = {

@@ -12,6 +12,7 @@ from ahead_of_time import TARGETS, compile_ahead, resources
 
 from fuserl.kernels import (
     divergence_rows,
+    gaussian_tiles,
     policy_tokens,
     preference_pairs,
     sample,
@@ -277,4 +278,42 @@ def test_preference_loss_spills_nothing(target, aligned):
 
 def test_preference_loss_in_double_compiles():
     for _, kernel, types, settings in preference_kernels("fp64"):
+        assert compile_ahead(kernel, "sm_90", types, settings).asm["cubin"]
+
+
+def gaussian_kernels(number):
+    """As `kernels`, of gaussian_logprob for numbers of type `number`: everything, in every view, and the least."""
+    inputs = ("action_ptr", "mean_ptr", "scale_ptr", "ref_mean_ptr", "ref_scale_ptr")
+    results = ("logprob_ptr", "entropy_ptr", "kl_ptr")
+    sizes = {"N": "i32", "D": "i32", **dict.fromkeys(inputs, f"*{number}"), "mask_ptr": "*i1"}
+    ends = {
+        "forward": (gaussian_tiles._forward_kernel, results),
+        "backward": (gaussian_tiles._backward_kernel, [f"g_{name}" for name in results] + [f"d_{x}" for x in inputs]),
+    }
+    terms = {"TERMS": 17, "LOG_TERMS": 26} if number == "fp64" else {"TERMS": 9, "LOG_TERMS": 12}
+    for name, (kernel, more) in ends.items():
+        every = sizes | dict.fromkeys(more, f"*{number}")
+        views = (True, True, True, 8), (True, False, False, 1024), (False, True, False, 8), (False, False, True, 1024)
+        for row, dimension, logs, block in views:
+            apart = {"PER_ROW": row, "PER_DIMENSION": dimension, "REF_PER_ROW": dimension, "REF_PER_DIMENSION": row}
+            rows = gaussian_tiles.TILE // block
+            fixed = {"LOGS": logs, **apart, "ROWS": rows, "BLOCK": block, **terms, **gaussian_tiles.LAUNCH}
+            yield f"gaussian {name}", kernel, every, {"MASK_PER_ROW": row, **fixed}
+        least = [x for x in every if x.removeprefix("g_").removeprefix("d_").startswith(("ref", "mask", "ent", "kl"))]
+        types = {x: type_ for x, type_ in every.items() if x not in least}
+        yield f"gaussian {name}", kernel, types, {"MASK_PER_ROW": False, **fixed, **dict.fromkeys(least)}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
+def test_gaussian_logprob_spills_nothing(target, aligned):
+    for name, kernel, types, settings in gaussian_kernels("fp32"):
+        divisible = [argument for argument in types if aligned and argument.endswith(("_ptr", "D"))]
+        used = resources(compile_ahead(kernel, target, types, settings, divisible))
+        assert used["spills"] == 0, f"{name} {settings}: {used}"
+        print(f"{target:7} {'aligned' if aligned else '':8} {name} {settings}: {used}")
+
+
+def test_gaussian_logprob_in_double_compiles():
+    for _, kernel, types, settings in gaussian_kernels("fp64"):
         assert compile_ahead(kernel, "sm_90", types, settings).asm["cubin"]

@@ -78,7 +78,7 @@ def test_equals_the_definition(shape, logs, dtype, device, backend):
 @both_forms
 def test_every_pair_of_views(logs, device, backend):
     for view, ref_view in itertools.product(VIEWS, repeat=2):
-        for shape in ((37, 7), (3, 600)):
+        for shape in ((37, 7), (3, 600))[: 2 - INTERPRETING]:
             tensors = drawn(*shape, view=view, ref_view=ref_view, logs=logs, device=device)
             compare(tensors, backend, logs=logs)
             compare(tensors, backend, logs=logs, mask=some_mask(tensors), average=True)
@@ -252,12 +252,12 @@ def test_gradcheck(view, logs):
 
 @each_fast_backend
 def test_runs_and_threads_and_neighbours_change_nothing(device, backend):
-    rows = 3000 if backend == "cpu" else 200
+    rows = 3000 if backend == "cpu" else 120
     for view in VIEWS:
         tensors = drawn(rows, 33, view=view, ref_view=view, device=device)
         g = above(tensors)
         whole = run(tensors, g, backend)
-        for count in (*[torch.get_num_threads()] * 9, 1, 2, 3):
+        for count in () if INTERPRETING else (*[torch.get_num_threads()] * 9, 1, 2, 3):
             with threads(count):
                 equal(run(tensors, g, backend), whole)
         for count in (1, 15, 16, 17, 101):

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fuserl.kernels import dispatch
 from fuserl.kernels.divergence import divergence
+from fuserl.kernels.gaussian_logprob import gaussian_logprob
 from fuserl.kernels.group_advantage import group_advantage
 from fuserl.kernels.linear_logprob import linear_logprob
 from fuserl.kernels.linear_policy_loss import linear_policy_loss
@@ -90,6 +91,11 @@ def of_sample(cut):
     return lambda n: (torch.randn(n, V), ids(n)), step
 
 
+def gaussian_step(x, policy, actions, mask, **options):
+    given = {"log_std": x * policy[:, 8:9], "ref_mean": actions, "ref_log_std": policy.mean(0)[:8]}
+    return gaussian_logprob(actions, policy[:, :8], **given, mask=mask, entropy=True, average=True, **options)
+
+
 def linear_step(x, hidden, weight, ids, **options):
     out = linear_logprob(hidden, weight, ids, outputs=OUTPUTS, temperature=x, softcap=30 + x, chunk=96, **options)
     return out.logprob, out.entropy
@@ -127,6 +133,7 @@ REGISTERED = {
     "preference_loss": of_preference_loss(CPO),
     "preference_loss, odds": of_preference_loss(ORPO),
     "preference_loss, no pairs": of_preference_loss(KTO),
+    "gaussian_logprob": (lambda n: (leaf(n, 9), torch.randn(n, 8), torch.rand(n, 8) < 0.7), gaussian_step),
     "segment_mean and to_tokens": (lambda n: (leaf(3 * n), torch.arange(n + 1) * 3), spread_means),
     "sample": of_sample(True),
     "sample, uncut": of_sample(False),
