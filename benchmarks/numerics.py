@@ -18,6 +18,7 @@ from pathlib import Path
 
 import attention_subjects
 import divergence_subjects
+import gaussian_subjects
 import group_subjects
 import preference_subjects
 import sequence_subjects
@@ -250,6 +251,7 @@ SUBJECTS = {
         (torch.float32,),
     ),
     **divergence_subjects.SUBJECTS,
+    **gaussian_subjects.SUBJECTS,
     **group_subjects.SUBJECTS,
     **preference_subjects.SUBJECTS,
     **sequence_subjects.SUBJECTS,

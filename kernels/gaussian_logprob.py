@@ -128,18 +128,16 @@ IMPLS = {
 
 
 def _rows(tensors, logs):
-    """The inputs of the op as its implementations take them."""
-    lead = tensors[0].shape[:-1]
-    return Given(*(x if x is None else _dense(x, lead) for x in tensors), logs)
-
-
-def _dense(x, lead):
-    """Rows where x has one for each action, else what is for all."""
-    if x.shape[:-1] != lead or x.dim() == 0:
-        x = x.reshape(-1)
-    elif x.dim() != 2:
-        x = x.reshape(-1, x.shape[-1])
-    return x.contiguous()
+    """The inputs of the op as its implementations take them: as rows where they have one for each action."""
+    lead, rows = tensors[0].shape[:-1], []
+    for x in tensors:
+        if x is not None:
+            shape = x.shape
+            if len(shape) != 2 or shape[:1] != lead:
+                x = x.reshape(-1, shape[-1]) if shape[:-1] == lead and len(shape) else x.reshape(-1)
+            x = x.contiguous()
+        rows.append(x)
+    return Given(*rows, bool(logs))
 
 
 def _counted(given):
@@ -148,9 +146,9 @@ def _counted(given):
 
 
 def _results(tensors, codes, backend):
-    logs, average, entropy = map(bool, codes)
+    logs, average, entropy = codes
     given, shape = _rows(tensors, logs), tensors[0].shape[:-1]
-    results = IMPLS[backend][0](given, (True, entropy, given.ref_mean is not None))
+    results = IMPLS[backend][0](given, (True, bool(entropy), given.ref_mean is not None))
     if average:
         count = _counted(given)
         results = [None if x is None else x / count for x in results]
@@ -159,14 +157,14 @@ def _results(tensors, codes, backend):
 
 def _gradients(tensors, g, codes, wanted, backend):
     """Of the first five of the inputs, None where not wanted, and what comes from above `g` is None for 0."""
-    logs, average, _ = map(bool, codes)
+    logs, average, _ = codes
     given = _rows(tensors, logs)
-    g = [x if x is None else x.reshape(-1).contiguous() for x in g]
+    g = [x if x is None else x.contiguous().view(-1) for x in g]
     if average:
         count = _counted(given)
         g = [None if x is None else x / count for x in g]
     found = IMPLS[backend][1](given, g, wanted)
-    return [x if x is None else x.view(like.shape) for x, like in zip(found, tensors, strict=False)]
+    return [x if x is None or x.shape == like.shape else x.view(like.shape) for x, like in zip(found, tensors, strict=False)]
 
 
 class _Eager(torch.autograd.Function):
@@ -304,7 +302,8 @@ def gaussian_logprob(
     Source: the sum of a chain of denoising steps is DPPO's (arXiv:2409.00588), their mean over dimensions DDPO's code.
     Sibling: `policy_loss` takes these log-probs, old_logprobs and all.
     """
-    actions, mean, ref_mean = (_widened(x) for x in (actions, mean, ref_mean))
+    actions, mean = _widened(actions), _widened(mean)
+    ref_mean = ref_mean if ref_mean is None else _widened(ref_mean)
     _check(actions, mean, ref_mean, mask)
     logs = _check_forms(log_std, std, ref_mean, ref_log_std, ref_std)
     scale = _scale("log_std" if logs else "std", log_std if logs else std, actions)
@@ -318,8 +317,8 @@ def gaussian_logprob(
     return GaussianLogprob(found[0], found[1] if entropy else None, None if ref_mean is None else found[2])
 
 
-def _widened(x: Tensor | None) -> Tensor | None:
-    return x.float() if x is not None and x.dtype in _NARROW else x
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in _NARROW else x
 
 
 def _scale(name: str, x: Tensor | float, actions: Tensor) -> Tensor:
