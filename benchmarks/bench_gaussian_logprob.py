@@ -13,7 +13,9 @@ from torch.distributions import Normal, kl_divergence
 
 from fuserl.kernels.gaussian_logprob import gaussian_logprob
 
-SHAPES = pytest.mark.parametrize("shape", [(65536, 64), (4096, 64), (64, 8)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
+SHAPES = pytest.mark.parametrize(
+    "shape", [(65536, 64), (4096, 64), (64, 8)], ids=lambda shape: f"{shape[0]}x{shape[1]}"
+)
 
 
 def inputs(shape, device, alike):

@@ -10,9 +10,9 @@
     dmean    =  g z / std + g_kl w / ref_std             dref_log_std = -g_kl (expm1(2 t) + w^2)
     dlog_std =  g (z^2 - 1) + g_entropy + g_kl expm1(2 t)
 
-with g of logprob; of a standard deviation itself those of its logarithm over it. One read of the inputs forward, and one
-backward, which writes the gradients that are wanted: nothing is kept in between. Scales stay as small as they are given,
-and their gradients are summed to that size at once.
+with g of logprob; of a standard deviation itself those of its logarithm over it. One read of the inputs forward, one
+backward, which writes the gradients that are wanted: nothing is kept in between. Scales stay as small as they are
+given, and their gradients are summed to that size at once.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from fuserl.kernels.dispatch import choose
+from fuserl.kernels.gaussian_inputs import Given, check, check_forms, given_rows, scale_of, widened
 
 __all__ = ["GaussianLogprob", "gaussian_logprob"]
 
 _HALF_LOG_2PI = math.log(2 * math.pi) / 2
 _PLAIN = (Tensor, torch.nn.Parameter)  # others, those that trace among them, go through torch.library
-_NARROW = (torch.bfloat16, torch.float16)
 
 
 class GaussianLogprob(NamedTuple):
@@ -38,18 +38,6 @@ class GaussianLogprob(NamedTuple):
     logprob: Tensor
     entropy: Tensor | None
     kl: Tensor | None
-
-
-class Given(NamedTuple):
-    """What a call is told, as rows: (N, D), scales also (N, 1), and (D,) or (1,) for all, the mask also (D,); or None."""
-
-    actions: Tensor
-    mean: Tensor
-    scale: Tensor
-    ref_mean: Tensor | None = None
-    ref_scale: Tensor | None = None
-    mask: Tensor | None = None
-    logs: bool = True
 
 
 def reference(given: Given) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -127,19 +115,6 @@ IMPLS = {
 }
 
 
-def _rows(tensors, logs):
-    """The inputs of the op as its implementations take them: as rows where they have one for each action."""
-    lead, rows = tensors[0].shape[:-1], []
-    for x in tensors:
-        if x is not None:
-            shape = x.shape
-            if len(shape) != 2 or shape[:1] != lead:
-                x = x.reshape(-1, shape[-1]) if shape[:-1] == lead and len(shape) else x.reshape(-1)
-            x = x.contiguous()
-        rows.append(x)
-    return Given(*rows, bool(logs))
-
-
 def _counted(given):
     """What the mean over dimensions divides by."""
     return given.actions.shape[1] if given.mask is None else given.mask.sum(-1).clamp(min=1)
@@ -147,7 +122,7 @@ def _counted(given):
 
 def _results(tensors, codes, backend):
     logs, average, entropy = codes
-    given, shape = _rows(tensors, logs), tensors[0].shape[:-1]
+    given, shape = given_rows(tensors, logs), tensors[0].shape[:-1]
     results = IMPLS[backend][0](given, (True, bool(entropy), given.ref_mean is not None))
     if average:
         count = _counted(given)
@@ -158,13 +133,14 @@ def _results(tensors, codes, backend):
 def _gradients(tensors, g, codes, wanted, backend):
     """Of the first five of the inputs, None where not wanted, and what comes from above `g` is None for 0."""
     logs, average, _ = codes
-    given = _rows(tensors, logs)
+    given = given_rows(tensors, logs)
     g = [x if x is None else x.contiguous().view(-1) for x in g]
     if average:
         count = _counted(given)
         g = [None if x is None else x / count for x in g]
     found = IMPLS[backend][1](given, g, wanted)
-    return [x if x is None or x.shape == like.shape else x.view(like.shape) for x, like in zip(found, tensors, strict=False)]
+    pairs = zip(found, tensors, strict=False)
+    return [x if x is None or x.shape == like.shape else x.view(like.shape) for x, like in pairs]
 
 
 class _Eager(torch.autograd.Function):
@@ -277,21 +253,21 @@ def gaussian_logprob(
         actions: (..., D) float32 or float64; 16 bits are widened to float32, here and below. D > 0.
         mean: (..., D), the policy's, for each action.
         log_std: logarithm of the policy's standard deviation, broadcastable to the actions: (..., D), (D,) for every
-            state, (..., 1) for every dimension, (). Of another shape, (T, 1, D) say, it is expanded to the actions' rows.
+            state, (..., 1) for every dimension, (). Of another shape, (T, 1, D) say, it is expanded to the rows.
         std: the standard deviation itself instead, or a number; where it is not positive there is no density: NaN or
             infinity shows.
         ref_mean: (..., D) of the reference; given, kl is there.
-        ref_log_std, ref_std: as log_std and std, in the one of these two forms that the policy's scale has; None for the
-            policy's own, gradient and all.
+        ref_log_std, ref_std: as log_std and std, in the one of these two forms that the policy's scale has; None for
+            the policy's own, gradient and all.
         mask: (..., D) or (D,) bool; a False dimension has no part and gradient 0, and may hold anything.
         average: means over the dimensions that the mask keeps, not sums; of none, 0.
         entropy: return it, too.
         backend: "triton", "cpu" or "reference"; the fastest that runs here by default.
 
     Returns:
-        GaussianLogprob(logprob, entropy, kl), each (...) in float32 (float64 from float64), or None where not asked for;
-        each is differentiable once in every tensor but the mask, the reference's, too: detach what is data. kl is at
-        least 0, and exactly 0 where the two agree; a small one has as many digits as a large one.
+        GaussianLogprob(logprob, entropy, kl), each (...) in float32 (float64 from float64), or None where not asked
+        for; each is differentiable once in every tensor but the mask, the reference's, too: detach what is data. kl is
+        at least 0, and exactly 0 where the two agree; a small one has as many digits as a large one.
 
     Raises:
         ValueError: on a wrong shape, dtype, device or combination.
@@ -299,92 +275,19 @@ def gaussian_logprob(
     A row to which nothing comes from above has gradients of 0, whatever it holds. Memory: none beside results and
     gradients; a gradient of a scale for all rows takes 32 rows of sums.
 
-    Source: the sum of a chain of denoising steps is DPPO's (arXiv:2409.00588), their mean over dimensions DDPO's code.
+    Source: sums over dimensions and denoising steps, DPPO (arXiv:2409.00588); means, the code of DDPO (2305.13301).
     Sibling: `policy_loss` takes these log-probs, old_logprobs and all.
     """
-    actions, mean = _widened(actions), _widened(mean)
-    ref_mean = ref_mean if ref_mean is None else _widened(ref_mean)
-    _check(actions, mean, ref_mean, mask)
-    logs = _check_forms(log_std, std, ref_mean, ref_log_std, ref_std)
-    scale = _scale("log_std" if logs else "std", log_std if logs else std, actions)
+    actions, mean = widened(actions), widened(mean)
+    ref_mean = ref_mean if ref_mean is None else widened(ref_mean)
+    check(actions, mean, ref_mean, mask)
+    logs = check_forms(log_std, std, ref_mean, ref_log_std, ref_std)
+    scale = scale_of("log_std" if logs else "std", log_std if logs else std, actions)
     ref_scale = ref_log_std if logs else ref_std
     if ref_mean is not None:
-        ref_scale = scale if ref_scale is None else _scale("ref_log_std" if logs else "ref_std", ref_scale, actions)
+        ref_scale = scale if ref_scale is None else scale_of("ref_log_std" if logs else "ref_std", ref_scale, actions)
     codes = [int(logs), int(average), int(entropy)]
     plain = type(actions) in _PLAIN and not torch.compiler.is_compiling()
     run = _Eager.apply if plain else torch.ops.fuserl.gaussian_logprob
     found = run(actions, mean, scale, ref_mean, ref_scale, mask, codes, backend)
     return GaussianLogprob(found[0], found[1] if entropy else None, None if ref_mean is None else found[2])
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in _NARROW else x
-
-
-def _scale(name: str, x: Tensor | float, actions: Tensor) -> Tensor:
-    """A scale in the actions' dtype, for all rows or for each."""
-    if not isinstance(x, Tensor):
-        return actions.new_full((), x)
-    x, shape = _widened(x), actions.shape
-    if x.shape == shape:
-        _check_kind(name, x, actions)
-        return x
-    columns = x.shape[-1] if x.dim() else 1
-    lead, rows = x.shape[:-1], shape[:-1]
-    fits = columns in (1, shape[-1]) and len(lead) <= len(rows)
-    fits = fits and all(a in (1, b) for a, b in zip(reversed(lead), reversed(rows), strict=False))
-    if not fits:
-        raise ValueError(
-            f"gaussian_logprob: {name} must be broadcastable to {tuple(shape)}; got {tuple(x.shape)}. Give (D,) for every "
-            "state, (..., 1) for every dimension."
-        )
-    _check_kind(name, x, actions)
-    return x if lead == rows or all(size == 1 for size in lead) else x.expand(*rows, columns)
-
-
-def _check_kind(name: str, x: Tensor, actions: Tensor) -> None:
-    if x.dtype != actions.dtype or x.device != actions.device:
-        raise ValueError(
-            f"gaussian_logprob: {name} must be {actions.dtype} on {actions.device} like actions; got {x.dtype} on "
-            f"{x.device}. Convert it with .to()."
-        )
-
-
-def _check(actions: Tensor, mean: Tensor, ref_mean: Tensor | None, mask: Tensor | None) -> None:
-    shape = actions.shape
-    if actions.dtype not in (torch.float32, torch.float64) or actions.dim() == 0 or shape[-1] == 0:
-        raise ValueError(
-            f"gaussian_logprob: actions must be (..., D) of a floating dtype, D > 0; got {tuple(shape)} {actions.dtype}. "
-            "Give a vector per action, (..., 1) for a number."
-        )
-    for name, x in (("mean", mean), ("ref_mean", ref_mean)):
-        if x is None:
-            continue
-        if x.shape != shape:
-            raise ValueError(
-                f"gaussian_logprob: {name} must be {tuple(shape)} like actions; got {tuple(x.shape)}. Expand it to match."
-            )
-        _check_kind(name, x, actions)
-    if mask is None:
-        return
-    if mask.shape not in (shape, shape[-1:]) or mask.dtype != torch.bool or mask.device != actions.device:
-        raise ValueError(
-            f"gaussian_logprob: mask must be {tuple(shape)} or {tuple(shape[-1:])} torch.bool on {actions.device}; got "
-            f"{tuple(mask.shape)} {mask.dtype} on {mask.device}. Expand or convert it."
-        )
-
-
-def _check_forms(log_std, std, ref_mean, ref_log_std, ref_std) -> bool:
-    """Whether scales are given as logarithms."""
-    if (log_std is None) == (std is None):
-        got = "neither" if std is None else "both"
-        raise ValueError(f"gaussian_logprob: log_std or std must be given, one of them; got {got}. Give the policy's scale.")
-    logs = std is None
-    if (ref_std if logs else ref_log_std) is not None:
-        name, form = ("ref_std", "log_std") if logs else ("ref_log_std", "std")
-        raise ValueError(
-            f"gaussian_logprob: {name} must be None where the policy's scale is {form}; got a value. Give ref_{form}."
-        )
-    if ref_mean is None and (ref_log_std if logs else ref_std) is not None:
-        raise ValueError("gaussian_logprob: ref_mean must be given with the reference's scale; got None. Give both.")
-    return logs

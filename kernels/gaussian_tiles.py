@@ -201,7 +201,7 @@ def _told_apart(scale, D):
 
 
 def forward(given, wanted: tuple[bool, ...]) -> list[Tensor | None]:
-    """Log-probs, entropies and divergences, (N,), of a gaussian_logprob.Given on the current stream; None if not wanted."""
+    """Log-probs, entropies and divergences, (N,), of a `Given` on the current stream; None if not wanted."""
     N, D = given.actions.shape
     settings, (tiles, pieces) = _launched(given)
     out = [given.actions.new_empty((pieces, N)) if want else None for want in wanted]
@@ -211,7 +211,7 @@ def forward(given, wanted: tuple[bool, ...]) -> list[Tensor | None]:
 
 
 def backward(given, g: list[Tensor | None], wanted: list[bool]) -> list[Tensor | None]:
-    """Gradients to the first five of a gaussian_logprob.Given on the current stream; None if not wanted."""
+    """Gradients to the first five of a `Given` on the current stream; None if not wanted."""
     N, D = given.actions.shape
     settings, (tiles, pieces) = _launched(given)
     out = [torch.empty_like(x) if want else None for x, want in zip(given, wanted, strict=False)]

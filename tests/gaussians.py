@@ -30,8 +30,8 @@ def drawn(*shape, view="each", ref_view="each", logs=True, dtype=torch.float32, 
 def by_hand(tensors, g, logs=True, mask=None, average=False, rough=False):
     """(value, what it may err by in machine epsilons) of logprob, entropy, kl and the gradients to TENSORS.
 
-    `g` (3, ...) comes from above. Each element is some products of a few roundings, and a rounding of an argument of exp is
-    that argument in epsilons. Where `rough`, log std - log ref_std may err as each of the two does.
+    `g` (3, ...) comes from above. Each element is some products of a few roundings, and a rounding of an argument of
+    exp is that argument in epsilons. Where `rough`, log std - log ref_std may err as each of the two does.
     """
     shape = tensors["actions"].shape
     a, m, s, m_ref, s_ref = (_long(tensors[name]) for name in TENSORS)

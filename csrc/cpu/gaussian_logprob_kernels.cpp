@@ -13,6 +13,7 @@ namespace fuserl {
 namespace {
 
 constexpr std::int64_t tile = 512;  // elements
+constexpr std::int64_t ahead = 4096;  // bytes to prefetch
 constexpr int fold = 16;            // vectors that are added as they are, before their sum is a double
 constexpr double half_log_2pi = 0.91893853320467274178;
 
@@ -30,6 +31,13 @@ FUSERL_INLINE typename Step<T>::Vector load_first(const T* p, std::int64_t n) {
   T copy[size] = {};
   for (int i = 0; i < n; ++i) copy[i] = p[i];
   return load(copy);
+}
+
+// Those of an array that is read through.
+template <class T>
+FUSERL_INLINE typename Step<T>::Vector stream(const T* p, std::int64_t n) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead);
+  return load_first(p, n);
 }
 
 template <class T>
@@ -90,10 +98,11 @@ FUSERL_INLINE void repeat(const T* columns, const Place& at, T* out) {
     for (std::int64_t c = 0; c < at.columns; ++c) *out++ = columns[c];
 }
 
-// The scales of a tile: as given, one over the standard deviation, and its logarithm. Rows of one set keep theirs.
-template <class T>
+// The scales of a tile: as given, one over the standard deviation, and where it is wanted its logarithm. What is for all
+// rows is evaluated once.
+template <class T, bool with_log>
 struct Scales {
-  alignas(64) T given[tile], inverse[tile], log[tile];
+  alignas(64) T given[tile], inverse[tile], log[with_log ? tile : 1];
 
   void read(const GaussianScale<T>& scale, std::int64_t dimensions, bool logs, const Place& at, bool first) {
     if (!scale.per_row && !first && at.columns == dimensions) return;
@@ -118,16 +127,16 @@ struct Scales {
   FUSERL_INLINE void share(F each) {
     each(given);
     each(inverse);
-    each(log);
+    if constexpr (with_log) each(log);
   }
 
   FUSERL_INLINE void evaluate(const T* data, std::int64_t n, bool logs) {
     typedef typename Step<T>::Vector V;
     for (std::int64_t i = 0; i < n; i += Step<T>::size) {
-      const V x = load_first(data + i, n - i);
+      const V x = stream(data + i, n - i);
       store(given + i, x);
       store(inverse + i, logs ? whole_exp(-x) : T(1) / x);
-      store(log + i, logs ? x : whole_log(x));
+      if constexpr (with_log) store(log + i, logs ? x : whole_log(x));
     }
   }
 };
@@ -146,16 +155,24 @@ struct Kept {
   }
 };
 
-// Log of the standard deviation over the reference's, to its own last digits where the two are close.
-template <class T>
-FUSERL_INLINE typename Step<T>::Vector log_ratio(const Scales<T>& scale, const Scales<T>& ref, std::int64_t i,
-                                                 bool logs) {
+// 2 log(std / ref_std) of a tile, to its own last digits where the two are close; whether all are within 1 of 0.
+template <class T, class Policy, class Reference>
+FUSERL_INLINE bool log_ratios(const Policy& scale, const Reference& ref, std::int64_t n, bool logs, T* out) {
   typedef typename Step<T>::Vector V;
-  if (logs) return load(scale.given + i) - load(ref.given + i);
-  const V std = load(scale.given + i), inverse = load(ref.inverse + i), less_one = (std - load(ref.given + i)) * inverse;
-  const auto close = (less_one < T(0.5)) & (less_one > T(-0.5));
-  const V near = log_one_plus(close ? less_one : V{});
-  return close ? near : whole_log(std * inverse);
+  V least = {}, most = {};
+  for (std::int64_t i = 0; i < n; i += Step<T>::size) {
+    const V apart = load(scale.given + i) - load(ref.given + i), inverse = load(ref.inverse + i);
+    const V x = T(2) * (logs ? apart : log_of(load(scale.given + i) * inverse, apart * inverse));
+    store(out + i, x);
+    least = x < least ? x : least;
+    most = x > most ? x : most;
+  }
+  T ends[2][Step<T>::size];
+  store(ends[0], least);
+  store(ends[1], most);
+  bool close = true;
+  for (int i = 0; i < Step<T>::size; ++i) close &= ends[0][i] > T(-1) && ends[1][i] < T(1);
+  return close;
 }
 
 template <class T, class Body>
@@ -192,25 +209,28 @@ void forward(const GaussianRows<T>& x, std::int64_t begin, std::int64_t end, con
   constexpr T constant = static_cast<T>(half_log_2pi);
   alignas(64) T logprobs[tile], entropies[tile], divergences[tile];
   double sums[3][tile] = {};
-  Scales<T> scale, ref;
+  alignas(64) T ratios[tile];
+  Scales<T, true> scale;
+  Scales<T, false> ref;
   Kept kept;
   bool first = true;
   tiles<T>(x.dimensions, begin, end, [&](const Place& at) {
     const std::int64_t offset = at.row * x.dimensions + at.column, n = at.size();
     scale.read(x.scale, x.dimensions, x.logs, at, first);
     if (out.kl) ref.read(x.ref_scale, x.dimensions, x.logs, at, first);
+    const bool close = out.kl && log_ratios(scale, ref, n, x.logs, ratios);
     const unsigned char* mask = kept.read(x, at, first);
     first = false;
     for (std::int64_t i = 0; i < n; i += Step<T>::size) {
       const V zero = {};
       const Mask keep = mask ? first_kept(mask + i, n - i, Mask{}) : zero == zero;
-      const V mean = load_first(x.mean + offset + i, n - i), log = load(scale.log + i);
-      const V z = (load_first(x.actions + offset + i, n - i) - mean) * load(scale.inverse + i);
+      const V mean = stream(x.mean + offset + i, n - i), log = load(scale.log + i);
+      const V z = (stream(x.actions + offset + i, n - i) - mean) * load(scale.inverse + i);
       store(logprobs + i, keep ? T(-0.5) * z * z - (log + constant) : zero);
       if (out.entropy) store(entropies + i, keep ? log + (constant + T(0.5)) : zero);
       if (!out.kl) continue;
-      const V apart = (mean - load_first(x.ref_mean + offset + i, n - i)) * load(ref.inverse + i);
-      const V rest = exponentials<T>(T(2) * log_ratio(scale, ref, i, x.logs)).rest;
+      const V apart = (mean - stream(x.ref_mean + offset + i, n - i)) * load(ref.inverse + i);
+      const V ratio = load(ratios + i), rest = (close ? near_zero<T>(ratio) : exponentials<T>(ratio)).rest;
       store(divergences + i, keep ? T(0.5) * (rest + apart * apart) : zero);
     }
     add_rows(logprobs, at, sums[0]);
@@ -265,7 +285,8 @@ void backward(const GaussianRows<T>& x, std::int64_t begin, std::int64_t end, co
               const GaussianGradients<T>& out) {
   typedef typename Step<T>::Vector V;
   typedef typename Step<T>::Mask Mask;
-  Scales<T> scale, ref;
+  alignas(64) T ratios[tile];
+  Scales<T, false> scale, ref;
   ScaleGradient<T> to_scale, to_ref;
   Above<T> above;
   Kept kept;
@@ -279,6 +300,7 @@ void backward(const GaussianRows<T>& x, std::int64_t begin, std::int64_t end, co
     const std::int64_t offset = at.row * x.dimensions + at.column, n = at.size();
     scale.read(x.scale, x.dimensions, x.logs, at, first);
     if (g.kl) ref.read(x.ref_scale, x.dimensions, x.logs, at, first);
+    const bool close = g.kl && log_ratios(scale, ref, n, x.logs, ratios);
     const unsigned char* mask = kept.read(x, at, first);
     above.read(g, at);
     first = false;
@@ -286,11 +308,11 @@ void backward(const GaussianRows<T>& x, std::int64_t begin, std::int64_t end, co
     for (std::int64_t i = 0; i < n; i += Step<T>::size) {
       const V zero = {};
       const Mask keep = mask ? first_kept(mask + i, n - i, Mask{}) : zero == zero;
-      const V mean = load_first(x.mean + offset + i, n - i), inverse = load(scale.inverse + i);
+      const V mean = stream(x.mean + offset + i, n - i), inverse = load(scale.inverse + i);
       V to_action = {}, to_mean = {}, to_log = {};
       if (g.logprob) {
         const V from = load(above.logprob + i);
-        const V z = (load_first(x.actions + offset + i, n - i) - mean) * inverse;
+        const V z = (stream(x.actions + offset + i, n - i) - mean) * inverse;
         const Mask alive = keep & (from != zero);
         to_mean = alive ? from * z * inverse : zero;
         to_action = -to_mean;
@@ -299,8 +321,9 @@ void backward(const GaussianRows<T>& x, std::int64_t begin, std::int64_t end, co
       if (g.entropy) to_log += keep ? load(above.entropy + i) : zero;
       if (g.kl) {
         const V from = load(above.kl + i), ref_inverse = load(ref.inverse + i);
-        const V apart = (mean - load_first(x.ref_mean + offset + i, n - i)) * ref_inverse;
-        const V less_one = exponentials<T>(T(2) * log_ratio(scale, ref, i, x.logs)).less_one;
+        const V apart = (mean - stream(x.ref_mean + offset + i, n - i)) * ref_inverse;
+        const V ratio = load(ratios + i);
+        const V less_one = (close ? near_zero<T>(ratio) : exponentials<T>(ratio)).less_one;
         const Mask alive = keep & (from != zero);
         const V to_apart = alive ? from * apart * ref_inverse : zero;
         to_mean += to_apart;

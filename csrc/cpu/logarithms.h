@@ -25,13 +25,24 @@ FUSERL_INLINE Floats log_one_plus(Floats x) {
   return log_with(u, (x - (u - 1.0f)) / u);
 }
 
-FUSERL_INLINE double whole_log(double x) { return __builtin_log(x); }
-// As std::log, but for numbers below the least normal one, which count as it.
-FUSERL_INLINE Floats whole_log(Floats x) {
+// As std::log, but for numbers below the least normal one, which count as it; plus `lost`.
+FUSERL_INLINE Floats whole_log(Floats x, Floats lost) {
   constexpr float least = 0x1p-126f, infinity = __builtin_inff();
-  const Floats log = log_with(maximum(broadcast(least), x), Floats{});
+  const Floats log = log_with(maximum(broadcast(least), x), lost);
   const Floats beyond = x > 0.0f ? x : (x == 0.0f ? broadcast(-infinity) : broadcast(__builtin_nanf("")));
   return (x > 0.0f) & (x < infinity) ? log : beyond;
+}
+FUSERL_INLINE Floats whole_log(Floats x) { return whole_log(x, Floats{}); }
+FUSERL_INLINE double whole_log(double x) { return __builtin_log(x); }
+
+// Of a quotient that is known less one, too: to its own last digits near 1, by that.
+FUSERL_INLINE Floats log_of(Floats quotient, Floats less_one) {
+  const auto close = (less_one < 0.5f) & (less_one > -0.5f);
+  const Floats u = less_one + 1.0f;
+  return whole_log(close ? u : quotient, close ? (less_one - (u - 1.0f)) / u : Floats{});
+}
+FUSERL_INLINE double log_of(double quotient, double less_one) {
+  return less_one < 0.5 && less_one > -0.5 ? __builtin_log1p(less_one) : __builtin_log(quotient);
 }
 
 }  // namespace

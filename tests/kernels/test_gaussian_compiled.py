@@ -65,6 +65,14 @@ def test_fake_tensors_have_the_shapes():
         assert [x.shape for x in out] == [(4, 3)] * 3
 
 
+def test_a_second_derivative_is_refused():
+    actions, mean, log_std, *_ = drawn(3, 4).values()
+    out = gaussian_logprob(actions, mean.requires_grad_(), log_std)
+    (gradient,) = torch.autograd.grad(out.logprob.square().sum(), mean, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 X = torch.zeros(3, 2)
 
 
@@ -112,7 +120,7 @@ def test_the_binding_refuses_what_does_not_fit():
         (given, nothing, [out[:2], None, None]),
     ]
     for tensors, others, results in bad:
-        with pytest.raises(ValueError, match="^gaussian_logprob_forward: .* must "):
+        with pytest.raises(ValueError, match=r"^gaussian_logprob_forward: .* must "):
             _C.gaussian_logprob_forward(*tensors, others, True, results, 1)
-    with pytest.raises(ValueError, match="^gaussian_logprob_backward: ref_mean must be given"):
+    with pytest.raises(ValueError, match=r"^gaussian_logprob_backward: ref_mean must be given"):
         _C.gaussian_logprob_backward(*given, nothing, True, [out, None, None], [None, None, None, x["mean"], None], 1)

@@ -189,8 +189,8 @@ def test_a_policy_is_no_way_from_itself(logs, device, backend):
 
 @settings(max_examples=8 if INTERPRETING else 40, deadline=None)
 @given(
-    rows=st.integers(1, 40), dimensions=st.integers(1, 600), seed=st.integers(0, 999), apart=st.sampled_from([1e-4, 0.3, 3.0]),
-    view=st.sampled_from(VIEWS), logs=st.booleans(),
+    rows=st.integers(1, 40), dimensions=st.integers(1, 600), seed=st.integers(0, 999),
+    apart=st.sampled_from([1e-4, 0.3, 3.0]), view=st.sampled_from(VIEWS), logs=st.booleans(),
 )  # fmt: skip
 def test_identities(rows, dimensions, seed, apart, view, logs):
     torch.manual_seed(seed)
@@ -203,7 +203,7 @@ def test_identities(rows, dimensions, seed, apart, view, logs):
     # At its mean the density is highest, and below that by half the squared distance.
     peak = call({**x, "actions": x["mean"]}, backend, logs=logs).logprob
     assert (out.logprob <= peak + 1e-4 * (1 + peak.abs())).all()
-    assert torch.allclose(peak + out.entropy, torch.full((rows,), dimensions / 2), rtol=1e-4, atol=1e-3 * dimensions**0.5)
+    assert torch.allclose(peak + out.entropy, peak * 0 + dimensions / 2, rtol=1e-4, atol=1e-3 * dimensions**0.5)
     if view == "each":
         cut = dimensions // 2 + 1
         parts = [{name: t[:, part] for name, t in x.items()} for part in (slice(0, cut), slice(cut, None))]
@@ -374,15 +374,6 @@ def test_only_inputs_are_kept_and_only_wanted_gradients_written(device, backend)
     equal(found, run(x, g, backend)[4:6])
     with torch.no_grad():
         assert not any(each.requires_grad for each in call(policy, backend))
-
-
-@cpu_only
-def test_a_second_derivative_is_refused():
-    tensors = drawn(3, 4)
-    mean = tensors["mean"].requires_grad_()
-    (gradient,) = torch.autograd.grad(call(tensors, "cpu").logprob.square().sum(), mean, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
 
 
 @pytest.mark.gpu
