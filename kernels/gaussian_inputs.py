@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Given", "check", "check_forms", "given_rows", "scale_of", "widened"]
+__all__ = ["Given", "check", "given_rows", "scales_of", "widened"]
 
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -42,7 +42,27 @@ def widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in _NARROW else x
 
 
-def scale_of(name: str, x: Tensor | float, actions: Tensor) -> Tensor:
+def scales_of(actions: Tensor, log_std, std, ref_mean, ref_log_std, ref_std) -> tuple[bool, Tensor, Tensor | None]:
+    """Whether scales are given as logarithms; the policy's; the reference's, or None without one."""
+    if (log_std is None) == (std is None):
+        got = "neither" if std is None else "both"
+        raise ValueError(f"gaussian_logprob: log_std or std must be given, one of them; got {got}. Give one.")
+    logs = std is None
+    if (ref_std if logs else ref_log_std) is not None:
+        name, form = ("ref_std", "log_std") if logs else ("ref_log_std", "std")
+        raise ValueError(
+            f"gaussian_logprob: {name} must be None where the policy's scale is {form}; got a value. Give ref_{form}."
+        )
+    if ref_mean is None and (ref_log_std if logs else ref_std) is not None:
+        raise ValueError("gaussian_logprob: ref_mean must be given with the reference's scale; got None. Give both.")
+    scale, ref_scale = (log_std, ref_log_std) if logs else (std, ref_std)
+    scale = _scale_of("log_std" if logs else "std", scale, actions)
+    if ref_mean is not None:
+        ref_scale = scale if ref_scale is None else _scale_of("ref_log_std" if logs else "ref_std", ref_scale, actions)
+    return logs, scale, ref_scale
+
+
+def _scale_of(name: str, x: Tensor | float, actions: Tensor) -> Tensor:
     """A scale in the actions' dtype, for all rows or for each."""
     if not isinstance(x, Tensor):
         return actions.new_full((), x)
@@ -94,19 +114,3 @@ def check(actions: Tensor, mean: Tensor, ref_mean: Tensor | None, mask: Tensor |
             f"gaussian_logprob: mask must be {tuple(shape)} or {tuple(shape[-1:])} torch.bool on {actions.device}; got "
             f"{tuple(mask.shape)} {mask.dtype} on {mask.device}. Expand or convert it."
         )
-
-
-def check_forms(log_std, std, ref_mean, ref_log_std, ref_std) -> bool:
-    """Whether scales are given as logarithms."""
-    if (log_std is None) == (std is None):
-        got = "neither" if std is None else "both"
-        raise ValueError(f"gaussian_logprob: log_std or std must be given, one of them; got {got}. Give one.")
-    logs = std is None
-    if (ref_std if logs else ref_log_std) is not None:
-        name, form = ("ref_std", "log_std") if logs else ("ref_log_std", "std")
-        raise ValueError(
-            f"gaussian_logprob: {name} must be None where the policy's scale is {form}; got a value. Give ref_{form}."
-        )
-    if ref_mean is None and (ref_log_std if logs else ref_std) is not None:
-        raise ValueError("gaussian_logprob: ref_mean must be given with the reference's scale; got None. Give both.")
-    return logs

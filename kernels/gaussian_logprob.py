@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fuserl.kernels.dispatch import choose
-from fuserl.kernels.gaussian_inputs import Given, check, check_forms, given_rows, scale_of, widened
+from fuserl.kernels.gaussian_inputs import Given, check, given_rows, scales_of, widened
 
 __all__ = ["GaussianLogprob", "gaussian_logprob"]
 
@@ -281,11 +281,7 @@ def gaussian_logprob(
     actions, mean = widened(actions), widened(mean)
     ref_mean = ref_mean if ref_mean is None else widened(ref_mean)
     check(actions, mean, ref_mean, mask)
-    logs = check_forms(log_std, std, ref_mean, ref_log_std, ref_std)
-    scale = scale_of("log_std" if logs else "std", log_std if logs else std, actions)
-    ref_scale = ref_log_std if logs else ref_std
-    if ref_mean is not None:
-        ref_scale = scale if ref_scale is None else scale_of("ref_log_std" if logs else "ref_std", ref_scale, actions)
+    logs, scale, ref_scale = scales_of(actions, log_std, std, ref_mean, ref_log_std, ref_std)
     codes = [int(logs), int(average), int(entropy)]
     plain = type(actions) in _PLAIN and not torch.compiler.is_compiling()
     run = _Eager.apply if plain else torch.ops.fuserl.gaussian_logprob
