@@ -205,8 +205,9 @@ def forward(given, wanted: tuple[bool, ...]) -> list[Tensor | None]:
     N, D = given.actions.shape
     settings, (tiles, pieces) = _launched(given)
     out = [given.actions.new_empty((pieces, N)) if want else None for want in wanted]
-    with torch.cuda.device_of(given.actions):
-        _forward_kernel[(tiles * pieces,)](*given[:6], *out, N, D, **settings)
+    if N:
+        with torch.cuda.device_of(given.actions):
+            _forward_kernel[(tiles * pieces,)](*given[:6], *out, N, D, **settings)
     return [x if x is None else _summed(x) for x in out]
 
 
@@ -214,12 +215,12 @@ def backward(given, g: list[Tensor | None], wanted: list[bool]) -> list[Tensor |
     """Gradients to the first five of a `Given` on the current stream; None if not wanted."""
     N, D = given.actions.shape
     settings, (tiles, pieces) = _launched(given)
-    out = [torch.empty_like(x) if want else None for x, want in zip(given, wanted, strict=False)]
-    for i in (2, 4):
-        if wanted[i]:
-            out[i] = given[i].new_empty(_parts(given[i], N, D, tiles, pieces))
-    with torch.cuda.device_of(given.actions):
-        _backward_kernel[(tiles * pieces,)](*given[:6], *g, *out, N, D, **settings)
+    scales = _parts(given.scale, N, D, tiles, pieces), _parts(given.ref_scale, N, D, tiles, pieces)
+    shapes = (N, D), (N, D), scales[0], (N, D), scales[1]
+    out = [given.mean.new_empty(shape) if want else None for shape, want in zip(shapes, wanted, strict=True)]
+    if N:
+        with torch.cuda.device_of(given.actions):
+            _backward_kernel[(tiles * pieces,)](*given[:6], *g, *out, N, D, **settings)
     for i in (2, 4):
         if wanted[i] and _told_apart(given[i], D) != (True, True):
             out[i] = _summed(out[i]).view(given[i].shape)

@@ -187,7 +187,7 @@ def test_a_policy_is_no_way_from_itself(logs, device, backend):
         assert not kl.any() and not any(x.any() for x in gradients)
 
 
-@settings(max_examples=8 if INTERPRETING else 40, deadline=None)
+@settings(max_examples=4 if INTERPRETING else 40, deadline=None)
 @given(
     rows=st.integers(1, 40), dimensions=st.integers(1, 600), seed=st.integers(0, 999),
     apart=st.sampled_from([1e-4, 0.3, 3.0]), view=st.sampled_from(VIEWS), logs=st.booleans(),
