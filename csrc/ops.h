@@ -199,8 +199,8 @@ struct GaussianResults {
 void gaussian_logprob_forward(const GaussianTensors& tensors, const GaussianResults& out, int threads);
 
 // Gradients of the sums of g's times the results; a null g is 0, a null gradient is not wanted, each as its input.
-// A row whose g is 0 has gradients of 0, whatever it holds. Sums over rows are taken over groups at fixed places, merged in
-// order: nothing depends on `threads`.
+// A row whose g is 0 has gradients of 0, whatever it holds. Those of the reference need kl's g. Sums over rows are taken
+// over groups at fixed places, merged in order: nothing depends on `threads`.
 struct GaussianGradientViews {
   const TensorView *actions, *mean, *scale, *ref_mean, *ref_scale;
 };

@@ -211,6 +211,8 @@ void gaussian_logprob_backward(const GaussianTensors& tensors, const GaussianRes
                                const GaussianGradientViews& out, int threads) {
   check("gaussian_logprob_backward", tensors, g);
   check_gradients("gaussian_logprob_backward", tensors, out);
+  if ((out.ref_mean || out.ref_scale) && !g.kl)
+    refuse("gaussian_logprob_backward", "kl of g must be given for a gradient to the reference", "none", "Leave it out.");
   if (tensors.actions.dtype == DType::f64)
     run_backward<double>(tensors, g, out, threads);
   else

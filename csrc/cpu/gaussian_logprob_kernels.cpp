@@ -1,8 +1,8 @@
 // Row kernels of gaussian_logprob, compiled once per instruction set: FUSERL_ISA names the copy's namespace.
 //
-// Rows are taken a tile at a time: whole short rows, or a piece of a long one; either way its elements lie one after the
-// other, so vectors are full however few dimensions there are. What is known of rows or of dimensions alone is spread
-// over the tile first.
+// Rows are taken a tile at a time: whole short rows, or a piece of a long one; either way its elements lie one after
+// the other, so vectors are full however few dimensions there are. What is known of rows or of dimensions alone is
+// spread over the tile first.
 #include "gaussian_logprob_kernels.h"
 
 #include "elements.h"
@@ -98,8 +98,8 @@ FUSERL_INLINE void repeat(const T* columns, const Place& at, T* out) {
     for (std::int64_t c = 0; c < at.columns; ++c) *out++ = columns[c];
 }
 
-// The scales of a tile: as given, one over the standard deviation, and where it is wanted its logarithm. What is for all
-// rows is evaluated once.
+// The scales of a tile: as given, one over the standard deviation, and where it is wanted its logarithm. What is for
+// all rows is evaluated once.
 template <class T, bool with_log>
 struct Scales {
   alignas(64) T given[tile], inverse[tile], log[with_log ? tile : 1];

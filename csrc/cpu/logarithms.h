@@ -1,5 +1,5 @@
-// Natural logarithms of vectors of floats and of doubles. As vec.h, on which it stands: only for files compiled once per
-// instruction set, internal linkage, nothing of std::.
+// Natural logarithms of vectors of floats and of doubles. As vec.h, on which it stands: only for files compiled once
+// per instruction set, internal linkage, nothing of std::.
 #pragma once
 #include "vec.h"
 

@@ -124,3 +124,6 @@ def test_the_binding_refuses_what_does_not_fit():
             _C.gaussian_logprob_forward(*tensors, others, True, results, 1)
     with pytest.raises(ValueError, match=r"^gaussian_logprob_backward: ref_mean must be given"):
         _C.gaussian_logprob_backward(*given, nothing, True, [out, None, None], [None, None, None, x["mean"], None], 1)
+    given, others = [x[name] for name in TENSORS[:3]], [x["ref_mean"], x["ref_scale"], None]
+    with pytest.raises(ValueError, match=r"^gaussian_logprob_backward: kl of g must be given"):
+        _C.gaussian_logprob_backward(*given, others, True, [out, None, None], [None, None, None, x["mean"], None], 1)
