@@ -25,11 +25,11 @@ from torch import Tensor
 
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.gaussian_inputs import Given, check, given_rows, scales_of, widened
+from fuserl.kernels.registration import register
 
 __all__ = ["GaussianLogprob", "gaussian_logprob"]
 
 _HALF_LOG_2PI = math.log(2 * math.pi) / 2
-_PLAIN = (Tensor, torch.nn.Parameter)  # others, those that trace among them, go through torch.library
 
 
 class GaussianLogprob(NamedTuple):
@@ -143,39 +143,6 @@ def _gradients(tensors, g, codes, wanted, backend):
     return [x if x is None or x.shape == like.shape else x.view(like.shape) for x, like in pairs]
 
 
-class _Eager(torch.autograd.Function):
-    """The op without torch.library, whose way through autograd takes longer than small actions do."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        """As the op, but None for a result that was not asked for."""
-        *tensors, codes, backend = inputs
-        backend = choose("gaussian_logprob", IMPLS, tensors[0].device, backend)
-        _keep(ctx, tensors, codes, backend)
-        return tuple(_results(tensors, codes, backend))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *g):
-        """As that of the op."""
-        return _differentiated(ctx, g, lambda *arguments: _gradients(*arguments, ctx.backend))
-
-
-def _keep(ctx, tensors, codes, backend):
-    ctx.codes, ctx.backend = codes, backend
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiated(ctx, g, gradients):
-    """What autograd is told: the gradients that somebody waits for and something comes to."""
-    found = [None] * len(ctx.needs_input_grad)
-    wanted = [need and (i < 3 or g[2] is not None) for i, need in enumerate(ctx.needs_input_grad[:5])]
-    if any(wanted) and any(x is not None for x in g):
-        found[:5] = gradients(ctx.saved_tensors, g, ctx.codes, wanted)
-    return tuple(found)
-
-
 def _forward(*inputs):
     *tensors, codes, backend = inputs
     backend = choose("gaussian_logprob", IMPLS, tensors[0].device, backend)
@@ -190,43 +157,47 @@ def _backward(*inputs):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, codes, backend = inputs
-    _keep(ctx, tensors, codes, backend)
-    wanted = codes[2], tensors[3] is not None
+    *tensors, ctx.codes, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+    wanted = ctx.codes[2], tensors[3] is not None
     ctx.mark_non_differentiable(*[x for x, want in zip(output[1:], wanted, strict=True) if not want])
 
 
 @torch.autograd.function.once_differentiable
 def _autograd(ctx, *g):
-    def gradients(tensors, g, codes, wanted):
-        found = iter(torch.ops.fuserl.gaussian_logprob_backward(*tensors, *g, codes, wanted, ctx.backend))
-        return [next(found) if want else None for want in wanted]
-
-    return _differentiated(ctx, g, gradients)
-
-
-_library = torch.library.Library("fuserl", "FRAGMENT")
-_INPUTS = "Tensor actions, Tensor mean, Tensor scale, Tensor? ref_mean, Tensor? ref_scale, Tensor? mask"
-_library.define(f"gaussian_logprob({_INPUTS}, int[] codes, str? backend) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    f"gaussian_logprob_backward({_INPUTS}, Tensor? g_logprob, Tensor? g_entropy, Tensor? g_kl, int[] codes, "
-    "bool[] wanted, str? backend) -> Tensor[]"
-)
-_library.impl("gaussian_logprob", _forward, "CompositeExplicitAutograd")
-_library.impl("gaussian_logprob_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_autograd("fuserl::gaussian_logprob", _autograd, setup_context=_setup_context, lib=_library)
+    found = [None] * len(ctx.needs_input_grad)
+    wanted = [need and (i < 3 or g[2] is not None) for i, need in enumerate(ctx.needs_input_grad[:5])]
+    if any(wanted) and any(x is not None for x in g):
+        gradients = iter(_gaussian_logprob_backward(*ctx.saved_tensors, *g, ctx.codes, wanted, ctx.backend))
+        found[:5] = [next(gradients) if want else None for want in wanted]
+    return tuple(found)
 
 
-@torch.library.register_fake("fuserl::gaussian_logprob", lib=_library)
 def _fake_forward(actions, mean, scale, ref_mean, ref_scale, mask, codes, backend):
     wanted = True, codes[2], ref_mean is not None
     return tuple(actions.new_empty(actions.shape[:-1] if want else 0) for want in wanted)
 
 
-@torch.library.register_fake("fuserl::gaussian_logprob_backward", lib=_library)
 def _fake_backward(*arguments):
     wanted = arguments[-2]
     return [x.new_empty(x.shape) for x, want in zip(arguments[:5], wanted, strict=True) if want]
+
+
+_INPUTS = "Tensor actions, Tensor mean, Tensor scale, Tensor? ref_mean, Tensor? ref_scale, Tensor? mask"
+_gaussian_logprob = register(
+    f"gaussian_logprob({_INPUTS}, int[] codes, str? backend) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    keep=_setup_context,
+    backward=_autograd,
+)
+_gaussian_logprob_backward = register(
+    f"gaussian_logprob_backward({_INPUTS}, Tensor? g_logprob, Tensor? g_entropy, Tensor? g_kl, int[] codes, "
+    "bool[] wanted, str? backend) -> Tensor[]",
+    _backward,
+    _fake_backward,
+)
 
 
 def gaussian_logprob(
@@ -283,7 +254,5 @@ def gaussian_logprob(
     check(actions, mean, ref_mean, mask)
     logs, scale, ref_scale = scales_of(actions, log_std, std, ref_mean, ref_log_std, ref_std)
     codes = [int(logs), int(average), int(entropy)]
-    plain = type(actions) in _PLAIN and not torch.compiler.is_compiling()
-    run = _Eager.apply if plain else torch.ops.fuserl.gaussian_logprob
-    found = run(actions, mean, scale, ref_mean, ref_scale, mask, codes, backend)
+    found = _gaussian_logprob(actions, mean, scale, ref_mean, ref_scale, mask, codes, backend)
     return GaussianLogprob(found[0], found[1] if entropy else None, None if ref_mean is None else found[2])

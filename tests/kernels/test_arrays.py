@@ -31,6 +31,7 @@ CALLS = {
     "discounted_scan": lambda f, a: f(a(LOGPROBS), 0.9, offsets=a(OFFSETS)),
     "divergence": lambda f, a: f(a(LOGITS), a(OTHERS), "reverse_kl"),
     "gae": lambda f, a: f(a(TOKENS), a(TOKENS), gamma=1.0, lam=0.9),
+    "gaussian_logprob": lambda f, a: f(a(LOGITS), a(OTHERS), std=0.5)[0],
     "group_advantage": lambda f, a: f(a(LOGPROBS), a(GROUP)),
     "group_ranks": lambda f, a: f(a(LOGPROBS), a(GROUP)),
     "lambda_returns": lambda f, a: f(a(TOKENS), a(TOKENS), gamma=1.0, lam=0.9),

@@ -335,7 +335,7 @@ def test_no_action(device, backend):
 def test_only_what_is_asked_for(device, backend):
     x = drawn(7, 5, device=device)
     whole = call(x, backend)
-    assert isinstance(whole, GaussianLogprob) and gaussian_logprob is fuserl.gaussian_logprob
+    assert isinstance(whole, GaussianLogprob) and fuserl.gaussian_logprob.__wrapped__ is gaussian_logprob
     plain = gaussian_logprob(x["actions"], x["mean"], x["scale"], backend=backend)
     equal(plain[:1], whole[:1])
     assert plain.entropy is None and plain.kl is None
