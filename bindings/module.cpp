@@ -203,20 +203,20 @@ using Views = std::array<TensorView, 5>;
 
 fuserl::cpu::TreeTensors tree_of(const Views& tree) { return {tree[0], tree[1], tree[2], tree[3], tree[4]}; }
 
-void tree_attention_forward(const Views& tree, const TensorView& q, const TensorView& k_t, const TensorView& v,
+void tree_attention_forward(const Views& tree, const TensorView& q, const TensorView& k, const TensorView& v,
                             std::int64_t tokens, std::int64_t window, double scale, double softcap,
                             const TensorView& out, const TensorView& lse, int threads) {
   share_torch_threads();
-  fuserl::cpu::tree_attention_forward(tree_of(tree), q, k_t, v, {tokens, window, scale, softcap}, out, lse, threads);
+  fuserl::cpu::tree_attention_forward(tree_of(tree), q, k, v, {tokens, window, scale, softcap}, out, lse, threads);
 }
 
-void tree_attention_backward(const Views& tree, const TensorView& q, const TensorView& k, const TensorView& k_t,
-                             const TensorView& v_t, const TensorView& d_out, const TensorView& lse,
-                             const TensorView& delta, std::int64_t tokens, std::int64_t window, double scale,
-                             double softcap, const TensorView& dq, const TensorView& dk, const TensorView& dv,
-                             int threads) {
+void tree_attention_backward(const Views& tree, const TensorView& q, const TensorView& k, const TensorView& v,
+                             const TensorView& out, const TensorView& lse, const TensorView& d_out,
+                             const std::optional<TensorView>& d_lse, std::int64_t tokens, std::int64_t window,
+                             double scale, double softcap, const TensorView& dq, const TensorView& dk,
+                             const TensorView& dv, int threads) {
   share_torch_threads();
-  fuserl::cpu::tree_attention_backward(tree_of(tree), {q, k, k_t, v_t, d_out, lse, delta, dq, dk, dv},
+  fuserl::cpu::tree_attention_backward(tree_of(tree), {q, k, v, out, lse, d_out, pointer(d_lse), dq, dk, dv},
                                        {tokens, window, scale, softcap}, threads);
 }
 
@@ -268,10 +268,10 @@ PYBIND11_MODULE(_C, m) {
         "lam_of_all"_a, "advantages"_a, "returns"_a, "threads"_a, no_gil());
   m.def("segment_sum", segment_sum, "x"_a, "offsets"_a, "out"_a, "threads"_a, no_gil());
   m.def("to_tokens", to_tokens, "x"_a, "offsets"_a, "out"_a, "threads"_a, no_gil());
-  m.def("tree_attention_forward", tree_attention_forward, "tree"_a, "q"_a, "k_t"_a, "v"_a, "tokens"_a, "window"_a,
+  m.def("tree_attention_forward", tree_attention_forward, "tree"_a, "q"_a, "k"_a, "v"_a, "tokens"_a, "window"_a,
         "scale"_a, "softcap"_a, "out"_a, "lse"_a, "threads"_a, no_gil());
-  m.def("tree_attention_backward", tree_attention_backward, "tree"_a, "q"_a, "k"_a, "k_t"_a, "v_t"_a, "d_out"_a,
-        "lse"_a, "delta"_a, "tokens"_a, "window"_a, "scale"_a, "softcap"_a, "dq"_a, "dk"_a, "dv"_a, "threads"_a,
+  m.def("tree_attention_backward", tree_attention_backward, "tree"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a,
+        "d_out"_a, "d_lse"_a, "tokens"_a, "window"_a, "scale"_a, "softcap"_a, "dq"_a, "dk"_a, "dv"_a, "threads"_a,
         no_gil());
   m.def("tree_decode", tree_decode, "plan"_a, "q"_a, "k"_a, "v"_a, "window"_a, "scale"_a, "softcap"_a, "out"_a, "lse"_a,
         "threads"_a, no_gil());

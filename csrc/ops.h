@@ -279,9 +279,10 @@ void gae(const GaeTensors& tensors, double gamma, double lam, int threads);
 void segment_sum(const TensorView& x, const TensorView& offsets, const TensorView& out, int threads);
 void to_tokens(const TensorView& x, const TensorView& offsets, const TensorView& out, int threads);
 
-// Attention along a forest of segments; equations: kernels/tree_attention. Arrays are padded with zeros: tokens to whole
-// tiles of tree_tile, D to a multiple of 16. P padded tokens, S segments in preorder, M tiles.
-//   last      (P,) i32, the token after the last one that sees a token, 0 for padding; position (P,) i32, in its own text
+// Attention along a forest of segments; equations: kernels/tree_attention. L tokens, S segments in preorder, M tiles of
+// tree_tile tokens, P = M tree_tile; 16 divides D.
+//   last      (P,) i32, the token after the last one that sees a token, 0 for padding
+//   position  (P,) i32, of a token in its own text
 //   start     (S + 1,) i32, first tokens; parent (S,) i32, or -1; segment (M,) i32, of the first token of each tile
 struct TreeTensors {
   const TensorView &last, &position, &start, &parent, &segment;
@@ -290,14 +291,16 @@ struct TreeRule {
   std::int64_t tokens, window;  // without padding; 2^31 - 1 for no window
   double scale, softcap;        // 0 for no cap
 };
-//   q, out  (H, P, D) f32 | f64;  v (Hkv, P, D);  k_t (Hkv, M, D, tree_tile), transposed tile by tile;
-//   lse  (2, H, P): as rounded, and what the rounding took
-void tree_attention_forward(const TreeTensors& tree, const TensorView& q, const TensorView& k_t, const TensorView& v,
+//   q (L, H, D), k, v (L, Hkv, D) f32 | f64 | bf16 | f16, D in one stretch;  out (L, H, D) f32, f64 from f64;
+//   lse (L, 2, H) as out: as rounded, and what the rounding took
+void tree_attention_forward(const TreeTensors& tree, const TensorView& q, const TensorView& k, const TensorView& v,
                             const TreeRule& rule, const TensorView& out, const TensorView& lse, int threads);
 
-//   d_out, dq as q; k, dk, dv as v; v_t as k_t; lse (2, H, P); delta (H, P): d_out . out - d_lse. dq, dk and dv must be zero before.
+//   d_out, dq of q's dtype; out, lse, dk, dv as out above; d_lse (L, H), or null for 0; dk and dv must be 0 before
 struct TreeGradients {
-  const TensorView &q, &k, &k_t, &v_t, &d_out, &lse, &delta, &dq, &dk, &dv;
+  const TensorView &q, &k, &v, &out, &lse, &d_out;
+  const TensorView* d_lse;
+  const TensorView &dq, &dk, &dv;
 };
 void tree_attention_backward(const TreeTensors& tree, const TreeGradients& tensors, const TreeRule& rule, int threads);
 

@@ -84,21 +84,11 @@ def _tiles(layout: Layout) -> tuple[Tensor, ...]:
     return last, position, layout.start, layout.parent, layout.owner()[::_TILE].to(torch.int32)
 
 
-def _padded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(L, H, D) as (H, whole tiles, a multiple of 16), filled up with zeros."""
-    (tokens, heads), dim = x.shape[:2], x.shape[2:]
-    room = torch.zeros(heads, tokens + -tokens % _TILE, *(d + -d % _WIDTH for d in dim), dtype=dtype)
-    room[:, :tokens][..., *(slice(d) for d in dim)] = x.transpose(0, 1)
-    return room
-
-
-def _transposed(x: Tensor) -> Tensor:
-    """(H, P, D) as (H, tiles, D, tokens of a tile)."""
-    return x.unflatten(1, (-1, _TILE)).mT.contiguous()
-
-
-def _unpadded(x: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    return x[:, : len(like), : like.shape[-1]].transpose(0, 1).to(dtype).contiguous()
+def _rows(x: Tensor) -> Tensor:
+    """(L, H, D) as the C++ reads it: D in one stretch, filled up with zeros to a multiple of 16."""
+    spare = -x.shape[2] % _WIDTH
+    x = torch.nn.functional.pad(x, (0, spare)) if spare else x
+    return x if x.stride(2) == 1 else x.contiguous()
 
 
 def _numbers(layout: Layout, rule: Rule) -> tuple[int, int, float, float]:
@@ -108,26 +98,26 @@ def _numbers(layout: Layout, rule: Rule) -> tuple[int, int, float, float]:
 def _cpu_forward(q, k, v, layout, rule):
     from fuserl import _C
 
-    queries, keys, values = (_padded(x, _accumulator(q)) for x in (q, k, v))
-    out, lse = torch.empty_like(queries), queries.new_empty(2, *queries.shape[:2])
+    queries, keys, values = (_rows(x) for x in (q, k, v))
+    out = queries.new_empty(queries.shape, dtype=_accumulator(q))
+    lse = out.new_empty(len(q), 2, q.shape[1])
     _C.tree_attention_forward(
-        _tiles(layout), queries, _transposed(keys), values, *_numbers(layout, rule), out, lse, torch.get_num_threads()
+        _tiles(layout), queries, keys, values, *_numbers(layout, rule), out, lse, torch.get_num_threads()
     )
-    return _unpadded(out, q, out.dtype), lse[..., : len(q)].permute(2, 0, 1).contiguous()
+    return out[..., : q.shape[2]].contiguous(), lse
 
 
 def _cpu_backward(d_out, d_lse, saved, layout, rule):
     from fuserl import _C
 
-    (q, k, v, out, lse), dtype = saved, _accumulator(saved.q)
-    queries, keys, values, arriving = (_padded(x, dtype) for x in (q, k, v, d_out))
-    less, lse = _padded(delta(d_out, d_lse, out), dtype), _padded(lse.flatten(1), dtype).unflatten(0, (2, -1))
-    gradients = [torch.zeros_like(x) for x in (queries, keys, values)]
+    queries, keys, values, arriving, out = (_rows(x) for x in (*saved[:3], d_out, saved.out))
+    dq = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    dk, dv = (out.new_zeros(keys.shape) for _ in range(2))
     _C.tree_attention_backward(
-        _tiles(layout), queries, keys, _transposed(keys), _transposed(values), arriving, lse, less,
-        *_numbers(layout, rule), *gradients, torch.get_num_threads(),
+        _tiles(layout), queries, keys, values, out.contiguous(), saved.lse, arriving,
+        None if d_lse is None else d_lse.contiguous(), *_numbers(layout, rule), dq, dk, dv, torch.get_num_threads(),
     )  # fmt: skip
-    return [_unpadded(gradient, x, x.dtype) for gradient, x in zip(gradients, (q, k, v), strict=True)]
+    return [x[..., : saved.q.shape[2]].to(saved.q.dtype).contiguous() for x in (dq, dk, dv)]
 
 
 def _triton_backward(d_out, d_lse, saved, layout, rule):
@@ -166,7 +156,7 @@ def _backward(d_out, d_lse, *saved_and_call):
     if layout.tokens == 0:
         return tuple(torch.zeros_like(x) for x in (q, k, v))
     d_out = torch.zeros_like(out) if d_out is None else d_out
-    out = out.float() + rest if _keeps_rest(q) else out
+    out = out.float().add_(rest) if _keeps_rest(q) else out
     d_lse = None if d_lse is None else d_lse[:, 0]
     arriving = (None if x is None else layout.gathered(x) for x in (d_out, d_lse))
     saved = Saved(*(layout.gathered(x) for x in (q, k, v, out, lse)))

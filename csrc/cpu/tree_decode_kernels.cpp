@@ -26,19 +26,32 @@ FUSERL_INLINE const float* as_read(const K* v, std::int64_t& stride, std::int64_
   return room;
 }
 
-// (dim, side) out of `count` rows of keys, zeros behind them.
-template <class T, class K>
-FUSERL_INLINE void transpose(const K* k, std::int64_t stride, std::int64_t count, std::int64_t dim, T* to) {
-  constexpr int size = Step<T>::size, step = 16;
-  for (std::int64_t j = 0; j < side; j += step)
-    for (std::int64_t d = 0; d < dim; d += step) {
-      T block[step][step];
-      for (int r = 0; r < step; ++r)
-        for (int c = 0; c < step; c += size)
-          store(&block[r][c], j + r < count ? Vector<T>(load(k + (j + r) * stride + d + c)) : Vector<T>{});
-      for (int c = 0; c < step; ++c)
-        for (int r = 0; r < step; ++r) to[(d + c) * side + j + r] = block[r][c];
+// Weights e^(score - top) in place of a row of scores, and the sums so far of weights (and of values by them) brought
+// to the highest score so far.
+template <class T>
+FUSERL_INLINE void weigh(Vector<T> (&row)[vectors<T>], T& top, T& total, T* sums, std::int64_t dim, T* weights) {
+  constexpr int size = Step<T>::size;
+  Vector<T> most = row[0];
+  for (int n = 1; n < vectors<T>; ++n) most = row[n] > most ? row[n] : most;
+  const T old = top, now = largest(most);
+  if (now > old) {
+    top = now;
+    if (old > -T(infinity)) {
+      const T factor = __builtin_exp(old - now);
+      total *= factor;
+      for (std::int64_t n = 0; n < dim; n += size) store(sums + n, load(sums + n) * factor);
     }
+  }
+  // A row that has seen nothing yet: no infinity less infinity.
+  const T shift = top > -T(infinity) ? top : T(0);
+  for (int n = 0; n < vectors<T>; ++n) row[n] -= shift;
+  exponentiate(row);
+  Vector<T> added = {};
+  for (int n = 0; n < vectors<T>; ++n) {
+    added += row[n];
+    store(weights + n * size, row[n]);
+  }
+  total += sum_of(added);
 }
 
 template <class T, class K>

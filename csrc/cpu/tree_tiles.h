@@ -62,35 +62,55 @@ FUSERL_INLINE void exponentiate(double (&x)[count]) {
   for (int i = 0; i < count; ++i) x[i] = __builtin_exp(x[i]);
 }
 
-// rows x (size x step vectors) of c (=, or += where `add`) a b; element (r, k) of a is a[r a_row + k a_step].
-template <class T, int step, bool add>
-FUSERL_INLINE void product_panel(const T* a, std::int64_t a_row, std::int64_t a_step, const T* b, std::int64_t b_row,
-                                 T* c, std::int64_t c_row, std::int64_t rows, std::int64_t depth) {
-  constexpr int size = Step<T>::size, height = 4;
-  for (std::int64_t r = 0; r < rows; r += height, a += height * a_row, c += height * c_row) {
-    Vector<T> sums[height][step];
-    for (int i = 0; i < height; ++i)
-      for (int j = 0; j < step; ++j) sums[i][j] = add ? load(c + i * c_row + j * size) : Vector<T>{};
-    for (std::int64_t k = 0; k < depth; ++k)
-      for (int j = 0; j < step; ++j) {
-        const Vector<T> column = load(b + k * b_row + j * size);
-        for (int i = 0; i < height; ++i) sums[i][j] += a[i * a_row + k * a_step] * column;
-      }
-    for (int i = 0; i < height; ++i)
-      for (int j = 0; j < step; ++j) store(c + i * c_row + j * size, sums[i][j]);
-  }
+// height x (size x step vectors) of c (=, or += where `add`) a b; element (r, k) of a is a[r a_row + k a_step].
+template <class T, int step, int height>
+FUSERL_INLINE void product_block(const T* a, std::int64_t a_row, std::int64_t a_step, const T* b, std::int64_t b_row,
+                                 T* c, std::int64_t c_row, std::int64_t depth, bool add) {
+  constexpr int size = Step<T>::size;
+  Vector<T> sums[height][step] = {};
+  for (std::int64_t k = 0; k < depth; ++k)
+    for (int j = 0; j < step; ++j) {
+      const Vector<T> column = load(b + k * b_row + j * size);
+      for (int i = 0; i < height; ++i) sums[i][j] += a[i * a_row + k * a_step] * column;
+    }
+  for (int i = 0; i < height; ++i)
+    for (int j = 0; j < step; ++j) {
+      // What is there comes last: before, it would round every product to its own digits.
+      if (add) sums[i][j] += load(c + i * c_row + j * size);
+      store(c + i * c_row + j * size, sums[i][j]);
+    }
 }
 
-// c (rows x columns) = or += a (rows x depth) b (depth x columns); rows a multiple of 4, columns of 16.
+template <class T, int step>
+FUSERL_INLINE void product_panel(const T* a, std::int64_t a_row, std::int64_t a_step, const T* b, std::int64_t b_row,
+                                 T* c, std::int64_t c_row, std::int64_t rows, std::int64_t depth, bool add) {
+  constexpr int height = 4;
+  std::int64_t r = 0;
+  for (; r + height <= rows; r += height)
+    product_block<T, step, height>(a + r * a_row, a_row, a_step, b, b_row, c + r * c_row, c_row, depth, add);
+  for (; r < rows; ++r)
+    product_block<T, step, 1>(a + r * a_row, a_row, a_step, b, b_row, c + r * c_row, c_row, depth, add);
+}
+
+constexpr std::int64_t product_stretch = 32;
+
+// c (rows x columns) = or += a (rows x depth) b (depth x columns); columns a multiple of 16. Summed in short stretches
+// of the depth, for one long row of sums rounds off more.
 template <class T, bool add>
 FUSERL_INLINE void product(const T* a, std::int64_t a_row, std::int64_t a_step, const T* b, std::int64_t b_row, T* c,
                            std::int64_t c_row, std::int64_t rows, std::int64_t columns, std::int64_t depth) {
   constexpr int size = Step<T>::size, step = size == 16 ? 4 : 2;
-  std::int64_t n = 0;
-  for (; n + step * size <= columns; n += step * size)
-    product_panel<T, step, add>(a, a_row, a_step, b + n, b_row, c + n, c_row, rows, depth);
-  for (; n < columns; n += size)
-    product_panel<T, 1, add>(a, a_row, a_step, b + n, b_row, c + n, c_row, rows, depth);
+  for (std::int64_t k = 0; k < depth; k += product_stretch) {
+    const std::int64_t some = depth - k < product_stretch ? depth - k : product_stretch;
+    const bool more = add || k > 0;
+    std::int64_t n = 0;
+    for (; n + step * size <= columns; n += step * size)
+      product_panel<T, step>(a, a_row, a_step, b + n, b_row, c + n, c_row, rows, some, more);
+    for (; n < columns; n += size)
+      product_panel<T, 1>(a, a_row, a_step, b + n, b_row, c + n, c_row, rows, some, more);
+    a += product_stretch * a_step;
+    b += product_stretch * b_row;
+  }
 }
 
 // The score out of q . k; `slope`, if any, is its derivative.
@@ -106,32 +126,19 @@ FUSERL_INLINE Vector<T> score(Vector<T> raw, const TreeScores& scores, Vector<T>
   return tanh * cap;
 }
 
-// Weights e^(score - top) in place of a row of scores, and the sums so far of weights (and of values by them) brought
-// to the highest score so far.
-template <class T>
-FUSERL_INLINE void weigh(Vector<T> (&row)[vectors<T>], T& top, T& total, T* sums, std::int64_t dim, T* weights) {
-  constexpr int size = Step<T>::size;
-  Vector<T> most = row[0];
-  for (int n = 1; n < vectors<T>; ++n) most = row[n] > most ? row[n] : most;
-  const T old = top, now = largest(most);
-  if (now > old) {
-    top = now;
-    if (old > -T(infinity)) {
-      const T factor = __builtin_exp(old - now);
-      total *= factor;
-      for (std::int64_t n = 0; n < dim; n += size) store(sums + n, load(sums + n) * factor);
+// (dim, tree_tile) out of `count` rows, zeros behind them.
+template <class T, class K>
+FUSERL_INLINE void transpose(const K* k, std::int64_t stride, std::int64_t count, std::int64_t dim, T* to) {
+  constexpr int size = Step<T>::size, step = 16;
+  for (std::int64_t j = 0; j < tree_tile; j += step)
+    for (std::int64_t d = 0; d < dim; d += step) {
+      T block[step][step];
+      for (int r = 0; r < step; ++r)
+        for (int c = 0; c < step; c += size)
+          store(&block[r][c], j + r < count ? Vector<T>(load(k + (j + r) * stride + d + c)) : Vector<T>{});
+      for (int c = 0; c < step; ++c)
+        for (int r = 0; r < step; ++r) to[(d + c) * tree_tile + j + r] = block[r][c];
     }
-  }
-  // A row that has seen nothing yet: no infinity less infinity.
-  const T shift = top > -T(infinity) ? top : T(0);
-  for (int n = 0; n < vectors<T>; ++n) row[n] -= shift;
-  exponentiate(row);
-  Vector<T> added = {};
-  for (int n = 0; n < vectors<T>; ++n) {
-    added += row[n];
-    store(weights + n * size, row[n]);
-  }
-  total += sum_of(added);
 }
 
 }  // namespace
