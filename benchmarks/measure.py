@@ -25,34 +25,41 @@ class Provider:
 
 
 def compare(
-    benchmark, floor: Provider, ours: Provider, *rivals: Provider, rounds: int = 9, smoke: bool = False
+    benchmark,
+    floor: Provider,
+    ours: Provider,
+    *rivals: Provider,
+    rounds: int = 9,
+    operations: int | None = None,
+    smoke: bool = False,
 ) -> None:
     """Time `ours` as the benchmark and `floor` and `rivals` between its rounds; leave rows in extra_info.
 
-    A provider whose gate fails, or that does not load, is not timed: its row says why.
+    A provider whose gate fails, or that does not load, is not timed: its row says why. With the useful `operations` of
+    one run a row has its rate, "tflops", in 1e12 a second.
     """
     providers = [floor, ours, *rivals]
     rounds = 1 if smoke else rounds
     returned = {}
     rows = {p.name: {"provider": p.name, "reason": _failure(p, returned)} for p in providers}
     timed = [p for p in providers if rows[p.name]["reason"] is None]
-    seconds = {p.name: [] for p in timed}
+    taken = {p.name: [] for p in timed}
 
     def others():
         for p in timed:
             if p is not ours:
-                seconds[p.name].append(_seconds(p.run))
+                taken[p.name].append(seconds(p.run))
 
     def ours_once():
-        seconds[ours.name].append(_seconds(ours.run))
+        taken[ours.name].append(seconds(ours.run))
 
     if rows[ours.name]["reason"]:
         raise AssertionError(f"{ours.name}: {rows[ours.name]['reason']}")
     benchmark.pedantic(ours_once, setup=others, rounds=rounds, warmup_rounds=0)
     for p in timed:
-        times = seconds[p.name]
+        times = taken[p.name]
         quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
-        ratios = [a / b for a, b in zip(times, seconds[floor.name], strict=True)]
+        ratios = [a / b for a, b in zip(times, taken[floor.name], strict=True)]
         rows[p.name] |= {
             "median_s": statistics.median(times),
             "iqr_s": quartiles[2] - quartiles[0],
@@ -61,6 +68,8 @@ def compare(
             "peak_mb": _peak_mb(p.run),
             "returned_mb": returned[p.name],
         }
+        if operations is not None:
+            rows[p.name]["tflops"] = operations / rows[p.name]["median_s"] / 1e12
     benchmark.extra_info["floor"] = floor.name
     benchmark.extra_info["rows"] = list(rows.values())
 
@@ -78,7 +87,8 @@ def _failure(provider: Provider, returned: dict[str, float]) -> str | None:
     return None
 
 
-def _seconds(run: Callable) -> float:
+def seconds(run: Callable) -> float:
+    """What one run takes."""
     if torch.cuda.is_available():
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()

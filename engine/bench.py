@@ -68,7 +68,8 @@ def _print(name: str, extra: dict) -> None:
             table.add_row(row["provider"], "not timed", "", "", row["reason"])
             continue
         peak = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
-        times = _time(row["median_s"]), _time(row["iqr_s"]), f"{row['ratio']:.2f}"
+        rate = f", {row['tflops']:.3g} TFLOP/s" if "tflops" in row else ""
+        times = _time(row["median_s"]) + rate, _time(row["iqr_s"]), f"{row['ratio']:.2f}"
         table.add_row(row["provider"], *times, peak, f"{row['returned_mb']:.0f}")
     Console().print(table)
 
