@@ -13,43 +13,12 @@ import torch
 from torch import Tensor
 
 from fuserl.kernels.jit import tl, triton
+from fuserl.kernels.tree_launch import launch
 from fuserl.kernels.tree_segments import Layout, Rule, Saved
 
 _PARTS, _LEAST = 8, 4096  # parts of the queries of one tile of keys, and queries that a part has at least
 _NO_WINDOW = 2**31 - 1
 MERGE_LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
-
-
-# (queries, keys, warps, stages) of the forward, dq and dk/dv kernels up to a head dimension: what compiles without a
-# register spilled for sm_80, sm_90 and sm_100, and for gfx942, whose wavefronts are twice as wide.
-_HALVES = {
-    64: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)),
-    128: ((128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
-    256: ((64, 32, 8, 2), (32, 64, 8, 1), (32, 32, 8, 1)),
-}
-_FLOATS = {
-    64: ((16, 16, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
-    128: ((16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
-    256: ((16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
-}
-_AMD_HALVES = {
-    64: ((64, 64, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
-    128: ((128, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
-    256: ((32, 32, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),
-}
-_AMD_FLOATS = dict.fromkeys((64, 128, 256), 3 * ((16, 16, 4, 1),))
-
-
-def launch(dim: int, dtype: torch.dtype, amd: bool = torch.version.hip is not None) -> dict[str, dict]:
-    """Tile sizes and options of the three kernels with products."""
-    table = (_AMD_FLOATS if amd else _FLOATS) if dtype == torch.float32 else (_AMD_HALVES if amd else _HALVES)
-    width = max(16, 1 << (dim - 1).bit_length())
-    names = ("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages")
-    rows = table[max(64, width)]
-    return {
-        kernel: {**dict(zip(names, row, strict=True)), "BLOCK_D": width, "enable_fp_fusion": True}
-        for kernel, row in zip(("forward", "queries", "keys"), rows, strict=True)
-    }
 
 
 @triton.jit
@@ -61,6 +30,15 @@ def _tanh(x):
         p = 1.0 + p * y * (1.0 / k)
     e = tl.where(tl.abs(y) < 1.0, p * y, tl.exp(y) - 1.0)
     return tl.where(e > 1e30, 1.0, e / (e + 2.0))
+
+
+@triton.jit
+def _products(q, k, EXACT: tl.constexpr):
+    """q k^T; the widest heads in float32, which take no tensor cores, leave registers over where k comes first."""
+    if EXACT and q.shape[1] > 128:
+        return tl.trans(tl.dot(k, tl.trans(q), input_precision="ieee"))
+    else:
+        return tl.dot(q, tl.trans(k), input_precision="ieee")
 
 
 @triton.jit
@@ -125,6 +103,21 @@ def _hidden(s, i, j, place, stop, last_ptr, position_ptr, window, WINDOW: tl.con
 
 
 @triton.jit
+def _tile_of_queries(position_ptr, L, heads, BLOCK_Q: tl.constexpr):
+    """A program's head, tile, its first token and the one after its last, tokens, which there are, and their places.
+
+    The last tiles, which see most, come first.
+    """
+    program = tl.program_id(0)
+    head, tile = program % heads, tl.num_programs(0) // heads - 1 - program // heads
+    begin = tile * BLOCK_Q
+    i = begin + tl.arange(0, BLOCK_Q)
+    rows = i < L
+    place = tl.load(position_ptr + i, rows, other=2147483647)
+    return head, tile, begin, tl.minimum(begin + BLOCK_Q, L), i, rows, place
+
+
+@triton.jit
 def _attend(
     q, top, total, sums, at, i, place, stop, head, k_ptr, v_ptr, last_ptr, position_ptr, scale, softcap, window, stride,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
@@ -135,7 +128,7 @@ def _attend(
     j = at + tl.arange(0, BLOCK_K)
     inside = j < stop
     k = _rows(k_ptr, at, inside, stride, head, D, BLOCK_D)
-    s, _ = _score(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, CAP, EXACT)
+    s, _ = _score(_products(q, k, EXACT), scale, softcap, CAP, EXACT)
     if MASKED:
         s = _hidden(s, i, j, place, stop, last_ptr, position_ptr, window, WINDOW)
     higher = tl.maximum(top, tl.max(s, 1))
@@ -153,17 +146,10 @@ def _forward_kernel(
     repeat, scale: tl.float32, softcap: tl.float32, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of one tile of queries of one head; the last tiles, which see most, come first."""
-    program = tl.program_id(0)
-    head, tile = program % heads, tl.num_programs(0) // heads - 1 - program // heads
-    kv_head, stride_q, stride_k = head // repeat, heads * D, heads // repeat * D
-    begin = tile * BLOCK_Q
-    end = tl.minimum(begin + BLOCK_Q, L)
-    i = begin + tl.arange(0, BLOCK_Q)
-    rows = i < L
+    """out and lse of one tile of queries of one head."""
+    head, tile, begin, end, i, rows, place = _tile_of_queries(position_ptr, L, heads, BLOCK_Q)
+    kv_head, stride_q, stride_k, least = head // repeat, heads * D, heads // repeat * D, tl.min(place)
     q = _rows(q_ptr, begin, rows, stride_q, head, D, BLOCK_D)
-    place = tl.load(position_ptr + i, rows, other=2147483647)
-    least = tl.min(place)
     top, total = tl.full([BLOCK_Q], float("-inf"), tl.float32), tl.zeros([BLOCK_Q], tl.float32)
     sums = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     segment, stop = tl.load(segment_ptr + tile), end
@@ -206,11 +192,11 @@ def _slope(
     j = at + tl.arange(0, BLOCK_K)
     inside = j < stop
     k = _rows(k_ptr, at, inside, stride, head, D, BLOCK_D)
-    s, change = _score(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, CAP, EXACT)
+    s, change = _score(_products(q, k, EXACT), scale, softcap, CAP, EXACT)
     if MASKED:
         s = _hidden(s, i, j, place, stop, last_ptr, position_ptr, window, WINDOW)
     v = _rows(v_ptr, at, inside, stride, head, D, BLOCK_D)
-    dp = tl.dot(d_out, tl.trans(v), input_precision="ieee")
+    dp = _products(d_out, v, EXACT)
     ds = _weights(s, lse[:, None], rest[:, None], EXACT) * (dp - delta[:, None]) * change
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
@@ -223,17 +209,10 @@ def _queries_kernel(
     EXACT: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries of one head."""
-    program = tl.program_id(0)
-    head, tile = program % heads, tl.num_programs(0) // heads - 1 - program // heads
-    kv_head, stride_q, stride_k = head // repeat, heads * D, heads // repeat * D
-    begin = tile * BLOCK_Q
-    end = tl.minimum(begin + BLOCK_Q, L)
-    i = begin + tl.arange(0, BLOCK_Q)
-    rows = i < L
+    head, tile, begin, end, i, rows, place = _tile_of_queries(position_ptr, L, heads, BLOCK_Q)
+    kv_head, stride_q, stride_k, least = head // repeat, heads * D, heads // repeat * D, tl.min(place)
     q = _rows(q_ptr, begin, rows, stride_q, head, D, BLOCK_D)
     d_out = _rows(d_out_ptr, begin, rows, stride_q, head, D, BLOCK_D)
-    place = tl.load(position_ptr + i, rows, other=2147483647)
-    least = tl.min(place)
     row = i.to(tl.int64) * heads + head
     lse = tl.load(lse_ptr + row + i.to(tl.int64) * heads, rows, other=0.0)
     rest = tl.load(lse_ptr + row + (i.to(tl.int64) + 1) * heads, rows, other=0.0)
@@ -360,7 +339,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> tupl
     """out and lse (L, 2, H)."""
     q, k, v = map(_readable, (q, k, v))
     out, lse = torch.empty_like(q), q.new_empty((len(q), 2, q.shape[1]), dtype=torch.float32)
-    (numbers, switches), settings = _numbers(q, k, layout, rule), launch(q.shape[2], q.dtype)["forward"]
+    (numbers, switches), settings = (
+        _numbers(q, k, layout, rule),
+        launch(q.shape[2], q.dtype, rule.softcap is not None)["forward"],
+    )
     forest = [layout.on(name, q.device) for name in ("start", "parent", "last", "position")]
     forest.insert(2, _segments(layout, settings["BLOCK_Q"], q.device))
     grid = (triton.cdiv(layout.tokens, settings["BLOCK_Q"]) * q.shape[1],)
@@ -372,7 +354,7 @@ def backward(d_out: Tensor, delta: Tensor, saved: Saved, layout: Layout, rule: R
     """dq, dk and dv; delta (L, H) float32."""
     q, k, v, d_out, lse, delta = map(_readable, (*saved[:3], d_out, saved.lse, delta))
     gradients, (numbers, switches) = [torch.empty_like(x) for x in (q, k, v)], _numbers(q, k, layout, rule)
-    settings, (tokens, heads) = launch(q.shape[2], q.dtype), k.shape[:2]
+    settings, (tokens, heads) = launch(q.shape[2], q.dtype, rule.softcap is not None), k.shape[:2]
     sizes = settings["queries"]
     start, parent, last, position = (layout.on(name, q.device) for name in ("start", "parent", "last", "position"))
     segment = _segments(layout, sizes["BLOCK_Q"], q.device)
