@@ -14,6 +14,8 @@ _CAPPED_HALVES = {
     128: ((128, 32, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
     256: _HALVES[256],
 }
+# Where 227 KiB of shared memory feed products of four warps at once.
+_HOPPER_HALVES = {**_HALVES, 128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2))}
 _FLOATS = {
     64: ((16, 16, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
     128: ((16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
@@ -27,9 +29,11 @@ _AMD_HALVES = {
 _AMD_FLOATS = dict.fromkeys((64, 128, 256), 3 * ((16, 16, 4, 1),))
 
 
-def launch(dim: int, dtype: torch.dtype, capped: bool, amd: bool = torch.version.hip is not None) -> dict[str, dict]:
+def launch(
+    dim: int, dtype: torch.dtype, capped: bool, amd: bool = torch.version.hip is not None, hopper: bool = False
+) -> dict[str, dict]:
     """Tile sizes and options of the three kernels with products; a cap's tanh takes registers."""
-    halves = _AMD_HALVES if amd else _CAPPED_HALVES if capped else _HALVES
+    halves = _AMD_HALVES if amd else _CAPPED_HALVES if capped else _HOPPER_HALVES if hopper else _HALVES
     table = (_AMD_FLOATS if amd else _FLOATS) if dtype == torch.float32 else halves
     width = max(16, 1 << (dim - 1).bit_length())
     names = ("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages")

@@ -330,6 +330,11 @@ def _numbers(q: Tensor, k: Tensor, layout: Layout, rule: Rule) -> tuple[list, di
     return numbers, {"D": q.shape[2], **switches}
 
 
+def _launch(q: Tensor, rule: Rule) -> dict[str, dict]:
+    hopper = q.device.type == "cuda" and torch.cuda.get_device_capability(q.device)[0] == 9
+    return launch(q.shape[2], q.dtype, rule.softcap is not None, hopper=hopper)
+
+
 def _readable(x: Tensor) -> Tensor:
     """Contiguous; on a CPU float32 for bfloat16, whose bits the interpreter multiplies as if they were integers."""
     return (x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x).contiguous()
@@ -341,7 +346,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> tupl
     out, lse = torch.empty_like(q), q.new_empty((len(q), 2, q.shape[1]), dtype=torch.float32)
     (numbers, switches), settings = (
         _numbers(q, k, layout, rule),
-        launch(q.shape[2], q.dtype, rule.softcap is not None)["forward"],
+        _launch(q, rule)["forward"],
     )
     forest = [layout.on(name, q.device) for name in ("start", "parent", "last", "position")]
     forest.insert(2, _segments(layout, settings["BLOCK_Q"], q.device))
@@ -354,7 +359,7 @@ def backward(d_out: Tensor, delta: Tensor, saved: Saved, layout: Layout, rule: R
     """dq, dk and dv; delta (L, H) float32."""
     q, k, v, d_out, lse, delta = map(_readable, (*saved[:3], d_out, saved.lse, delta))
     gradients, (numbers, switches) = [torch.empty_like(x) for x in (q, k, v)], _numbers(q, k, layout, rule)
-    settings, (tokens, heads) = launch(q.shape[2], q.dtype, rule.softcap is not None), k.shape[:2]
+    settings, (tokens, heads) = _launch(q, rule), k.shape[:2]
     sizes = settings["queries"]
     start, parent, last, position = (layout.on(name, q.device) for name in ("start", "parent", "last", "position"))
     segment = _segments(layout, sizes["BLOCK_Q"], q.device)

@@ -22,7 +22,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def kernels(target, dtype, dim, cap=False, window=False):
     """(name, kernel, types of its run-time arguments, its settings) for heads of `dim` numbers of `dtype`."""
-    launch = tree_launch.launch(dim, DTYPES[dtype], cap, amd=target.startswith("gfx"))
+    launch = tree_launch.launch(dim, DTYPES[dtype], cap, target.startswith("gfx"), target == "sm_90")
     tensors = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}")
     arriving = {"d_out_ptr": f"*{dtype}", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
     switches = {"D": dim, "CAP": cap, "WINDOW": window, "EXACT": dtype == "fp32"}
@@ -65,6 +65,12 @@ def test_nothing_is_spilled(target, dtype, dim, scores):
 def test_caps_windows_and_the_other_dtypes_compile(target, dtype, dim):
     for name, kernel, types, settings in kernels(target, dtype, dim, cap=True, window=True):
         assert compile_ahead(kernel, target, types, settings).metadata.shared <= SHARED[target], name
+
+
+def test_hopper_multiplies_four_warps_at_once():
+    for name, kernel, types, settings in kernels("sm_90", "bf16", 128):
+        ptx = compile_ahead(kernel, "sm_90", types, settings, [t for t in types if t.endswith("_ptr")]).asm["ptx"]
+        assert name == "merge" or ("wgmma.mma_async" in ptx and "mma.sync" not in ptx), name
 
 
 def test_no_length_is_compiled_in():
