@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fuserl.kernels import softmax_rows, tree_flash, tree_segments, tree_tiles
 from fuserl.kernels.dispatch import choose
+from fuserl.kernels.registration import register
 from fuserl.kernels.tree_segments import Layout, Rule, Saved
 
 _NAME = "tree_attention"
@@ -195,31 +196,35 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, d_out, d_lse, _):
     if d_out is None and d_lse is None:
         return (None,) * 9
-    found = torch.ops.fuserl.tree_attention_backward(d_out, d_lse, *ctx.saved_tensors, *ctx.settings)
+    found = _tree_attention_backward(d_out, d_lse, *ctx.saved_tensors, *ctx.settings)
     return *(d if need else None for d, need in zip(found, ctx.needs_input_grad, strict=False)), *[None] * 6
 
 
 _CALL = "Tensor parent, Tensor length, float scale, int? window, float? softcap, str? backend"
-_library = torch.library.Library("fuserl", "FRAGMENT")
-_library.define(f"tree_attention(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    "tree_attention_backward(Tensor? d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"Tensor rest, {_CALL}) -> (Tensor, Tensor, Tensor)"
-)
-_library.impl("tree_attention", _forward, "CompositeExplicitAutograd")
-_library.impl("tree_attention_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_autograd("fuserl::tree_attention", _autograd, setup_context=_setup_context, lib=_library)
 
 
-@torch.library.register_fake("fuserl::tree_attention", lib=_library)
 def _fake_forward(q, *_):
     rest = q.new_empty(q.shape if _keeps_rest(q) else 0)
     return q.new_empty(q.shape), q.new_empty((len(q), 2, q.shape[1]), dtype=_accumulator(q)), rest
 
 
-@torch.library.register_fake("fuserl::tree_attention_backward", lib=_library)
 def _fake_backward(_d_out, _d_lse, q, k, v, *_others):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+_tree_attention = register(
+    f"tree_attention(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    keep=_setup_context,
+    backward=_autograd,
+)
+_tree_attention_backward = register(
+    "tree_attention_backward(Tensor? d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"Tensor rest, {_CALL}) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
 
 
 def tree_attention(
@@ -267,7 +272,7 @@ def tree_attention(
     _check_numbers(scale, window, softcap)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
-    out, lse, _ = torch.ops.fuserl.tree_attention(q, k, v, parent, length, scale, window, softcap, backend)
+    out, lse, _ = _tree_attention(q, k, v, parent, length, scale, window, softcap, backend)
     return out, lse[:, 0]
 
 
