@@ -25,7 +25,7 @@ template <class From>
 FUSERL_INLINE void widen(const From* from, float* to, std::int64_t n) {
   std::int64_t i = 0;
   for (; i + width <= n; i += width) {
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(from + i) + ahead));
+    prefetch(from + i, ahead);
     store(to + i, load(from + i));
   }
   From rest[width] = {};
@@ -77,11 +77,6 @@ FUSERL_INLINE void finish(void* row, DType dtype, std::int64_t begin, std::int64
   if (dtype == DType::f32) narrow(buffer, static_cast<float*>(row) + begin, n);
   if (dtype == DType::bf16) narrow(buffer, static_cast<Bf16*>(row) + begin, n);
   if (dtype == DType::f16) narrow(buffer, static_cast<F16*>(row) + begin, n);
-}
-
-template <class T>
-FUSERL_INLINE void prefetch(const T* p) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(p) + ahead));
 }
 
 // ---- one vector
@@ -163,8 +158,8 @@ void gradient_row(const void* p_row, const void* q_row, DType dtype_p, DType dty
     T* dp = place(out_p, dtype_p, begin, n, dp_buffer);
     T* dq = place(out_q, dtype_q, begin, n, dq_buffer);
     for (std::int64_t i = 0; i < n; i += Step<T>::size) {
-      prefetch(p + i);
-      prefetch(q + i);
+      prefetch(p + i, ahead);
+      prefetch(q + i, ahead);
       const Pair<V> x = pair_at(load(p + i), load(q + i), constants);
       const Terms<V> at = terms<T, kind>(x, parameter);
       // Where p is 0 its logarithm is not looked at: 0 log 0 = 0.

@@ -36,7 +36,7 @@ FUSERL_INLINE typename Step<T>::Vector load_first(const T* p, std::int64_t n) {
 // Those of an array that is read through.
 template <class T>
 FUSERL_INLINE typename Step<T>::Vector stream(const T* p, std::int64_t n) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead);
+  prefetch(p, ahead);
   return load_first(p, n);
 }
 

@@ -11,6 +11,7 @@ namespace {
 // Tokens whose sums are kept apart before they are added to the block's, in double: a few roundings for each lane.
 template <class T>
 constexpr std::int64_t fold = sizeof(T) == sizeof(float) ? 256 : 32;
+constexpr std::int64_t ahead = 4096;  // bytes to prefetch: there are more streams than the processor follows over pages
 
 template <class V>
 struct Term {
@@ -90,6 +91,7 @@ FUSERL_INLINE void step(const PolicyBlock<T>& at, std::int64_t i, const PolicyBo
   const V zero = {}, one = zero + T(1), infinity = zero + static_cast<T>(__builtin_inf());
   const Mask keep = at.mask ? load_mask(at.mask + i, Mask{}) : zero == zero;
   const auto input = [&](int which) {
+    prefetch(at.input[which] + i, ahead);
     const V x = load(at.input[which] + i);
     return keep ? x : V{};
   };
@@ -123,8 +125,12 @@ FUSERL_INLINE void step(const PolicyBlock<T>& at, std::int64_t i, const PolicyBo
     loss *= weight;
     derivative *= weight;
   }
+  prefetch<true>(at.losses + i, ahead);
   store(at.losses + i, loss);
-  if (at.derivative) store(at.derivative + i, derivative);
+  if (at.derivative) {
+    prefetch<true>(at.derivative + i, ahead);
+    store(at.derivative + i, derivative);
+  }
 
   sums.sum[At::tokens] += keep ? one : zero;
   sums.sum[At::clipped_low] += low ? one : zero;

@@ -57,7 +57,7 @@ float read(const void* row, std::int64_t vocab, float* x) {
   const std::int64_t whole = vocab / sample_step * sample_step;
   Peak peak;
   for (std::int64_t i = 0; i < whole; i += sample_step) {
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(p + i) + ahead));
+    prefetch(p + i, ahead);
     peak.step(p + i, x + i);
   }
   if (whole < vocab) {

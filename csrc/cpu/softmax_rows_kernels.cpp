@@ -18,9 +18,7 @@ FUSERL_INLINE void set_minus_infinity(F16* p) { p->bits = 0xfc00; }
 
 template <class T>
 FUSERL_INLINE void prefetch_ahead(const T* p) {
-  const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(p) + ahead;
-  for (unsigned byte = 0; byte < group * sizeof(T); byte += 64)
-    __builtin_prefetch(reinterpret_cast<const void*>(address + byte));
+  for (std::int64_t byte = 0; byte < static_cast<std::int64_t>(group * sizeof(T)); byte += 64) prefetch(p, ahead + byte);
 }
 
 // The elements past the last whole group, followed by -inf.

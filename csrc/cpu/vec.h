@@ -42,6 +42,13 @@ FUSERL_INLINE Floats as_floats(Words x) { return reinterpret_cast<Floats>(x); }
 // The second argument where either is NaN.
 FUSERL_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 
+// Fetches what lies some bytes behind p, to be read or written; past the end of an array nothing happens.
+template <bool write = false, class T>
+FUSERL_INLINE void prefetch(const T* p, std::int64_t bytes) {
+  const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(p) + static_cast<std::uintptr_t>(bytes);
+  __builtin_prefetch(reinterpret_cast<const void*>(address), write);
+}
+
 FUSERL_INLINE Floats load(const float* p) { return *reinterpret_cast<const UnalignedFloats*>(p); }
 FUSERL_INLINE void store(float* p, Floats x) { *reinterpret_cast<UnalignedFloats*>(p) = x; }
 
