@@ -20,7 +20,7 @@ def rival(package, module, *, exactly=False):
             _as_namespaces("verl", "verl.utils", "verl.utils.kernel", "verl.utils.experimental")
         found = importlib.import_module(module)
     except ImportError as missing:
-        pytest.skip(f"{missing}: pip install {package}=={version}")
+        pytest.skip(f"{missing}: pip install {package}=={version}", allow_module_level=True)
     if exactly and installed != version:
         pytest.skip(f"the defect is that of {package} {version}; {installed} is installed")
     return found

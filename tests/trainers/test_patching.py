@@ -136,3 +136,13 @@ def test_the_report_is_a_list(rented):
     assert str(ours.report()) == "rented 1.16.3: replaced\n  nothing\nleft\n  rented.ops:double: it is fast enough"
     with ours.patch():
         assert "  rented.ops:half  bound as rented.ops.half, rented.trainer.half\nleft" in str(ours.report())
+
+
+def test_without_trl_the_import_gives_the_line_for_pip(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    monkeypatch.delitem(sys.modules, "fuserl.trainers.trl", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'trl>=1\.16,<1\.17'"):
+        importlib.import_module("fuserl.trainers.trl")

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+import trl_runs
 from rivals import rival
 from tolerance import check, check_rows
 
@@ -180,3 +181,50 @@ def test_every_place_is_replaced_and_restored():
         kernels = importlib.import_module("trl.kernels.chunked_logprob")
         assert not kernels._use_triton(torch.device("cpu")), "TRL's own kernels ask this"
     assert {path: theirs(path) for path in before} == before and ours.report().replaced == {}
+
+
+def fused(model, ids, labels):
+    """Log-probs and gradients through TRL's fused head of a model."""
+    utils.add_fused_lm_head(model, temperature=0.8, outputs=FIELDS)
+    found = model(input_ids=ids, labels=labels, fused_lm_head=True)
+    (found.loss + found.entropy.sum()).backward()
+    return found, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_rows_without_labels_are_taken_out_on_a_cpu(patched, monkeypatch):
+    """The function sees the labelled rows alone, and a batch without any still differentiates."""
+    seen, apply = [], ours.ChunkedLogProb.apply
+    monkeypatch.setattr(
+        ours.ChunkedLogProb, "apply", lambda hidden, *rest: seen.append(len(hidden)) or apply(hidden, *rest)
+    )
+    ids = torch.randint(3, 64, (2, 9))
+    labels = ids.masked_fill(torch.arange(9) < 6, -100)
+    fused(trl_runs.model(torch.float32), ids, labels)
+    found, gradients = fused(trl_runs.model(torch.float32), ids, torch.full_like(ids, -100))
+    assert seen == [6, 0] and found.log_probs.shape == (2, 8)
+    assert all(not gradient.any() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("with_patch", [True, False])
+def test_beside_a_compiled_backbone_and_peft(with_patch, request):
+    """The same numbers where the backbone is compiled and its projections carry adapters."""
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    if with_patch:
+        request.getfixturevalue("patched")
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    labels, results = ids.masked_fill(torch.arange(9) < 4, -100), []
+    for compiled in (False, True):
+        model = trl_runs.model(torch.float32)
+        if compiled:
+            model.model = torch.compile(model.model, backend="aot_eager")
+        utils.add_fused_lm_head(model)
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(
+            model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        )
+        loss = adapted(input_ids=ids, labels=labels, fused_lm_head=True).loss
+        loss.backward()
+        trained = [p.grad for p in adapted.parameters() if p.requires_grad]
+        results.append((loss.detach(), torch.stack([g.norm() for g in trained])))
+        assert model.lm_head.weight.grad is None
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
