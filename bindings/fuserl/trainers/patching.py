@@ -134,7 +134,7 @@ def _owner(path: str) -> tuple[object, str]:
 def _places(path: str, value: object, original: object) -> Iterator[tuple[object, str]]:
     """Where a value stands among the places that a path to `original` stands for."""
     owner, name = _owner(path)
-    if not isinstance(owner, ModuleType) or getattr(original, "__module__", None) != owner.__name__:
+    if not isinstance(owner, ModuleType) or _home(original) != owner.__name__:
         if vars(owner)[name] is value:
             yield owner, name
         return
@@ -142,6 +142,11 @@ def _places(path: str, value: object, original: object) -> Iterator[tuple[object
     for at, module in list(sys.modules.items()):
         if isinstance(module, ModuleType) and (at == root or at.startswith(f"{root}.")):
             yield from ((module, each) for each, bound in list(vars(module).items()) if bound is value)
+
+
+def _home(value: object) -> str | None:
+    """The module that defines a function, or the class whose bound method it is."""
+    return getattr(getattr(value, "__self__", value), "__module__", None)
 
 
 def _rebind(path: str, old: object, new: object, original: object) -> None:
