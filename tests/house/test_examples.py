@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-from rivals import rival
+from rivals import rival, verl_losses
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -24,5 +24,10 @@ def test_trl_grpo_learns():
     assert example("trl_grpo").main() > 0.9
 
 
+def test_verl_grpo_learns():
+    verl_losses()
+    assert example("verl_grpo").main() > 0.9
+
+
 def test_every_example_is_tested():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"own_trainer", "trl_grpo"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"own_trainer", "trl_grpo", "verl_grpo"}

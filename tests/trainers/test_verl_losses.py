@@ -158,7 +158,7 @@ def test_a_micro_batch_without_tokens_has_a_loss_of_zero():
 
 def test_refusals():
     batch = Batch()
-    with pytest.raises(ValueError, match="loss_agg_mode must be one of token-mean, .*; got 'mean'"):
+    with pytest.raises(ValueError, match=r"loss_agg_mode must be one of token-mean, .*; got 'mean'"):
         batch.run(ours["fuserl_grpo"], "mean", config())
     with pytest.raises(ValueError, match="fuserl_gmpo: loss_agg_mode must be 'seq-mean-token-mean'"):
         batch.run(ours["fuserl_gmpo"], "token-mean", config())
