@@ -110,6 +110,7 @@ def test_a_group_without_spread_has_zeros():
 
 @pytest.mark.parametrize("index", [
     [3, 1, 3, 1], np.array([7, 2, 7, 2]), torch.tensor([4, 0, 4, 0]), np.array(["b", "a", "b", "a"]),
+    np.array(["b", 1, "b", 1], dtype=object),
 ])  # fmt: skip
 def test_labels_of_any_kind(index):
     rewards = torch.tensor([[1.0], [2.0], [3.0], [6.0]])
@@ -126,11 +127,9 @@ def test_rewards_and_inputs_are_left_as_they_were():
 
 
 def test_refusals():
-    batch, mixed = Batch(), np.array(["a"] * 12 + [1] * 12, dtype=object)
+    batch = Batch()
     with pytest.raises(ValueError, match=r"index must have a label per sample, \(24,\); got \(3,\)"):
         module.grpo(batch.rewards, batch.mask, batch.index[:3])
-    with pytest.raises(ValueError, match="index must have labels that sort"):
-        module.grpo(batch.rewards, batch.mask, mixed)
     with pytest.raises(ValueError, match="every group must have at least 2 samples"):
         module.grpo_passk(batch.rewards, batch.mask, batch.index, config=CONFIG)
     with pytest.raises(ValueError, match=r"alpha must be 1\.0"):

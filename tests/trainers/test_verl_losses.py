@@ -47,7 +47,7 @@ class Batch:
 
     def run(self, function, mode, settings, dtype=torch.float32):
         """(loss, gradient, metrics) of a loss."""
-        new = self.new.to(dtype).requires_grad_()
+        new = self.new.to(dtype).clone().requires_grad_()
         given = [self.old.to(dtype), new, self.advantages.to(dtype), self.mask]
         weights = None if self.weights is None else self.weights.to(dtype)
         loss, metrics = function(*given, loss_agg_mode=mode, config=settings, rollout_is_weights=weights)

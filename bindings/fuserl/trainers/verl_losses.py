@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from fuserl.kernels.policy_loss import named, policy_loss
+from fuserl.kernels.policy_loss import STATISTICS, policy_loss
 from fuserl.kernels.surrogates import Clip, Gate, Weight
 
 __all__ = ["LOSSES"]
@@ -58,8 +58,8 @@ def gspo(
     Where A < 0 the ratio is cut at e^10, as verl does. Source: arXiv:2507.18071, eq. 5-7.
     """
     call = _Call("fuserl_gspo", old_log_prob, log_prob, advantages, response_mask, config)
-    mean = call.mean_of_samples(call.log_ratio.detach())
-    call.logprobs = call.logprobs - call.logprobs.detach() + mean[:, None]
+    mean = call.mean_of_samples(call.log_ratio().detach())
+    call.logprobs = mean[:, None] + (call.logprobs - call.logprobs.detach())
     call.old = torch.zeros_like(call.old)
     return call.loss(Clip(*call.clip(), dual=math.exp(10)), call.weights(loss_agg_mode, rollout_is_weights))
 
@@ -76,10 +76,9 @@ def cispo(
     low, high = call.clip()
     bounds = max(0.0, 1 - low), 1 + high
     loss, metrics = call.loss(Weight(bounds, bounds), call.weights(loss_agg_mode, rollout_is_weights))
-    ratio = call.log_ratio.detach().exp()
     # verl counts the tokens without an advantage too, which no bound of a surrogate holds.
-    outside = call.mean((ratio < bounds[0]) | (ratio > bounds[1]))
-    return loss, metrics | {"actor/pg_clipfrac": outside.item(), "actor/pg_clipfrac_lower": 0.0}
+    share = call.outside(bounds[0], bounds[1]).sum() / call.mask.sum().clamp(min=1)
+    return loss, metrics | {"actor/pg_clipfrac": share.item(), "actor/pg_clipfrac_lower": 0.0}
 
 
 def sapo(
@@ -122,7 +121,7 @@ def dro(
         raise ValueError(f"fuserl_dro: policy_loss.dro_beta must be positive; got {beta}. Set it.")
     weights = call.weights(loss_agg_mode, rollout_is_weights)
     loss, _ = call.loss(Weight((1, 1), (1, 1)), weights, beta=float(beta), kl="k2")
-    return loss, {"actor/ppo_kl": -call.mean(call.log_ratio.detach()).item()}
+    return loss, {"actor/ppo_kl": -call.mean(call.log_ratio().detach()).item()}
 
 
 def gmpo(
@@ -152,10 +151,10 @@ def gmpo(
             f"fuserl_gmpo: loss_agg_mode must be 'seq-mean-token-mean'; got {loss_agg_mode!r}. A loss of samples has "
             "no token mean: set actor.loss_agg_mode."
         )
-    (low, high), a, log_ratio = call.clip(), call.advantages, call.log_ratio
+    (low, high), a, log_ratio = call.clip(), call.advantages, call.log_ratio()
     held = torch.where(a > 0, log_ratio.clamp(max=high), torch.where(a < 0, log_ratio.clamp(min=-low), 0.0))
     log_weights = None if rollout_is_weights is None else call.mean_of_samples((rollout_is_weights + 1e-10).log())
-    weights = call.weights(loss_agg_mode, None).sum(-1)
+    weights = call.weights("seq-mean-token-sum", None)[:, 0]  # of a sample, as of each of its tokens there
     logprobs = call.mean_of_samples(held)
     losses, _ = policy_loss(
         logprobs, call.mean_of_samples(a), old_logprobs=torch.zeros_like(weights), mask=call.mask.any(-1),
@@ -191,8 +190,17 @@ class _Call:
         self.name, self.config = name, config
         self.logprobs = log_prob if log_prob.dtype in (torch.float32, torch.float64) else log_prob.float()
         self.old, self.advantages = (x.detach().to(self.logprobs.dtype) for x in (old_log_prob, advantages))
-        self.mask, self.numbers = response_mask.bool(), response_mask.to(self.logprobs.dtype)
-        self.log_ratio = torch.where(self.mask, self.logprobs - self.old, 0.0)
+        self.mask, self.numbers = response_mask.bool(), response_mask
+
+    def log_ratio(self) -> Tensor:
+        """(B, T), 0 where the mask is."""
+        return torch.where(self.mask, self.logprobs - self.old, 0.0)
+
+    def outside(self, least: float, most: float) -> Tensor:
+        """(B, T) bool: tokens of the mask whose ratio is beyond the bounds."""
+        log_ratio = self.logprobs.detach() - self.old
+        log_least = math.log(least) if least > 0 else -math.inf
+        return ((log_ratio < log_least) | (log_ratio > math.log(most))) & self.mask
 
     def clip(self) -> tuple[float, float]:
         """clip_ratio_low and clip_ratio_high, each clip_ratio where it is None."""
@@ -201,8 +209,19 @@ class _Call:
 
     def weights(self, mode: str, rollout_is_weights: Tensor | None) -> Tensor:
         """(B, T) that make the sum over tokens what verl's agg_loss makes of the mode."""
-        weights = _weights(self.name, self.numbers, mode, **self.config.global_batch_info)
-        return weights if rollout_is_weights is None else weights * rollout_is_weights.detach().to(weights.dtype)
+        like = self.logprobs
+        weights = _weights(
+            self.name,
+            self.numbers.to(like.dtype).sum(-1, keepdim=True),
+            like.shape[-1],
+            mode,
+            **self.config.global_batch_info,
+        )
+        if self.numbers.dtype != torch.bool:
+            weights = weights * self.numbers
+        if rollout_is_weights is not None:
+            weights = weights * rollout_is_weights.detach().to(like.dtype)
+        return weights.to(like.dtype).expand(like.shape)
 
     def loss(self, surrogate, weights: Tensor, *, beta: float = 0.0, kl: str = "k1") -> tuple[Tensor, dict]:
         """The sum of policy_loss over the tokens, and verl's metrics out of its statistics."""
@@ -210,10 +229,13 @@ class _Call:
             self.logprobs, self.advantages, old_logprobs=self.old, ref_logprobs=self.old, weights=weights,
             mask=self.mask, surrogate=surrogate, beta=beta, kl=kl,
         )  # fmt: skip
-        found = named(statistics)
-        shares = found["clipped_low"] + found["clipped_high"], -found["kl"], found["clipped_dual"]
-        names = "actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"
-        return losses.sum(), dict(zip(names, torch.stack(shares).tolist(), strict=True))
+        found = dict(zip(STATISTICS, statistics.tolist(), strict=True))
+        count = max(1.0, found["tokens"])
+        return losses.sum(), {
+            "actor/pg_clipfrac": (found["clipped_low"] + found["clipped_high"]) / count,
+            "actor/ppo_kl": -found["kl"] / count,
+            "actor/pg_clipfrac_lower": found["clipped_dual"] / count,
+        }
 
     def mean_of_samples(self, x: Tensor) -> Tensor:
         """(B,) means of (B, T) over the tokens of the mask; 0 where a sample has none."""
@@ -225,26 +247,24 @@ class _Call:
 
 
 def _weights(
-    name: str, mask: Tensor, mode: str, *, dp_size: int = 1, batch_num_tokens: int | None = None,
+    name: str, lengths: Tensor, width: int, mode: str, *, dp_size: int = 1, batch_num_tokens: int | None = None,
     global_batch_size: int | None = None, loss_scale_factor: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """(B, T) that make the sum over tokens what verl's agg_loss makes of the mode."""
+    """(B, 1) or (1, 1) of a token that counts, out of how many each sample has, (B, 1)."""
     if mode not in _MODES:
         raise ValueError(f"{name}: loss_agg_mode must be one of {', '.join(_MODES)}; got {mode!r}. Correct the name.")
-    wanted = {"token-mean": ("batch_num_tokens", batch_num_tokens), "token-sum": ("", 1)}
-    count, given = wanted.get(mode, ("global_batch_size", global_batch_size))
-    if given is None and dp_size > 1:
-        raise ValueError(
-            f"{name}: {count} must be given when dp_size > 1; got None and {dp_size}. Set it in global_batch_info."
-        )
     if mode == "token-sum":
-        return mask * dp_size
-    lengths = mask.sum(-1, keepdim=True)
-    if given is None:
-        given = (lengths.sum() if mode == "token-mean" else (lengths > 0).sum()).clamp(min=1)
-    weights = mask * dp_size / given
+        return torch.full_like(lengths[:1], dp_size)
+    of_tokens = mode == "token-mean"
+    count = batch_num_tokens if of_tokens else global_batch_size
+    if count is None and dp_size > 1:
+        wanted = "batch_num_tokens" if of_tokens else "global_batch_size"
+        raise ValueError(
+            f"{name}: {wanted} must be given when dp_size > 1; got None and {dp_size}. Set it in global_batch_info."
+        )
+    if count is None:
+        count = (lengths.sum() if of_tokens else (lengths > 0).sum()).clamp(min=1)
     if mode == "seq-mean-token-mean":
-        return weights / (lengths + 1e-8)
-    if mode == "seq-mean-token-sum-norm":
-        return weights / (mask.shape[-1] if loss_scale_factor is None else loss_scale_factor)
-    return weights
+        return dp_size / count / (lengths + 1e-8)
+    scale = 1 if mode != "seq-mean-token-sum-norm" else width if loss_scale_factor is None else loss_scale_factor
+    return torch.ones_like(lengths[:1]) * dp_size / count / scale
