@@ -36,7 +36,8 @@ class FusedLinearForPPO(torch.nn.Module):
     """verl's head by linear_logprob: log-probs and entropies from hidden states.
 
     Args:
-        chunk_size: verl's rows at a time; rows stream here, and no result depends on it.
+        chunk_size: verl's rows at a time. Rows stream here; the backward finds again the logits of five times as many,
+            which is the memory that verl takes for these, and computes those of the others again.
         impl_backend: "torch" or "liger", as verl's configuration has it; both run our op.
 
     Raises:
@@ -73,8 +74,9 @@ class FusedLinearForPPO(torch.nn.Module):
         """
         _refuse_partitioned(vocab_weights)
         return _scored(
-            hidden_states, _like(vocab_weights, hidden_states), input_ids, _of_samples(temperature, input_ids)
-        )
+            hidden_states, _like(vocab_weights, hidden_states), input_ids, _of_samples(temperature, input_ids),
+            memory=5 * self.chunk_size * len(vocab_weights) * 4,
+        )  # fmt: skip
 
 
 def linear_cross_entropy(
@@ -235,11 +237,11 @@ def _unregister() -> None:
             getattr(core, registry).pop(name, None)
 
 
-def _scored(hidden, weight, labels, temperature, group=None) -> tuple[Tensor, Tensor]:
+def _scored(hidden, weight, labels, temperature, **options) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies, 0 where a label is ignored."""
     ids = labels.long()
     ignored = ids == _IGNORED
-    given = {"temperature": temperature, "group": group, "outputs": ("logprob", "entropy")}
+    given = {"temperature": temperature, "outputs": ("logprob", "entropy"), **options}
     found = linear_logprob(hidden, weight, ids.masked_fill(ignored, 0), **given)
     return found.logprob.masked_fill(ignored, 0.0), found.entropy.masked_fill(ignored, 0.0)
 

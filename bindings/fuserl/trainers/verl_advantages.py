@@ -6,8 +6,6 @@ group's advantages do not depend on where its samples lie. A group of one has it
 
 from __future__ import annotations
 
-import importlib
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,7 +30,7 @@ def gae_advantage(
         gamma, lam: numbers.
 
     Raises:
-        ValueError: the mask has fewer than two tokens, as verl's masked_whiten.
+        ValueError: the mask has fewer than two tokens.
     """
     rewards, mask = _wide(token_level_rewards), response_mask.bool()
     found = gae(rewards, values.to(rewards.dtype), gamma=float(gamma), lam=float(lam), mask=mask)
@@ -182,10 +180,8 @@ class _Groups:
             raise ValueError(
                 f"fuserl.trainers.verl: index must have a label per sample, ({len(like)},); got ({len(labels)},)."
             )
-        # A group is known by the place of its last member: hashing strings takes a sixth of the time of sorting them.
-        labels = labels.tolist()
-        last = dict(zip(labels, range(len(labels)), strict=True))
-        id = np.fromiter(map(last.__getitem__, labels), np.int64, len(labels))
+        # A group is known by the place of its first member: hashing strings takes a tenth of the time of sorting them.
+        id = np.fromiter(map({}.setdefault, labels.tolist(), range(len(labels))), np.int64, len(labels))
         lone = np.bincount(id, minlength=1)[id] == 1
         self.any_lone = bool(lone.any())
         self.id = torch.from_numpy(id).to(like.device)
@@ -204,9 +200,18 @@ def _spread(advantages: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _whitened(x: Tensor, response_mask: Tensor) -> Tensor:
-    """verl's masked_whiten, and 0 where the mask is."""
-    whitened = importlib.import_module("verl.utils.torch_functional").masked_whiten(x, response_mask)
-    return torch.where(response_mask.bool(), whitened, 0.0)
+    """Of mean 0 and variance 1 over the tokens of the mask, by verl's formula; 0 where the mask is, as x must be.
+
+    (x - mean) / sqrt(var + 1e-8),    var with the count less one
+    """
+    count = int(response_mask.sum())
+    if count < 2:
+        raise ValueError(
+            f"fuserl.trainers.verl: response_mask must have at least 2 tokens to whiten advantages; got {count}. Use "
+            "a larger batch."
+        )
+    centred = torch.where(response_mask.bool(), x - x.sum() / count, 0.0)
+    return centred.mul_((centred.square().sum() / (count - 1) + 1e-8).rsqrt())
 
 
 def _wide(x: Tensor) -> Tensor:
