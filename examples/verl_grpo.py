@@ -76,10 +76,10 @@ def main(steps: int = 60) -> float:
         rewards = torch.zeros_like(old)
         rewards[:, -1] = (ids[:, 1:] == WORDS.index("yes")).float().mean(1)
         estimator = core_algos.get_adv_estimator_fn("fuserl_rloo")
-        advantages, _ = estimator(token_level_rewards=rewards, response_mask=mask, index=uids, config=Settings())
+        advantages, _ = estimator(rewards, mask, index=uids, config=Settings())
         for _ in range(2):
             loss, _ = core_algos.get_policy_loss_fn("fuserl_grpo")(
-                old_log_prob=old, log_prob=log_probs(model, ids), advantages=advantages, response_mask=mask,
+                old, log_probs(model, ids), advantages, mask,
                 loss_agg_mode=CONFIG.loss_agg_mode, config=CONFIG, rollout_is_weights=None,
             )  # fmt: skip
             optimizer.zero_grad()

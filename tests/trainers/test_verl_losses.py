@@ -97,7 +97,7 @@ def test_losses_of_tokens(name, mode, weighted, info):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_loss_of_samples(weighted):
     """verl's mean is that of the micro-batch; the whole batch's has its denominator."""
-    batch = Batch(weighted=weighted, empty=False, spread=0.2)
+    batch = Batch(count=12, weighted=weighted, empty=False)
     mode = "seq-mean-token-mean"
     loss, gradient, _ = compare("fuserl_gmpo", batch, mode, config())
     whole = batch.run(ours["fuserl_gmpo"], mode, config(GLOBAL))
