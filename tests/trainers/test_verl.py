@@ -11,8 +11,9 @@ from ranks import on_ranks
 from rivals import rival, verl_losses
 from tolerance import check, check_rows
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 core = verl_losses()
 theirs = rival("verl", "verl.utils.torch_functional")
@@ -23,8 +24,15 @@ ours.unpatch()  # importing it has patched
 B, T, D, V = 3, 11, 24, 301
 
 
+@pytest.fixture(autouse=True)
+def unpatched():
+    ours.unpatch()
+    yield
+    ours.unpatch()
+
+
 @pytest.fixture
-def patched():
+def patched(unpatched):
     with ours.patch():
         yield
 
@@ -285,34 +293,42 @@ class Model(nn.Module):
         return ours.FusedLinearForPPO().forward(hidden, self.lm_head.weight, ids, temperature=0.8)
 
 
-def step(model, ids, scale=1.0):
-    """Loss and full gradients of an update."""
+def gradients(model, ids):
+    """Of an update's loss, whole."""
     logprob, entropy = model(ids)
-    loss = -scale * (logprob.mean() + 0.1 * entropy.mean())
-    loss.backward()
-    grads = {name: p.grad for name, p in model.named_parameters()}
-    return loss.detach(), {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in grads.items()}
+    (-logprob.mean() - 0.1 * entropy.mean()).backward()
+    found = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
+    return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in found.items()}
 
 
-def on_fsdp2(tied):
+def on_data_parallel(kind, tied, dtype):
     """verl's sharding: layers, and an untied head and embedding, each a unit of its own, then the root."""
     ids = torch.randint(V, (2, 2, T), generator=torch.Generator().manual_seed(5))
     model, whole = Model(tied), Model(tied)
-    for unit in [model.layer, *([] if tied else [model.embedding, model.lm_head]), model]:
-        fully_shard(unit)
-    if not tied:
-        assert isinstance(model.lm_head.weight, DTensor)
-    _, got = step(model, ids[dist.get_rank()])
-    _, expected = step(whole, ids.flatten(0, 1))
+    if kind == "ddp":
+        model = DistributedDataParallel(model)
+    else:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        for unit in [model.layer, *([] if tied else [model.embedding, model.lm_head]), model]:
+            fully_shard(unit, mp_policy=policy)
+        assert tied or isinstance(model.lm_head.weight, DTensor)
+    got, expected = gradients(model, ids[dist.get_rank()]), gradients(whole, ids.flatten(0, 1))
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}")
+        limit = 1e-5 if dtype == torch.float32 else 0.03
+        assert got[name].dtype == torch.float32 and (got[name] - gradient).norm() < limit * gradient.norm(), name
+    if dtype == torch.bfloat16:
+        head = got["embedding.weight" if tied else "lm_head.weight"]
+        assert not torch.equal(head, head.bfloat16().float()), "reduced in 16 bits"
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_fsdp2_on_two_ranks(tied):
-    """A head that is a unit of its own reaches the forward as a DTensor, a tied one whole: gradients of the batch."""
-    on_ranks(2, on_fsdp2, tied)
+@pytest.mark.parametrize(("kind", "tied", "dtype"), [
+    ("ddp", False, torch.float32), ("fsdp2", False, torch.float32), ("fsdp2", True, torch.float32),
+    ("fsdp2", False, torch.bfloat16), ("fsdp2", True, torch.bfloat16),
+])  # fmt: skip
+def test_two_ranks(kind, tied, dtype):
+    """Under FSDP2 a head of its own reaches the forward as a DTensor, a tied one whole: gradients of the batch."""
+    on_ranks(2, on_data_parallel, kind, tied, dtype)
 
 
 def on_tensor_parallel():

@@ -261,9 +261,9 @@ def _of_samples(temperature: float | Tensor, ids: Tensor) -> float | Tensor:
 
 
 def _like(weight: Tensor, hidden: Tensor) -> Tensor:
-    """The head in the dtype of the hidden states; autocast, where it is on, casts both."""
-    autocast = torch.is_autocast_enabled(hidden.device.type)
-    return weight if autocast or weight.dtype == hidden.dtype else weight.to(hidden.dtype)
+    """The head in the dtype of the hidden states; autocast casts both, and a DTensor is cast where it is gathered."""
+    left = torch.is_autocast_enabled(hidden.device.type) or hasattr(weight, "full_tensor")
+    return weight if left or weight.dtype == hidden.dtype else weight.to(hidden.dtype)
 
 
 def _refuse_partitioned(weight: Tensor) -> None:
