@@ -233,6 +233,7 @@ def test_every_place_is_replaced_and_restored(monkeypatch):
 def test_importing_patches_and_a_taken_name_is_refused(monkeypatch):
     """verl does no more than import what external_lib names."""
     monkeypatch.delitem(sys.modules, ours.__name__)
+    monkeypatch.setattr(sys.modules["fuserl.trainers"], "verl", ours)  # which the import below replaces
     again = importlib.import_module(ours.__name__)
     assert theirs.logprobs_from_logits is again.logprobs_from_logits and again.report().replaced
     again.unpatch()
