@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-VERSIONS = {"trl": "1.16.0", "liger-kernel": "0.8.5", "verl": "0.9.1"}
+VERSIONS = {"trl": "1.16.0", "liger-kernel": "0.8.5", "verl": "0.9.1", "openrlhf": "0.11.2"}
 
 
 def rival(package, module, *, exactly=False):
@@ -48,6 +48,43 @@ def verl_losses():
             if not hasattr(found, name):
                 setattr(found, name, VerlConfig if name == "ActorConfig" else type(name, (), {}))
     return importlib.import_module("verl.trainer.ppo.core_algos")
+
+
+def openrlhf(module):
+    """A module of openrlhf; what it imports for GPUs and clusters stands empty where it is not installed."""
+    importlib.import_module("transformers")  # which asks which of them are there
+    others = "deepspeed", "ray", "flash_attn", "pylatexenc", "torchdata", "optree", "vllm", "aiohttp"
+    stood_in = [name for name in others if importlib.util.find_spec(name) is None]
+    finder = _Empty(stood_in)
+    sys.meta_path.insert(0, finder)
+    try:
+        return rival("openrlhf", module)
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.partition(".")[0] in stood_in]:
+            del sys.modules[name]
+
+
+class _Empty:
+    """Finds every module of some packages, and anything in it: a decorator that does nothing."""
+
+    def __init__(self, packages):
+        self.packages = packages
+
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in self.packages:
+            return importlib.util.spec_from_loader(name, self, is_package=True)
+        return None
+
+    def create_module(self, _spec):
+        return None
+
+    def exec_module(self, module):
+        module.__getattr__ = lambda name: _anything
+
+
+def _anything(*given, **_):
+    return given[0] if given else _anything
 
 
 def _as_namespaces(*packages):

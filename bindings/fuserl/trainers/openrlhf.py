@@ -1,0 +1,313 @@
+"""OpenRLHF's PPO on our ops: one call in every process that trains, the same numbers, and no logits in memory.
+
+    import fuserl.trainers.openrlhf
+    fuserl.trainers.openrlhf.patch()         # until unpatch(); or: with fuserl.trainers.openrlhf.patch(): ...
+    print(fuserl.trainers.openrlhf.report())
+
+OpenRLHF trains in Ray's workers: ray.init(runtime_env={"worker_process_setup_hook": fuserl.trainers.openrlhf.patch})
+patches them all. Actors, losses and experience makers that exist already take part.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from fuserl.kernels.gae import gae
+from fuserl.kernels.linear_logprob import linear_logprob
+from fuserl.kernels.policy_loss import policy_loss
+from fuserl.kernels.returns import returns
+from fuserl.kernels.surrogates import Clip, Truncate, Within
+from fuserl.kernels.token_logprob import token_logprob
+from fuserl.trainers import heads
+from fuserl.trainers.patching import Host, Report
+
+__all__ = ["patch", "report", "unpatch"]
+
+_ACTOR = "openrlhf.models.actor:Actor.forward"
+_WIDEST = 20.0  # OpenRLHF holds the log-ratio of PPO to [-20, 20]
+
+
+def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each label by token_logprob; the logits stay as they are, which OpenRLHF divides in place.
+
+    Args:
+        logits: (..., V) of a floating dtype.
+        labels: (...) int64.
+        temperature: positive.
+
+    Returns:
+        (...), float32 (float64 from float64).
+
+    Raises:
+        ValueError: as `token_logprob`.
+    """
+    return token_logprob(logits, labels, temperature=temperature)[0]
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(logits) in nats by token_logprob, in the place of OpenRLHF's compiled function.
+
+    Args:
+        logits: (..., V) of a floating dtype; -inf marks a token that cannot be drawn.
+
+    Returns:
+        (...), float32 (float64 from float64).
+
+    Raises:
+        ValueError: as `token_logprob`.
+    """
+    return token_logprob(logits, torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device))[1]
+
+
+def actor_forward(
+    self, sequences: Tensor, action_mask: Tensor | None = None, attention_mask: Tensor | None = None,
+    return_output: bool = False, allgather_logits: bool = False, return_logprobs: bool = False, ring_attn_group=None,
+    packed_seq_lens: list[int] | None = None, return_entropy: bool = False, **mm_inputs,
+):  # fmt: skip
+    """Actor.forward by linear_logprob: log-probs, and entropies, from hidden states.
+
+    Arguments and results are OpenRLHF's, but that the output has no logits, and that log-probs and entropies are 0, and
+    cost nothing, where no caller reads them: outside of the action mask, and of the attention mask where there is none.
+    Calls that ask for logits, and vision-language models, are OpenRLHF's own.
+
+    Raises:
+        ValueError: a head that is no linear layer, or a model that changes its logits in a way of its own.
+    """
+    if getattr(self, "is_vlm", False) or (action_mask is None and not return_logprobs):
+        return _HOST.original(_ACTOR)(
+            self, sequences, action_mask, attention_mask, return_output, allgather_logits, return_logprobs,
+            ring_attn_group, packed_seq_lens, return_entropy, **mm_inputs,
+        )  # fmt: skip
+    if return_entropy and not return_output:
+        raise ValueError("Actor.forward: return_output must be True with return_entropy; got False. Pass it.")
+    (ids, positions, targets, mask, counted), spread = _laid_out(
+        self, sequences, action_mask, attention_mask, ring_attn_group
+    )
+    wanted = ("logprob", "entropy") if return_entropy else ("logprob",)
+
+    def read(terms: heads.Terms, hidden: Tensor) -> Tensor:
+        found = linear_logprob(
+            hidden, terms.weight, targets, outputs=wanted, temperature=self.temperature, mask=counted, **terms.options()
+        )
+        return torch.stack([vars(found)[name] for name in wanted], -1)
+
+    with heads.instead_of_logits(heads.causal_lm(self.model), read) as reading:
+        output = self.model(ids, attention_mask=mask, position_ids=positions, **mm_inputs)
+    reading.check(output["logits"])
+    output = type(output)(**{name: value for name, value in output.items() if name != "logits"})
+    log_probs, *entropies = (spread(x)[:, :-1] for x in reading.values.float().unbind(-1))
+    if return_entropy:
+        output.entropy = entropies[0]
+    if action_mask is not None:
+        log_probs = log_probs[:, -action_mask.shape[1] :] * action_mask.float()
+    return (log_probs, output) if return_output else log_probs
+
+
+def _laid_out(self, sequences, action_mask, attention_mask, group):
+    """(ids, positions, targets, attention mask, which targets count) of a forward, and the way back to (B, L)."""
+    from openrlhf.models import actor
+
+    batch, length = sequences.shape
+    if self.packing_samples:
+        ids, positions, targets, padding, indices = actor.unpad_and_slice_tensor(sequences, attention_mask, group)
+
+        def spread(x):
+            return actor.gather_and_pad_tensor(x, group, padding, indices, batch, length)
+
+        return (ids, positions, targets, None, None), spread
+    counted = torch.zeros_like(sequences, dtype=torch.bool)
+    if action_mask is None:
+        counted[:, :-1] = attention_mask[:, 1:] != 0
+    else:
+        counted[:, -1 - action_mask.shape[1] : -1] = action_mask != 0
+    positions = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
+    targets = torch.roll(sequences, shifts=-1, dims=1)
+    return (sequences, positions, targets, attention_mask, counted), lambda x: x
+
+
+def policy_loss_forward(
+    self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, action_mask: Tensor | None = None,
+    rollout_log_probs: Tensor | None = None, dp_size: int = 1, batch_num_tokens: float | None = None,
+    global_batch_size: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """PolicyLoss.forward by policy_loss, with every option of OpenRLHF.
+
+        log_ratio = clip(log_probs - old_log_probs, -20, 20); for gspo the mean over a sequence, unclipped
+        loss      = aggregate_loss(w * -min(ratio A, clip(ratio) A)), at most dual_clip |A| where A < 0
+
+    Args:
+        log_probs, old_log_probs, rollout_log_probs: (B, T); the latter for importance corrections, else it may be None.
+        advantages: (B, T), or (B, 1).
+        action_mask: (B, T), or None for all; masked tokens may hold anything.
+        dp_size, batch_num_tokens, global_batch_size: as aggregate_loss has them.
+
+    Returns:
+        (loss, share of ratios that were clipped, mean of old_log_probs - log_probs, the same of rollout_log_probs -
+        old_log_probs, share of tokens or sequences that the correction met); the last two None without a correction.
+
+    Raises:
+        ValueError: an unknown kind of loss, or a correction without rollout_log_probs.
+    """
+    from openrlhf.models.loss import aggregate_loss
+    from openrlhf.models.utils import masked_mean
+
+    kind = self.policy_loss_type
+    if kind not in ("ppo", "gspo"):
+        raise ValueError(f"PolicyLoss: policy_loss_type must be ppo or gspo; got {kind!r}. Correct the name.")
+    corrected = self.is_correction_level != "off"
+    if corrected and rollout_log_probs is None:
+        raise ValueError(
+            f"PolicyLoss: rollout_log_probs must be given with is_correction_level {self.is_correction_level}; got "
+            "None. Pass them, or set it to off."
+        )
+    mask = torch.ones_like(log_probs, dtype=torch.bool) if action_mask is None else action_mask != 0
+    dtype = torch.promote_types(log_probs.dtype, torch.float32)
+    tensors = log_probs, old_log_probs, advantages, rollout_log_probs
+    kept = (None if x is None else torch.where(mask, x.to(dtype), 0.0) for x in tensors)
+    log_probs, old, advantages, rollout = kept
+    options, log_weights, met = {}, None, None
+    if kind == "gspo":
+        sums = (log_probs - (rollout if corrected else old)).sum(-1, keepdim=True)
+        log_ratio = (sums / mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(log_probs)
+    else:
+        log_ratio = (log_probs - old).clamp(-_WIDEST, _WIDEST)
+        if corrected:
+            log_weights, options, met = _correction(self, old, rollout, mask)
+    losses, _ = policy_loss(
+        log_ratio, advantages, old_logprobs=torch.zeros_like(log_ratio), mask=mask, log_weights=log_weights,
+        surrogate=Clip(self.clip_eps_low, self.clip_eps_high, self.dual_clip), **options,
+    )  # fmt: skip
+    loss = aggregate_loss(
+        losses, mask, token_level_loss=self.token_level_loss, dp_size=dp_size, batch_num_tokens=batch_num_tokens,
+        global_batch_size=global_batch_size,
+    )  # fmt: skip
+    ratio = log_ratio.detach().exp()
+    clipped = ratio.clamp(1 - self.clip_eps_low, 1 + self.clip_eps_high) * advantages < ratio * advantages
+    clip_ratio = masked_mean(clipped.to(ratio.dtype), mask)
+    vllm_kl = None if met is None else masked_mean(rollout - old, mask)
+    return loss, clip_ratio, masked_mean((old - log_probs).detach(), mask), vllm_kl, met
+
+
+def _correction(self, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, dict, Tensor]:
+    """(log weights, options of policy_loss, share of units outside the threshold) of OpenRLHF's rollout correction."""
+    from openrlhf.models.utils import masked_mean
+
+    log_weights, (low, high) = (old - rollout).detach(), self.is_correction_threshold
+    by_token = self.is_correction_level == "token"
+
+    def unit(x: Tensor) -> Tensor:
+        return x if by_token else masked_mean(x, mask, dim=-1).unsqueeze(-1)  # NaN, so outside, without a token
+
+    if self.is_correction_gating == "ratio":
+        gate = unit(log_weights).exp()
+    else:
+        p, q = (x.exp().clamp(1e-6, 1 - 1e-6) for x in (rollout, old))
+        kl = self.is_correction_gating == "binary_kl"
+        gate = unit(p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log() if kl else (p - q).abs())
+    outside = ~((gate >= low) & (gate <= high))
+    met = masked_mean(outside.to(gate.dtype), mask) if by_token else outside.to(gate.dtype).mean()
+    if self.is_correction_gating == "ratio" and by_token:
+        kind = Truncate(most=high, least=low) if self.is_correction_mode == "clip" else Within(low, high)
+        return log_weights, {"importance": kind}, met
+    return log_weights.masked_fill(outside, -math.inf), {}, met
+
+
+@torch.no_grad()
+def get_advantages_and_returns(
+    self, values: Tensor, rewards: Tensor, action_mask: Tensor | None, gamma: float, lambd: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantages and returns by gae, in the place of a loop over tokens.
+
+    Args:
+        values, rewards: (B, T).
+        action_mask: (B, T) or None; what it masks counts as 0, and time goes on there, as OpenRLHF has it.
+        gamma, lambd: the discount, and its lambda.
+
+    Returns:
+        (advantages, returns), (B, T), in the dtype that values and rewards promote to.
+
+    Raises:
+        ValueError: as `gae`.
+    """
+    dtype = torch.promote_types(values.dtype, rewards.dtype)
+    if action_mask is not None:
+        values, rewards = action_mask * values, action_mask * rewards
+    exact = torch.promote_types(dtype, torch.float32)
+    advantages, targets = gae(rewards.to(exact), values.to(exact), gamma=gamma, lam=lambd)
+    return advantages.to(dtype), targets.to(dtype)
+
+
+@torch.no_grad()
+def get_cumulative_returns(self, rewards: Tensor, action_mask: Tensor | None, gamma: float) -> Tensor:
+    """Discounted returns by returns, in the place of a loop over tokens.
+
+    Args:
+        rewards: (B, T).
+        action_mask: (B, T) or None; what it masks counts as 0, and time goes on there, as OpenRLHF has it.
+        gamma: the discount.
+
+    Returns:
+        (B, T) of rewards' dtype.
+
+    Raises:
+        ValueError: as `returns`.
+    """
+    counted = rewards if action_mask is None else action_mask * rewards
+    return returns(counted.to(torch.promote_types(rewards.dtype, torch.float32)), gamma=gamma).to(rewards.dtype)
+
+
+_MAKER = "openrlhf.trainer.ppo_utils.experience_maker"
+_LOOPS = {
+    f"{_MAKER}:RemoteExperienceMaker.get_advantages_and_returns": get_advantages_and_returns,
+    f"{_MAKER}:RemoteExperienceMaker.get_cumulative_returns": get_cumulative_returns,
+}
+# Its module imports vllm, which who trains on preferences alone need not have.
+_MADE = _MAKER in sys.modules or importlib.util.find_spec("vllm") is not None
+_HOST = Host(
+    "openrlhf",
+    since="0.11.2",
+    below="0.12",
+    replacements={
+        "openrlhf.models.utils:log_probs_from_logits": log_probs_from_logits,
+        "openrlhf.models.utils:compute_entropy": entropy,
+        _ACTOR: actor_forward,
+        "openrlhf.models.loss:PolicyLoss.forward": policy_loss_forward,
+        **(_LOOPS if _MADE else {}),
+    },
+    left={
+        **({} if _MADE else {path: "vllm, which its module imports, is not installed" for path in _LOOPS}),
+        "Actor.forward of vision-language models, and where logits are asked for": "OpenRLHF's own; the logits exist",
+        "compute_approx_kl, aggregate_loss, baselines and whitening": "(batch, length) numbers, no loop",
+        "ValueLoss, SFTLoss, DPOLoss, GPTLMLoss": "(batch, length) numbers of log-probs that are ours already",
+        "the loss of packed samples over the prompt": "packing has no place for the action mask; every token is scored",
+        "DeepSpeed, ring attention, vLLM, generation": "not of the loss",
+    },
+)
+
+
+def patch() -> ExitStack:
+    """Replace OpenRLHF's log-probs, entropies, policy loss, advantages and returns by ours, wherever they are bound.
+
+    Returns:
+        A context; where it is entered, its end takes them out. Else they stay until `unpatch`.
+
+    Raises:
+        RuntimeError: OpenRLHF has another version than 0.11.2 to 0.11.
+    """
+    return _HOST.patch()
+
+
+def unpatch() -> None:
+    """Restore OpenRLHF's own functions."""
+    _HOST.unpatch()
+
+
+def report() -> Report:
+    """What is replaced now, at which places, and what is left and why."""
+    return _HOST.report()

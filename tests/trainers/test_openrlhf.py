@@ -1,0 +1,272 @@
+"""What stands in the place of OpenRLHF's functions, against OpenRLHF's own, and both against float64."""
+
+import importlib
+import itertools
+
+import pytest
+import torch
+import trl_runs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rivals import openrlhf
+from tolerance import check, check_rows
+
+actors, losses = openrlhf("openrlhf.models.actor"), openrlhf("openrlhf.models.loss")
+makers = openrlhf("openrlhf.trainer.ppo_utils.experience_maker")
+ours = importlib.import_module("fuserl.trainers.openrlhf")
+B, T, V = 5, 9, 64
+
+
+@pytest.fixture(autouse=True)
+def eager():
+    """OpenRLHF compiles its entropy; its numbers are meant here."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def theirs(path):
+    return ours._HOST.original(path)
+
+
+CORRECTIONS = [
+    {"is_correction_level": level, "is_correction_mode": mode, "is_correction_gating": gating,
+     "is_correction_threshold": (0.7, 1.5) if gating == "ratio" else (0.0, 0.02)}
+    for level, mode, gating in itertools.product(("token", "seq"), ("mask", "clip"), ("ratio", "binary_kl", "tv"))
+    if mode == "mask" or (level, gating) == ("token", "ratio")
+]  # fmt: skip
+OPTIONS = [
+    {}, {"clip_eps_high": 0.28, "dual_clip": 1.5}, {"token_level_loss": False}, {"policy_loss_type": "gspo"},
+    {"policy_loss_type": "gspo", "is_correction_level": "token", "dual_clip": 3.0}, *CORRECTIONS,
+]  # fmt: skip
+
+
+def batch(seed, rows=B, length=T):
+    """Log-probs of three policies, advantages of both signs and zero, and a mask with an empty row and a full one."""
+    draw = torch.Generator().manual_seed(seed)
+    noise = torch.randn(5, rows, length, generator=draw)
+    rollout = -noise[0].abs() - 0.1
+    old = rollout + 0.2 * noise[1]
+    logprobs = old + noise[2] * torch.tensor([0.1, 1.0, 30.0])[torch.randint(3, (rows, 1), generator=draw)]
+    advantages = noise[3] * (noise[4] > -1)
+    lengths = torch.randint(length + 1, (rows,), generator=draw)
+    lengths[:2] = torch.tensor([0, length])[:rows]
+    mask = torch.arange(length) < lengths[:, None]
+    return logprobs, old, advantages, mask.long(), rollout
+
+
+def outcome(forward, loss, given, dtype, **sizes):
+    """The five outputs, and the gradient of the first."""
+    logprobs, old, advantages, mask, rollout = (x.to(dtype) if x.is_floating_point() else x for x in given)
+    logprobs = logprobs.detach().clone().requires_grad_()
+    found = forward(loss, logprobs, old, advantages, mask, rollout, **sizes)
+    return found, torch.autograd.grad(found[0], logprobs)[0]
+
+
+def same_policy_loss(options, given, **sizes):
+    loss, original = losses.PolicyLoss(**options), theirs("openrlhf.models.loss:PolicyLoss.forward")
+    true, d_true = outcome(original, loss, given, torch.float64, **sizes)
+    plain, d_plain = outcome(original, loss, given, torch.float32, **sizes)
+    got, d_got = outcome(ours.policy_loss_forward, loss, given, torch.float32, **sizes)
+    for at, (a, b, c) in enumerate(zip(got, true, plain, strict=True)):
+        assert (a is None) == (c is None), f"output {at}"
+        if a is not None:
+            check(f"output {at}", a.detach(), b.detach(), c.detach(), torch.float32)
+    check("gradient", d_got, d_true, d_plain, torch.float32)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"dp_size": 2, "batch_num_tokens": 40.0, "global_batch_size": 12}])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(map(str, options.values())) or "plain")
+def test_policy_loss(options, sizes):
+    for seed in range(4):
+        same_policy_loss(options, batch(seed), **sizes)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**30), st.sampled_from(OPTIONS), st.integers(2, 6), st.integers(1, 12))
+def test_policy_loss_of_random_batches(seed, options, rows, length):
+    same_policy_loss(options, batch(seed, rows, length))
+
+
+def test_policy_loss_of_what_is_masked():
+    """Masked tokens may hold anything; OpenRLHF's own is NaN there."""
+    logprobs, old, advantages, mask, rollout = batch(0)
+    results = []
+    for each in (old, old.masked_fill(mask == 0, torch.nan)):
+        given = logprobs, each, advantages, mask, rollout
+        results.append(outcome(ours.policy_loss_forward, losses.PolicyLoss(), given, torch.float32))
+    clean, dirty = results
+    assert torch.equal(clean[0][0], dirty[0][0]) and torch.equal(clean[1], dirty[1])
+
+
+def test_policy_loss_without_a_mask_and_with_one_advantage_per_row():
+    logprobs, old, advantages, _, rollout = batch(1)
+    given = logprobs, old, advantages[:, :1].expand(B, T).contiguous(), torch.ones(B, T).long(), rollout
+    expected = outcome(ours.policy_loss_forward, losses.PolicyLoss(), given, torch.float32)
+    found = ours.policy_loss_forward(losses.PolicyLoss(), logprobs, old, advantages[:, :1])
+    assert torch.equal(found[0], expected[0][0])
+
+
+def test_refused_policy_losses():
+    logprobs, old, advantages, mask, _ = batch(1)
+    with pytest.raises(ValueError, match="rollout_log_probs must be given"):
+        ours.policy_loss_forward(losses.PolicyLoss(is_correction_level="seq"), logprobs, old, advantages, mask)
+    with pytest.raises(ValueError, match="policy_loss_type must be ppo or gspo; got 'a2c'"):
+        ours.policy_loss_forward(losses.PolicyLoss(policy_loss_type="a2c"), logprobs, old, advantages, mask)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(("gamma", "lambd"), [(1.0, 1.0), (0.97, 0.9), (0.0, 0.5)])
+def test_advantages_and_returns(masked, gamma, lambd):
+    _, _, rewards, mask, values = batch(3)
+    mask = mask if masked else None
+    maker, sums = (theirs(path) for path in ours._LOOPS)
+    plain = *maker(None, values, rewards, mask, gamma, lambd), sums(None, rewards, mask, gamma)
+    later, counted = [torch.zeros(B)], rewards.double() * (1 if mask is None else mask)
+    for reward in counted.flip(1).unbind(1):  # OpenRLHF's own adds up in float32
+        later.insert(0, reward + gamma * later[0])
+    truth = *maker(None, values.double(), rewards.double(), mask, gamma, lambd), torch.stack(later[:-1], 1)
+    got = (
+        *ours.get_advantages_and_returns(None, values, rewards, mask, gamma, lambd),
+        ours.get_cumulative_returns(None, rewards, mask, gamma),
+    )
+    for name, a, b, c in zip(("advantages", "returns", "sums"), got, truth, plain, strict=True):
+        assert a.dtype == c.dtype
+        check(name, a, b, c, torch.float32)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_from_logits(temperature):
+    logits, labels, g = 4 * torch.randn(B, T, V), torch.randint(V, (B, T)), torch.randn(2, B, T)
+
+    def both(one, other, x):
+        x = x.detach().clone().requires_grad_()
+        found = one(x * 1, labels, temperature), other(x)
+        return found, torch.autograd.grad(sum((a * b).sum() for a, b in zip(found, g, strict=True)), x)[0]
+
+    original = (theirs(f"openrlhf.models.utils:{name}") for name in ("log_probs_from_logits", "compute_entropy"))
+    original = tuple(original)
+    (true, d_true), (plain, d_plain) = (both(*original, logits.to(dtype)) for dtype in (torch.float64, torch.float32))
+    got, d_got = both(ours.log_probs_from_logits, ours.entropy, logits)
+    for name, a, b, c in zip(("log-probs", "entropies"), got, true, plain, strict=True):
+        check(name, a.detach(), b.detach(), c.detach(), torch.float32)
+    check_rows("gradient", d_got, d_true, d_plain, torch.float32, ids=labels)
+
+
+def actor(dtype, temperature=0.8):
+    """OpenRLHF's Actor around a tiny Llama."""
+    made = actors.Actor(trl_runs.model(dtype), temperature=temperature)
+    made.packing_samples = False  # as it sets it where it loads the model itself
+    return made
+
+
+def tokens():
+    """Left-padded prompts of 4 and completions of 3, as OpenRLHF lays them out."""
+    draw = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, V, (3, 7), generator=draw)
+    attention = torch.ones_like(ids)
+    attention[0, :2] = 0
+    attention[1, 6] = 0
+    action = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 1, 1]])
+    return ids, attention, action
+
+
+def defined(made, ids, attention):
+    """Log-probs and entropies (B, L - 1) by the definition, in the dtype of the model."""
+    position = (attention.cumsum(-1) - 1).masked_fill(attention == 0, 1)
+    logits = made.model(ids, attention_mask=attention, position_ids=position).logits / made.temperature
+    logp = logits.log_softmax(-1)[:, :-1]
+    return logp.gather(-1, ids[:, 1:, None])[..., 0], -(logp.exp() * logp).sum(-1)
+
+
+def gradients(made, loss):
+    loss.backward()
+    return {name: parameter.grad for name, parameter in made.named_parameters()}
+
+
+def test_actor():
+    """Log-probs and entropies of the actions, and their gradients."""
+    ids, attention, action = tokens()
+    weights = torch.randn(2, *action.shape) * action
+    results = []
+    for dtype, how in ((torch.float64, None), (torch.float32, None), (torch.float32, ours.patch)):
+        made = actor(dtype)
+        if how is None:
+            logprobs, entropies = (x[:, -3:] for x in defined(made, ids, attention))
+            logprobs = logprobs * action
+        else:
+            with how():
+                logprobs, output = made(ids, action, attention, return_output=True, return_entropy=True)
+            assert "logits" not in output and output.entropy.shape == (3, 6)
+            entropies = output.entropy[:, -3:]
+        found = logprobs, entropies * action
+        loss = sum((x * w).sum() for x, w in zip(found, weights, strict=True))
+        results.append((found, gradients(made, loss)))
+    (true, d_true), (plain, d_plain), (got, d_got) = results
+    for name, a, b, c in zip(("log-probs", "entropies"), got, true, plain, strict=True):
+        check(name, a.detach(), b.detach(), c.detach(), torch.float32)
+    for name in d_true:
+        check_rows(name, *(x[name].reshape(len(x[name]), -1) for x in (d_got, d_true, d_plain)), torch.float32)
+
+
+def test_actor_as_other_callers_use_it():
+    """The reference model's and the preference trainers' call, and those that are left to OpenRLHF."""
+    ids, attention, action = tokens()
+    made = actor(torch.float32)
+    calls = (
+        dict(action_mask=action), dict(return_logprobs=True), dict(return_output=True),
+        dict(action_mask=action, return_output=True), dict(return_output=True, return_entropy=True),
+    )  # fmt: skip
+    with torch.no_grad():
+        for call in calls:
+            expected = made(ids, attention_mask=attention, **call)
+            with ours.patch():
+                got = made(ids, attention_mask=attention, **call)
+            if "return_logprobs" in call:
+                seen = attention[:, 1:]
+                torch.testing.assert_close(got * seen, expected * seen, rtol=1e-5, atol=1e-5)
+                assert not (got * (1 - seen)).any()
+            elif "action_mask" in call:
+                got, expected = (x[0] if isinstance(x, tuple) else x for x in (got, expected))
+                torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+            else:
+                torch.testing.assert_close(got.logits, expected.logits)
+                if "return_entropy" in call:
+                    torch.testing.assert_close(got.entropy, expected.entropy, rtol=1e-5, atol=1e-5)
+
+
+def test_actor_of_packed_samples(monkeypatch):
+    """One sample without padding is packed as it is; what unpads and gathers is OpenRLHF's."""
+    ids, attention, action = (x[2:] for x in tokens())
+    made, calls = actor(torch.float32), []
+    with torch.no_grad():
+        expected = made(ids, action, attention)
+        made.packing_samples = True
+        places = torch.arange(ids.shape[1])[None]
+        unpad = (ids, places, ids.roll(-1, 1), 0, "indices")
+        monkeypatch.setattr(actors, "unpad_and_slice_tensor", lambda *given: calls.append(given) or unpad)
+        monkeypatch.setattr(actors, "gather_and_pad_tensor", lambda x, *rest: calls.append(rest) or x.view(1, 7))
+        with ours.patch():
+            got = made(ids, action, attention, ring_attn_group="ring")
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert calls[0][2] == "ring" and calls[1] == ("ring", 0, "indices", 1, 7)
+
+
+def test_the_head_never_sees_the_prompt(monkeypatch):
+    seen, op = [], ours.linear_logprob
+    monkeypatch.setattr(ours, "linear_logprob", lambda *given, **more: seen.append(more["mask"]) or op(*given, **more))
+    ids, attention, action = tokens()
+    with ours.patch():
+        actor(torch.float32)(ids, action, attention)
+    assert [mask.sum().item() for mask in seen] == [action.sum().item()]
+
+
+def test_every_place_is_replaced_and_restored():
+    before = {path: theirs(path) for path in ours._HOST.replacements}
+    with ours.patch():
+        found = ours.report().replaced
+        assert actors.log_probs_from_logits is ours.log_probs_from_logits and actors.compute_entropy is ours.entropy
+        assert losses.PolicyLoss.forward is ours.policy_loss_forward
+        assert makers.RemoteExperienceMaker.get_cumulative_returns is ours.get_cumulative_returns
+        assert len(found) == 6 and all(found.values())
+        ours.patch()
+    assert {path: theirs(path) for path in before} == before and ours.report().replaced == {}
