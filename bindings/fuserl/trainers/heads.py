@@ -62,6 +62,11 @@ class Reading:
 
         It waits for the device, at the first forward of a model alone.
         """
+        if self.values is None:
+            raise ValueError(
+                f"fuserl.trainers: the head must be used once in a forward; {type(self._model).__name__} does not use "
+                "it. Apply Liger with fused_linear_cross_entropy=False, or leave this model unpatched."
+            )
         if getattr(self._model, "_fuserl_checked", False) or logits.numel() == 0:
             return
         softcap, scale = _after_the_head(self._model.config)

@@ -281,7 +281,7 @@ _HOST = Host(
         **(_LOOPS if _MADE else {}),
     },
     left={
-        **({} if _MADE else {path: "vllm, which its module imports, is not installed" for path in _LOOPS}),
+        **({} if _MADE else dict.fromkeys(_LOOPS, "vllm, which their module imports, is not installed")),
         "Actor.forward of vision-language models, and where logits are asked for": "OpenRLHF's own; the logits exist",
         "compute_approx_kl, aggregate_loss, baselines and whitening": "(batch, length) numbers, no loop",
         "ValueLoss, SFTLoss, DPOLoss, GPTLMLoss": "(batch, length) numbers of log-probs that are ours already",
