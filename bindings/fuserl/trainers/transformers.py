@@ -180,9 +180,7 @@ class _Asked:
         self.vocabulary = terms.weight.shape[0]
         given = {"temperature": self.temperature, **terms.options()}
         if self.outputs:
-            found = linear_logprob(
-                hidden, terms.weight, self.targets, outputs=self.wanted, mask=self.counted, **given
-            )
+            found = linear_logprob(hidden, terms.weight, self.targets, outputs=self.wanted, mask=self.counted, **given)
             return torch.stack([vars(found)[name] for name in self.wanted], -1)
         loss, _, _ = linear_policy_loss(
             hidden.reshape(-1, hidden.shape[-1]), terms.weight, self.targets.reshape(-1),

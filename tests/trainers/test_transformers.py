@@ -1,0 +1,444 @@
+"""A patched model against itself unpatched, and both against float64: losses, gradients, log-probs, and refusals."""
+
+import copy
+import importlib
+import importlib.metadata
+import inspect
+import sys
+
+import pytest
+import tiny_models
+import torch
+import torch.nn.functional as F
+import transformers
+from tolerance import check, check_rows
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fuserl.trainers import heads
+from fuserl.trainers import transformers as ours
+
+B, T = 3, 11
+MIXTURE = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+               output_router_logits=True, router_aux_loss_coef=0.3)  # fmt: skip
+FAMILIES = {
+    "llama": {}, "qwen3": {"tie_word_embeddings": True}, "phi": {}, "gpt2": {}, "gpt_neox": {}, "opt": dict(ffn_dim=48),
+    "gemma2": dict(final_logit_softcapping=2.0), "gemma3_text": dict(final_logit_softcapping=3.0),
+    "cohere": dict(logit_scale=0.25), "granite": dict(logits_scaling=3.0), "mixtral": MIXTURE, "qwen3_moe": MIXTURE,
+}  # fmt: skip
+
+
+def tiny(family="llama", dtype=torch.float32, **changes):
+    """A random model of a family, in training mode and without dropout."""
+    dropouts = dict.fromkeys(("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
+                              "resid_dropout", "embd_dropout", "dropout"), 0.0)  # fmt: skip
+    sizes = tiny_models.SIZES | dropouts | dict(word_embed_proj_dim=32, num_hidden_layers=2)
+    config = transformers.AutoConfig.for_model(family, **{**sizes, **FAMILIES.get(family, {}), **changes})
+    torch.manual_seed(3)
+    made = transformers.AutoModelForCausalLM.from_config(config)
+    if family in ("mixtral", "qwen3_moe"):
+        made.set_experts_implementation("eager")  # the only one for float64
+    for parameter in made.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(4)
+    return made.to(dtype).train()
+
+
+def batch():
+    """Ids, padding at the end of one row, and labels of a part."""
+    draw = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, tiny_models.VOCABULARY, (B, T), generator=draw)
+    attention = torch.ones_like(ids)
+    attention[1, -3:] = 0
+    labels = ids.masked_fill((attention == 0) | (torch.rand(B, T, generator=draw) < 0.4), -100)
+    return {"input_ids": ids, "attention_mask": attention, "labels": labels}
+
+
+def exactly(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **_):
+    """transformers' causal loss by definition, in the dtype of the logits, which its own brings to float32."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    losses = F.cross_entropy(logits.flatten(0, -2), shift_labels.flatten(), reduction="none", ignore_index=ignore_index)
+    return losses.sum() / ((shift_labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def defined(model):
+    """The model with that loss."""
+    model.loss_function = exactly
+    return model
+
+
+def step(model, given, **more):
+    """Loss and gradients of every trained parameter."""
+    loss = model(**given, **more).loss
+    names, leaves = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    return loss.detach(), dict(zip(names, torch.autograd.grad(loss, leaves), strict=True))
+
+
+def same(got, true, plain, *dtypes):
+    """Losses and gradients within the tolerance of what the unpatched model errs."""
+    check("loss", got[0], true[0], plain[0], *(dtypes or [torch.float32]))
+    assert got[1].keys() == true[1].keys()
+    for name in true[1]:
+        rows = (x[1][name].reshape(len(x[1][name]), -1) for x in (got, true, plain))
+        check_rows(name, *rows, *(dtypes or [torch.float32]))
+
+
+def patched(model):
+    ours.patch(model)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_and_gradients_of_every_family(family):
+    """Softcaps, factors of the logits, biases, tied weights, auxiliary losses."""
+    given = batch()
+    true = step(defined(tiny(family, torch.float64)), given)
+    same(step(patched(tiny(family)), given), true, step(tiny(family), given))
+
+
+ITEMS = torch.tensor(29)
+CALLS = {
+    "number": dict(num_items_in_batch=17), "tensor": dict(num_items_in_batch=ITEMS), "ignored": dict(ignore_index=0),
+    "shifted": dict(shift_labels=batch()["labels"].roll(-1, 1)), "positions": dict(position_ids=torch.arange(T)[None]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_keywords_of_the_loss(call):
+    given = batch() | CALLS[call]
+    if call == "ignored":
+        given["labels"] = given["labels"].clamp(min=0)
+    true = step(defined(tiny(dtype=torch.float64)), given)
+    same(step(patched(tiny()), given), true, step(tiny(), given))
+
+
+def test_arguments_by_position():
+    given = batch()
+    model = patched(tiny())
+    expected = model(**given).loss
+    assert torch.equal(
+        model(given["input_ids"], given["attention_mask"], None, None, None, given["labels"]).loss, expected
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_outputs(family, temperature):
+    """Log-probs and entropies beside the loss, and their gradients; 0 where there is no label."""
+    given, g = batch(), torch.randn(2, B, T)
+    targets = F.pad(given["labels"], (0, 1), value=-100)[:, 1:]
+    counted = targets != -100
+
+    def by_definition(model):
+        found = model(input_ids=given["input_ids"], attention_mask=given["attention_mask"])
+        logp = (found.logits / temperature).log_softmax(-1)
+        return logp.gather(-1, targets.clamp(min=0)[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
+
+    def by_ours(model):
+        found = patched(model)(**given, outputs=("logprob", "entropy"), temperature=temperature)
+        assert found.logits is None and not (found.logprob * ~counted).any() and not (found.entropy * ~counted).any()
+        assert torch.allclose(found.loss, -found.logprob.sum() / counted.sum())
+        return found.logprob, found.entropy
+
+    results = []
+    for how, dtype in ((by_ours, torch.float32), (by_definition, torch.float64), (by_definition, torch.float32)):
+        model = tiny(family, dtype)
+        found = [x * counted for x in how(model)]
+        sum((x * y).sum() for x, y in zip(found, g, strict=True)).backward()
+        results.append((*found, {name: p.grad for name, p in model.named_parameters()}))
+    for at, name in enumerate(("logprob", "entropy")):
+        check(name, *(x[at].detach() for x in results), torch.float32)
+    for name in results[0][2]:
+        check_rows(name, *(x[2][name].reshape(len(x[2][name]), -1) for x in results), torch.float32)
+
+
+def test_outputs_without_a_loss_and_without_gradient():
+    given = batch()
+    shifted, model = given.pop("labels").roll(-1, 1), patched(tiny()).eval()
+    with torch.no_grad():
+        found = model(**given, shift_labels=shifted, outputs=("is_top1", "sum_sq_prob"))
+        logp = model(**given).logits.log_softmax(-1)
+    assert found.loss is None and found.keys() >= {"is_top1", "sum_sq_prob"} and "logprob" not in found
+    counted = shifted != -100
+    assert torch.equal(found.is_top1[counted] != 0, (logp.argmax(-1) == shifted)[counted])
+    torch.testing.assert_close(found.sum_sq_prob[counted], (2 * logp).exp().sum(-1)[counted])
+
+
+def test_evaluation_and_generation_are_as_they_were():
+    given, model = batch(), tiny().eval()
+    plain, tokens = (
+        model(**given),
+        model.generate(given["input_ids"], max_new_tokens=3, do_sample=False, pad_token_id=0),
+    )
+    with ours.patch(model):
+        got = model(**given)
+        assert torch.equal(got.logits, plain.logits) and torch.equal(got.loss, plain.loss)
+        again = model.generate(given["input_ids"], max_new_tokens=3, do_sample=False, pad_token_id=0)
+        assert torch.equal(again, tokens)
+        given.pop("labels")
+        assert torch.equal(model.train()(**given).logits, plain.logits)
+
+
+class Sizes(TorchDispatchMode):
+    """The largest tensor that any operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        found = function(*arguments, **(keywords or {}))
+        for x in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.untyped_storage().nbytes() // x.element_size())
+        return found
+
+
+@pytest.mark.parametrize("more", [{}, {"outputs": ("logprob", "entropy")}])
+def test_logits_are_never_made(more):
+    vocabulary = 1000
+    ids = torch.randint(vocabulary, (10, 220))
+    sizes = []
+    for model in (tiny(vocab_size=vocabulary), patched(tiny(vocab_size=vocabulary))):
+        with Sizes() as mode:
+            model(input_ids=ids, labels=ids, **(more if hasattr(model, "_fuserl") else {})).loss.backward()
+        sizes.append(mode.largest)
+    assert sizes[0] >= ids.numel() * vocabulary > 4 * sizes[1]
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_autocast(weights):
+    """Hidden states are bfloat16 there, the head float32; ours has its logits in float32, where theirs are rounded."""
+    given = batch()
+    true = step(defined(tiny(dtype=weights).double()), given)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, got = step(tiny(dtype=weights), given), step(patched(tiny(dtype=weights)), given)
+    same(got, true, plain, torch.bfloat16)
+
+
+def test_recomputed_activations_and_a_compiled_backbone():
+    given = batch()
+    expected = step(patched(tiny()), given)
+    for make in ("recomputed", "compiled", "compiled after"):
+        model = tiny()
+        if make == "recomputed":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if make == "compiled":
+            model.model = torch.compile(model.model, backend="aot_eager")
+        ours.patch(model)
+        if make == "compiled after":
+            model.model = torch.compile(model.model, backend="aot_eager")
+        got = step(model, given)
+        got[1].update({name.replace("_orig_mod.", ""): x for name, x in got[1].items()})
+        torch.testing.assert_close(got[0], expected[0], rtol=1e-6, atol=0)
+        for name, gradient in expected[1].items():
+            torch.testing.assert_close(got[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+ADAPTERS = {
+    "projections": dict(target_modules=["q_proj", "v_proj"]),
+    "the head too": dict(target_modules=["q_proj", "lm_head"]),
+    "the head trained whole": dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+}
+
+
+def adapted(dtype, before=None, **options):
+    """A model with adapters; `before` is called between."""
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    model = tiny(dtype=dtype)
+    if before is not None:
+        before(model)
+    torch.manual_seed(0)
+    made = peft.get_peft_model(model, peft.LoraConfig(r=4, init_lora_weights=False, **options))
+    return made.to(dtype).train()
+
+
+@pytest.mark.parametrize("first", ["peft", "patch"])
+@pytest.mark.parametrize("targets", ADAPTERS)
+def test_adapters(targets, first):
+    given, options = batch(), ADAPTERS[targets]
+    reference = adapted(torch.float64, **options)
+    defined(reference.get_base_model())
+    if first == "peft":
+        model = patched(adapted(torch.float32, **options))
+    else:
+        model = adapted(torch.float32, ours.patch, **options)
+    true, plain = step(reference, given), step(adapted(torch.float32, **options), given)
+    same(step(model, given), true, plain)
+    found = model(**given, outputs=("logprob",))
+    assert torch.allclose(found.loss.double(), true[0], rtol=1e-5)
+
+
+def test_adapters_that_are_off_or_refused():
+    given = batch()
+    model = patched(adapted(torch.float32, target_modules=["lm_head"]))
+    with model.disable_adapter():
+        torch.testing.assert_close(model(**given).loss, tiny()(**given).loss)
+    refused = dict(lora_dropout=0.1), dict(use_dora=True), dict(lora_bias=True)
+    for options in refused:
+        with pytest.raises(ValueError, match="an adapter on the head must be one LoRA"):
+            patched(adapted(torch.float32, target_modules=["lm_head"], **options))(**given)
+
+
+class Renormalised(transformers.LlamaForCausalLM):
+    """A model with a factor of the logits that its configuration does not name."""
+
+    def forward(self, *arguments, labels=None, **keywords):
+        found = super().forward(*arguments, **keywords)
+        found.logits = found.logits * 0.5
+        found.loss = None if labels is None else self.loss_function(found.logits, labels, self.config.vocab_size)
+        return found
+
+
+class Twice(transformers.LlamaForCausalLM):
+    """A model that uses its head twice."""
+
+    def forward(self, *arguments, **keywords):
+        super().forward(*arguments, **keywords)
+        return super().forward(*arguments, **keywords)
+
+
+class Alone(transformers.LlamaForCausalLM):
+    """A model that has a loss of its own."""
+
+    def forward(self, *arguments, labels=None, **keywords):
+        found = super().forward(*arguments, **keywords)
+        found.loss = found.logits.sum()
+        return found
+
+
+@pytest.mark.parametrize(("kind", "sentence"), [
+    (Renormalised, "must do to its logits what its configuration names, 8 of 8; Renormalised makes 4"),
+    (Twice, "the head must be used once in a forward; Twice uses it again"),
+    (Alone, "must take its loss from loss_function; got 'Alone'"),
+])  # fmt: skip
+def test_models_that_are_refused(kind, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        patched(kind(tiny().config).train())(**batch())
+
+
+def test_refusals():
+    given = batch()
+    for changed, sentence in (
+        (dict(outputs=("logprob",), labels=None), "labels must be given with outputs"),
+        (dict(temperature=0.5, labels=None), "temperature must be 1 without outputs"),
+        (dict(logits_to_keep=2), r"labels must be \(3, 2\), one per position; got \(3, 11\)"),
+        (dict(return_dict=False), "return_dict must be True where no logits are made"),
+        (dict(outputs=("logits",)), "outputs"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            patched(tiny())(**given | changed)
+    model = defined(tiny())
+    with pytest.raises(ValueError, match="loss must be transformers' causal one; got 'exactly'"):
+        patched(model)(**given)
+    assert model.loss_function is exactly and "forward" not in vars(model.lm_head)
+    model = patched(tiny())
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(ValueError, match=r"the head must be a linear layer.*got Sequential"):
+        model(**given)
+    model = tiny()
+    model.lm_head.forward = model.lm_head.forward
+    with pytest.raises(ValueError, match="the head must have its own forward"):
+        patched(model)(**given)
+    with pytest.raises(ValueError, match="must be a transformers model with a head; got LlamaModel"):
+        ours.patch(tiny().model)
+    model = tiny()
+    model.forward = lambda **given: None
+    with pytest.raises(ValueError, match="the model's forward must be a method; got function"):
+        ours.patch(model)
+
+
+def test_in_and_out():
+    """Twice is once, out is out, a copy is patched by itself, and the signature stays."""
+    given, model = batch(), tiny()
+    plain, signature, attributes = model(**given).loss, inspect.signature(model.forward), set(vars(model))
+    with ours.patch(model):
+        with ours.patch(model):
+            pass
+        assert model(**given).logits is None and inspect.signature(model.forward) == signature
+        assert ours.report(model).replaced == {"LlamaForCausalLM.forward": ["with labels in training", "with outputs"]}
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            twin.lm_head.weight.zero_()
+        assert not torch.equal(twin(**given).loss, model(**given).loss)
+    assert model.forward.__func__ is transformers.LlamaForCausalLM.forward and set(vars(model)) <= attributes | {
+        "_fuserl_checked"
+    }
+    assert torch.equal(model(**given).loss, plain) and ours.report(model).replaced == {}
+    ours.unpatch(model)
+    assert twin(**given).logits is None
+
+
+def test_what_another_put_over_ours_calls_the_models_own_after():
+    given, model = batch(), patched(tiny())
+    inner = model.forward
+    model.forward = lambda **given: inner(**given)
+    ours.unpatch(model)
+    assert model(**given).logits is not None
+    with pytest.raises(ValueError, match="the model is not patched any more"):
+        model(**given, outputs=("logprob",))
+
+
+def test_made_by_name(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    for model in (
+        ours.AutoFuserlModelForCausalLM.from_pretrained(tmp_path),
+        ours.AutoFuserlModelForCausalLM.from_config(tiny().config),
+    ):
+        assert type(model) is transformers.LlamaForCausalLM and model.train()(**batch()).logits is None
+
+
+class Rows(torch.utils.data.Dataset):
+    """Texts of several lengths."""
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, at):
+        draw = torch.Generator().manual_seed(at)
+        ids = torch.randint(3, tiny_models.VOCABULARY, (4 + at % 5,), generator=draw)
+        return {"input_ids": ids, "labels": ids}
+
+
+def collate(rows):
+    ids = torch.nn.utils.rnn.pad_sequence([row["input_ids"] for row in rows], batch_first=True)
+    return {"input_ids": ids, "labels": ids.masked_fill(ids == 0, -100)}
+
+
+def history(model, folder):
+    """Losses and gradients' norms of ten steps of transformers' Trainer, and its evaluation."""
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), max_steps=10, per_device_train_batch_size=3, gradient_accumulation_steps=2, optim="sgd",
+        learning_rate=0.05, lr_scheduler_type="constant", use_cpu=True, report_to="none", logging_steps=1,
+        save_strategy="no", disable_tqdm=True, seed=1, max_grad_norm=100.0,
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        model=model, args=arguments, train_dataset=Rows(), eval_dataset=Rows(), data_collator=collate
+    )
+    trainer.train()
+    log = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+    return torch.tensor([*log, (trainer.evaluate()["eval_loss"], 0.0)], dtype=torch.float64)
+
+
+def test_ten_steps_of_the_trainer(tmp_path):
+    pytest.importorskip("accelerate", reason="pip install accelerate")
+    truth = history(defined(tiny(dtype=torch.float64)), tmp_path)
+    plain, got = history(tiny(), tmp_path), history(patched(tiny()), tmp_path)
+    assert len(got) == 11
+    for at, name in enumerate(("losses", "norms")):
+        check(name, got[:, at], truth[:, at], plain[:, at], torch.float32)
+
+
+def test_without_transformers_the_import_gives_the_line_for_pip(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    monkeypatch.delitem(sys.modules, "fuserl.trainers.transformers")
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'transformers>=5\.5,<6'"):
+        importlib.import_module("fuserl.trainers.transformers")
+
+
+def test_heads_look_inside_wrappers():
+    model = tiny()
+    wrapped = torch.nn.Module()
+    wrapped.module = model
+    assert heads.causal_lm(wrapped) is model
