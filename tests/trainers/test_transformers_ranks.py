@@ -1,5 +1,7 @@
 """Patched models on two ranks, under DDP and FSDP2, against one rank that has the whole batch in float64."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fuserl.trainers import transformers as ours
 
-pytest.importorskip("peft", reason="pip install peft")
 RANKS, ROWS = 2, 4
 
 
@@ -75,6 +76,32 @@ def sharded(tied, layers, head, reshard, mixed, more):
     trained(model, expected, [torch.bfloat16] if mixed else [], **more)
 
 
+def zero_3(tied, more):
+    import deepspeed
+
+    rank = str(dist.get_rank())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(RANKS), "DS_ACCELERATOR": "cpu"}
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    options = dict(tie_word_embeddings=tied)
+    true, plain = whole(defined(tiny(dtype=torch.float64, **options))), whole(tiny(**options))
+    model = tiny(**options)
+    ours.patch(model)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.0}},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+    }  # fmt: skip
+    engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)[0]
+    given, items = rows()
+    assert model.lm_head.weight.numel() == 0, "the head is partitioned"
+    loss = engine(**part(given), num_items_in_batch=items, **more).loss
+    engine.backward(RANKS * loss)
+    found = {name: deepspeed.utils.safe_get_full_grad(p) for name, p in model.named_parameters()}
+    loss = loss.detach().clone()
+    dist.all_reduce(loss)
+    same((loss, found), true, plain)
+
+
 MORE = pytest.mark.parametrize("more", [{}, {"outputs": ("logprob",)}], ids=["loss", "outputs"])
 
 
@@ -91,3 +118,10 @@ def test_ddp(tied, more):
 ])  # fmt: skip
 def test_fsdp2(tied, layers, head, reshard, mixed, more):
     on_ranks(RANKS, sharded, tied, layers, head, reshard, mixed, more)
+
+
+@MORE
+@pytest.mark.parametrize("tied", [False, True])
+def test_zero_3(tied, more):
+    pytest.importorskip("deepspeed", reason="pip install deepspeed")
+    on_ranks(RANKS, zero_3, tied, more)

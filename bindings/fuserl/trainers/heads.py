@@ -41,28 +41,30 @@ class Reading:
     """What a head was asked for during one forward of its model."""
 
     def __init__(self, model: nn.Module, read: Callable[[Terms, Tensor], Tensor]):
-        self._model, self._read, self.values = model, read, None
+        self._model, self._read, self.values, self.used = model, read, None, False
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """In the place of the head's forward: (..., K + 1), the K numbers that `read` gives and the probe."""
-        if self.values is not None:
+        if self.used:
             raise ValueError(
                 f"fuserl.trainers: the head must be used once in a forward; {type(self._model).__name__} uses it "
                 "again. Leave this model unpatched."
             )
         terms = _terms(self._model.get_output_embeddings(), self._model.config)
         values = self._read(terms._replace(weight=_like(terms.weight, hidden)), hidden)
-        # The hooks of a sharded head are put on what it returns: the numbers are taken from there.
-        given = torch.cat([values, torch.full_like(values[..., :1], _PROBE)], -1)
-        self.values = given[..., :-1]
-        return given
+        self.used = True
+        return torch.cat([values, torch.full_like(values[..., :1], _PROBE)], -1)
+
+    def take(self, _head, _given, found: Tensor) -> None:
+        """The head's last hook: the numbers as they leave those of ZeRO-3 and FSDP2, which go with their gradient."""
+        self.values = found[..., :-1]
 
     def check(self, logits: Tensor) -> None:
         """Raise ValueError where the model does other things to the head's output than its configuration names.
 
         It waits for the device, at the first forward of a model alone.
         """
-        if self.values is None:
+        if not self.used:
             raise ValueError(
                 f"fuserl.trainers: the head must be used once in a forward; {type(self._model).__name__} does not use "
                 "it. Apply Liger with fused_linear_cross_entropy=False, or leave this model unpatched."
@@ -120,10 +122,11 @@ def instead_of_logits(model: nn.Module, read: Callable[[Terms, Tensor], Tensor])
             f"fuserl.trainers: the head must have its own forward; got one that was replaced, as offloading does, of "
             f"{type(head).__name__}. Keep the head on its device."
         )
-    head.forward = reading
+    head.forward, hook = reading, head.register_forward_hook(reading.take)
     try:
         yield reading
     finally:
+        hook.remove()
         del head.forward
 
 
