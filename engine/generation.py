@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fuserl.engine import attention
+from fuserl import attention
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.kv_cache import PROMPT_BLOCK, KVCache, Rows
 from fuserl.engine.prompts import Prompt
 from fuserl.engine.sampling import Sampling, stream_of
+from fuserl.kernels.tree_layout import common_prefix
 
 
 @torch.no_grad()
@@ -154,7 +155,7 @@ class Decoder:
         self.live: dict[int, Rollout] = {}
         self.kept: dict[int, tuple[KVCache, Tensor]] = {}
         self.prefix = KVCache(1, max(map(len, prompts)))
-        self.shared = attention.common_prefix(prompts)
+        self.shared = common_prefix(prompts)
         if self.shared:
             self._read(self.prefix, {0: (0, 0, self.shared)})
 

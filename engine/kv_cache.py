@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fuserl.engine.attention import Scores, dense, explicit
+from fuserl.kernels.tree_layout import Scores, dense, explicit
 
 _STRETCH = 64  # keys are read in multiples of this many columns
 PROMPT_BLOCK = 16  # queries of a prompt answered together: positions 0..15, 16..31, ...

@@ -42,7 +42,7 @@ def load(name: str | None = None, device="cpu", dtype: torch.dtype | None = None
         RuntimeError: a package is missing.
         ValueError: there is no whole causal language model with its tokenizer at `name`.
     """
-    from fuserl.engine import attention, families
+    from fuserl import attention, families
 
     device = torch.device(device)
     if dtype is None:

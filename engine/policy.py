@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from fuserl.engine import adapters, attention, generation, prompts
+from fuserl import attention
+from fuserl.engine import adapters, generation, prompts
 from fuserl.engine.batch import Batch, Rollouts
 from fuserl.engine.losses import Loss
 from fuserl.engine.optimizer import Optimizer, schedule

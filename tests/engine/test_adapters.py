@@ -8,7 +8,8 @@ import torch
 from tiny_models import Letters
 from tolerance import check, check_rows
 
-from fuserl.engine import adapters, attention
+from fuserl import attention
+from fuserl.engine import adapters
 from fuserl.engine.generation import generate
 from fuserl.engine.prompts import Prompt
 from fuserl.kernels.linear_policy_loss import linear_policy_loss

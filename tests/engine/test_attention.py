@@ -7,7 +7,7 @@ import tiny_models
 import torch
 from tolerance import check, check_rows
 
-from fuserl.engine import attention
+from fuserl import attention
 
 LENGTHS = [6, 1, 4, 9, 3, 0, 5]
 GROUP = torch.tensor([2, 0, 0, 2, 0, 2, 0])

@@ -7,7 +7,7 @@ import transformers
 from test_attention import GROUP, LENGTHS, OFFSETS, one_by_one, packed, padded, texts, with_gradients
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from fuserl.engine import attention, families
+from fuserl import attention, families
 
 SIZES = {**tiny_models.SIZES, "pad_token_id": 0}
 MIXTURE = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)

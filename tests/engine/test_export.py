@@ -12,7 +12,8 @@ from tokenizers.models import WordLevel
 from tolerance import check
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from fuserl.engine import adapters, attention, export
+from fuserl import attention
+from fuserl.engine import adapters, export
 
 FAMILIES = pytest.mark.parametrize("family", list(tiny_models.FAMILIES))
 

@@ -4,6 +4,7 @@ import copy
 import importlib
 import importlib.metadata
 import inspect
+import subprocess
 import sys
 
 import pytest
@@ -384,6 +385,31 @@ def test_made_by_name(tmp_path):
         ours.AutoFuserlModelForCausalLM.from_config(tiny().config),
     ):
         assert type(model) is transformers.LlamaForCausalLM and model.train()(**batch()).logits is None
+
+
+APART = """
+import sys, torch, transformers
+from fuserl import attention
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], attn_implementation="fuserl").eval()
+prompts, tokens = [torch.arange(3, 9), torch.arange(5, 8)], torch.arange(20, 30)
+layout = attention.pack(prompts, torch.tensor([0, 0, 1]), tokens, torch.tensor([0, 4, 7, 10]))
+with torch.no_grad():
+    got = model(**layout.inputs()).logits[0, layout.predictor]
+    alone = model(torch.cat([prompts[0], tokens[4:7]])[None]).logits[0, 5:8]
+torch.testing.assert_close(got[4:7], alone, rtol=1e-4, atol=1e-5)
+assert not [name for name in sys.modules if name.startswith(("fuserl.engine", "fuserl.trainers"))]
+"""
+
+
+def test_attention_of_packed_rollouts_without_the_engine(tmp_path):
+    """By its name in transformers' registry, in a process that knows no more; and in a patched model."""
+    tiny().save_pretrained(tmp_path)
+    subprocess.run([sys.executable, "-c", APART, str(tmp_path)], check=True, timeout=120)
+    model = ours.AutoFuserlModelForCausalLM.from_pretrained(tmp_path, attn_implementation="fuserl").train()
+    assert model.config._attn_implementation == "fuserl"
+    torch.testing.assert_close(model(**batch()).loss, tiny()(**batch()).loss, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="model must use full or sliding-window attention"):
+        ours.AutoFuserlModelForCausalLM.from_config(tiny("nemotron").config, attn_implementation="fuserl")
 
 
 class Rows(torch.utils.data.Dataset):

@@ -38,14 +38,14 @@ _LEFT = {
 
 
 class AutoFuserlModelForCausalLM:
-    """AutoModelForCausalLM whose models are patched."""
+    """AutoModelForCausalLM whose models are patched, and may have attn_implementation="fuserl"."""
 
     @staticmethod
     def from_pretrained(*arguments, **keywords) -> nn.Module:
         """AutoModelForCausalLM.from_pretrained(...), patched.
 
         Raises:
-            ValueError, RuntimeError: as `patch`.
+            ValueError, RuntimeError: as `patch`, and as `fuserl.attention.attach` where that attention is asked for.
         """
         return _patched("from_pretrained", arguments, keywords)
 
@@ -54,7 +54,7 @@ class AutoFuserlModelForCausalLM:
         """AutoModelForCausalLM.from_config(...), patched.
 
         Raises:
-            ValueError, RuntimeError: as `patch`.
+            ValueError, RuntimeError: as `patch`, and as `fuserl.attention.attach` where that attention is asked for.
         """
         return _patched("from_config", arguments, keywords)
 
@@ -245,7 +245,11 @@ def _extended(kind: type, names: tuple[str, ...]) -> type:
 def _patched(maker: str, arguments, keywords) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
+    from fuserl import attention  # which registers attn_implementation="fuserl"
+
     model = getattr(AutoModelForCausalLM, maker)(*arguments, **keywords)
+    if keywords.get("attn_implementation") == attention.NAME:
+        attention.attach(model)
     patch(model)
     return model
 
