@@ -4,9 +4,11 @@ import importlib
 import importlib.util
 from pathlib import Path
 
-from rivals import rival, verl_losses
+import pytest
+from rivals import openrlhf, rival, verl_losses
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+TESTED = {"openrlhf_ppo", "own_trainer", "transformers_sft", "trl_grpo", "verl_grpo"}
 
 
 def example(name):
@@ -33,5 +35,16 @@ def test_verl_grpo_learns():
         importlib.import_module("fuserl.trainers.verl").unpatch()  # importing it has patched
 
 
+def test_transformers_sft_learns():
+    pytest.importorskip("accelerate", reason="pip install accelerate")
+    assert example("transformers_sft").main() > 0.9
+
+
+def test_openrlhf_ppo_learns():
+    openrlhf("openrlhf.models.actor")
+    openrlhf("openrlhf.trainer.ppo_utils.experience_maker")
+    assert example("openrlhf_ppo").main() > 0.9
+
+
 def test_every_example_is_tested():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"own_trainer", "trl_grpo", "verl_grpo"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == TESTED
