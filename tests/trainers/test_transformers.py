@@ -12,81 +12,12 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 import transformers
+from patched_models import ADAPTERS, FAMILIES, B, T, adapted, batch, defined, patched, same, step, tiny
 from tolerance import check, check_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuserl.trainers import heads
 from fuserl.trainers import transformers as ours
-
-B, T = 3, 11
-MIXTURE = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
-               output_router_logits=True, router_aux_loss_coef=0.3)  # fmt: skip
-FAMILIES = {
-    "llama": {}, "qwen3": {"tie_word_embeddings": True}, "phi": {}, "gpt2": {}, "gpt_neox": {}, "opt": dict(ffn_dim=48),
-    "gemma2": dict(final_logit_softcapping=2.0), "gemma3_text": dict(final_logit_softcapping=3.0),
-    "cohere": dict(logit_scale=0.25), "granite": dict(logits_scaling=3.0), "mixtral": MIXTURE, "qwen3_moe": MIXTURE,
-}  # fmt: skip
-
-
-def tiny(family="llama", dtype=torch.float32, **changes):
-    """A random model of a family, in training mode and without dropout."""
-    dropouts = dict.fromkeys(("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
-                              "resid_dropout", "embd_dropout", "dropout"), 0.0)  # fmt: skip
-    sizes = tiny_models.SIZES | dropouts | dict(word_embed_proj_dim=32, num_hidden_layers=2)
-    config = transformers.AutoConfig.for_model(family, **{**sizes, **FAMILIES.get(family, {}), **changes})
-    torch.manual_seed(3)
-    made = transformers.AutoModelForCausalLM.from_config(config)
-    if family in ("mixtral", "qwen3_moe"):
-        made.set_experts_implementation("eager")  # the only one for float64
-    for parameter in made.parameters():
-        if parameter.dim() > 1:
-            parameter.data.mul_(4)
-    return made.to(dtype).train()
-
-
-def batch():
-    """Ids, padding at the end of one row, and labels of a part."""
-    draw = torch.Generator().manual_seed(5)
-    ids = torch.randint(3, tiny_models.VOCABULARY, (B, T), generator=draw)
-    attention = torch.ones_like(ids)
-    attention[1, -3:] = 0
-    labels = ids.masked_fill((attention == 0) | (torch.rand(B, T, generator=draw) < 0.4), -100)
-    return {"input_ids": ids, "attention_mask": attention, "labels": labels}
-
-
-def exactly(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **_):
-    """transformers' causal loss by definition, in the dtype of the logits, which its own brings to float32."""
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    losses = F.cross_entropy(logits.flatten(0, -2), shift_labels.flatten(), reduction="none", ignore_index=ignore_index)
-    return losses.sum() / ((shift_labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch)
-
-
-def defined(model):
-    """The model with that loss."""
-    model.loss_function = exactly
-    return model
-
-
-def step(model, given, **more):
-    """Loss and gradients of every trained parameter."""
-    loss = model(**given, **more).loss
-    names, leaves = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
-    return loss.detach(), dict(zip(names, torch.autograd.grad(loss, leaves), strict=True))
-
-
-def same(got, true, plain, *dtypes):
-    """Losses and gradients within the tolerance of what the unpatched model errs."""
-    check("loss", got[0], true[0], plain[0], *(dtypes or [torch.float32]))
-    assert got[1].keys() == true[1].keys()
-    for name in true[1]:
-        rows = (x[1][name].reshape(len(x[1][name]), -1) for x in (got, true, plain))
-        check_rows(name, *rows, *(dtypes or [torch.float32]))
-
-
-def patched(model):
-    ours.patch(model)
-    return model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -234,24 +165,6 @@ def test_recomputed_activations_and_a_compiled_backbone():
             torch.testing.assert_close(got[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
-ADAPTERS = {
-    "projections": dict(target_modules=["q_proj", "v_proj"]),
-    "the head too": dict(target_modules=["q_proj", "lm_head"]),
-    "the head trained whole": dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
-}
-
-
-def adapted(dtype, before=None, **options):
-    """A model with adapters; `before` is called between."""
-    peft = pytest.importorskip("peft", reason="pip install peft")
-    model = tiny(dtype=dtype)
-    if before is not None:
-        before(model)
-    torch.manual_seed(0)
-    made = peft.get_peft_model(model, peft.LoraConfig(r=4, init_lora_weights=False, **options))
-    return made.to(dtype).train()
-
-
 @pytest.mark.parametrize("first", ["peft", "patch"])
 @pytest.mark.parametrize("targets", ADAPTERS)
 def test_adapters(targets, first):
@@ -266,85 +179,6 @@ def test_adapters(targets, first):
     same(step(model, given), true, plain)
     found = model(**given, outputs=("logprob",))
     assert torch.allclose(found.loss.double(), true[0], rtol=1e-5)
-
-
-def test_adapters_that_are_off_or_refused():
-    given = batch()
-    model = patched(adapted(torch.float32, target_modules=["lm_head"]))
-    with model.disable_adapter():
-        torch.testing.assert_close(model(**given).loss, tiny()(**given).loss)
-    refused = dict(lora_dropout=0.1), dict(use_dora=True), dict(lora_bias=True)
-    for options in refused:
-        with pytest.raises(ValueError, match="an adapter on the head must be one LoRA"):
-            patched(adapted(torch.float32, target_modules=["lm_head"], **options))(**given)
-
-
-class Renormalised(transformers.LlamaForCausalLM):
-    """A model with a factor of the logits that its configuration does not name."""
-
-    def forward(self, *arguments, labels=None, **keywords):
-        found = super().forward(*arguments, **keywords)
-        found.logits = found.logits * 0.5
-        found.loss = None if labels is None else self.loss_function(found.logits, labels, self.config.vocab_size)
-        return found
-
-
-class Twice(transformers.LlamaForCausalLM):
-    """A model that uses its head twice."""
-
-    def forward(self, *arguments, **keywords):
-        super().forward(*arguments, **keywords)
-        return super().forward(*arguments, **keywords)
-
-
-class Alone(transformers.LlamaForCausalLM):
-    """A model that has a loss of its own."""
-
-    def forward(self, *arguments, labels=None, **keywords):
-        found = super().forward(*arguments, **keywords)
-        found.loss = found.logits.sum()
-        return found
-
-
-@pytest.mark.parametrize(("kind", "sentence"), [
-    (Renormalised, "must do to its logits what its configuration names, 8 of 8; Renormalised makes 4"),
-    (Twice, "the head must be used once in a forward; Twice uses it again"),
-    (Alone, "must take its loss from loss_function; got 'Alone'"),
-])  # fmt: skip
-def test_models_that_are_refused(kind, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        patched(kind(tiny().config).train())(**batch())
-
-
-def test_refusals():
-    given = batch()
-    for changed, sentence in (
-        (dict(outputs=("logprob",), labels=None), "labels must be given with outputs"),
-        (dict(temperature=0.5, labels=None), "temperature must be 1 without outputs"),
-        (dict(logits_to_keep=2), r"labels must be \(3, 2\), one per position; got \(3, 11\)"),
-        (dict(return_dict=False), "return_dict must be True where no logits are made"),
-        (dict(outputs=("logits",)), "outputs"),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            patched(tiny())(**given | changed)
-    model = defined(tiny())
-    with pytest.raises(ValueError, match="loss must be transformers' causal one; got 'exactly'"):
-        patched(model)(**given)
-    assert model.loss_function is exactly and "forward" not in vars(model.lm_head)
-    model = patched(tiny())
-    model.lm_head = torch.nn.Sequential(model.lm_head)
-    with pytest.raises(ValueError, match=r"the head must be a linear layer.*got Sequential"):
-        model(**given)
-    model = tiny()
-    model.lm_head.forward = model.lm_head.forward
-    with pytest.raises(ValueError, match="the head must have its own forward"):
-        patched(model)(**given)
-    with pytest.raises(ValueError, match="must be a transformers model with a head; got LlamaModel"):
-        ours.patch(tiny().model)
-    model = tiny()
-    model.forward = lambda **given: None
-    with pytest.raises(ValueError, match="the model's forward must be a method; got function"):
-        ours.patch(model)
 
 
 def test_in_and_out():

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from patched_models import batch, defined, same, step, tiny
 from ranks import on_ranks
-from test_transformers import batch, defined, same, step, tiny
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel

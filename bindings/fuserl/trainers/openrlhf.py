@@ -157,22 +157,14 @@ def policy_loss_forward(
     from openrlhf.models.loss import aggregate_loss
     from openrlhf.models.utils import masked_mean
 
-    kind = self.policy_loss_type
-    if kind not in ("ppo", "gspo"):
-        raise ValueError(f"PolicyLoss: policy_loss_type must be ppo or gspo; got {kind!r}. Correct the name.")
-    corrected = self.is_correction_level != "off"
-    if corrected and rollout_log_probs is None:
-        raise ValueError(
-            f"PolicyLoss: rollout_log_probs must be given with is_correction_level {self.is_correction_level}; got "
-            "None. Pass them, or set it to off."
-        )
+    corrected = _checked_correction(self, rollout_log_probs)
     mask = torch.ones_like(log_probs, dtype=torch.bool) if action_mask is None else action_mask != 0
     dtype = torch.promote_types(log_probs.dtype, torch.float32)
     tensors = log_probs, old_log_probs, advantages, rollout_log_probs
     kept = (None if x is None else torch.where(mask, x.to(dtype), 0.0) for x in tensors)
     log_probs, old, advantages, rollout = kept
     options, log_weights, met = {}, None, None
-    if kind == "gspo":
+    if self.policy_loss_type == "gspo":
         sums = (log_probs - (rollout if corrected else old)).sum(-1, keepdim=True)
         log_ratio = (sums / mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(log_probs)
     else:
@@ -192,6 +184,20 @@ def policy_loss_forward(
     clip_ratio = masked_mean(clipped.to(ratio.dtype), mask)
     vllm_kl = None if met is None else masked_mean(rollout - old, mask)
     return loss, clip_ratio, masked_mean((old - log_probs).detach(), mask), vllm_kl, met
+
+
+def _checked_correction(self, rollout: Tensor | None) -> bool:
+    """Whether a PolicyLoss corrects for the rollout's log-probs."""
+    if self.policy_loss_type not in ("ppo", "gspo"):
+        raise ValueError(
+            f"PolicyLoss: policy_loss_type must be ppo or gspo; got {self.policy_loss_type!r}. Correct the name."
+        )
+    if self.is_correction_level != "off" and rollout is None:
+        raise ValueError(
+            f"PolicyLoss: rollout_log_probs must be given with is_correction_level {self.is_correction_level}; got "
+            "None. Pass them, or set it to off."
+        )
+    return self.is_correction_level != "off"
 
 
 def _correction(self, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, dict, Tensor]:

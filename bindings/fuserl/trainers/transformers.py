@@ -149,13 +149,16 @@ def _forward(self, *arguments, outputs: tuple[str, ...] = (), temperature: float
     asked = _Asked(tuple(outputs), temperature, *_targets(labels, shifted, given.get("ignore_index", -100)))
     with _loss_function(self, asked), heads.instead_of_logits(self, asked.read) as reading:
         asked.reading = reading
-        found = patched.original(**given)
+        try:
+            found = patched.original(**given)
+        except (IndexError, RuntimeError, ValueError) as error:
+            if reading.used and not asked.summed and labels is not None:
+                raise _own_loss(self) from error
+            raise
     _require(hasattr(found, "logits"), "return_dict must be True where no logits are made", "a tuple", "Leave it out")
     reading.check(found.logits)
-    _require(
-        asked.summed or labels is None, "the model must take its loss from loss_function", type(self).__name__,
-        "Leave this model unpatched",
-    )  # fmt: skip
+    if labels is not None and not asked.summed:
+        raise _own_loss(self)
     kept = {name: value for name, value in found.items() if name != "logits"}
     if not outputs:
         return type(found)(**kept)
@@ -240,6 +243,13 @@ def _loss_function(model: nn.Module, asked: _Asked):
 def _extended(kind: type, names: tuple[str, ...]) -> type:
     """A model's output with fields of those names after its own."""
     return dataclasses.make_dataclass(kind.__name__, [(name, Tensor | None, None) for name in names], bases=(kind,))
+
+
+def _own_loss(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"fuserl.trainers.transformers: the model must take its loss from loss_function; {type(model).__name__} does "
+        "not. Leave this model unpatched."
+    )
 
 
 def _patched(maker: str, arguments, keywords) -> nn.Module:
