@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import sys
 
 import pytest
 import torch
@@ -234,21 +235,44 @@ def test_actor_as_other_callers_use_it():
                     torch.testing.assert_close(got.entropy, expected.entropy, rtol=1e-5, atol=1e-5)
 
 
-def test_actor_of_packed_samples(monkeypatch):
-    """One sample without padding is packed as it is; what unpads and gathers is OpenRLHF's."""
-    ids, attention, action = (x[2:] for x in tokens())
-    made, calls = actor(torch.float32), []
+@pytest.fixture
+def unpadded(monkeypatch):
+    """flash_attn's functions that OpenRLHF packs with, in torch."""
+    packing = sys.modules["openrlhf.models.ring_attn_utils"]
+
+    def take(x, indices):
+        return x[indices]
+
+    def unpad(x, mask):
+        indices = mask.flatten().nonzero().flatten()
+        return x.flatten(0, 1)[indices], indices, None, None, None
+
+    def pad(x, indices, batch, length):
+        return x.new_zeros(batch * length, *x.shape[1:]).index_copy(0, indices, x).view(batch, length, *x.shape[1:])
+
+    functions = {"index_first_axis": take, "unpad_input": unpad, "pad_input": pad}
+    for name, function in functions.items():
+        monkeypatch.setattr(packing, name, function)
+    monkeypatch.setattr(packing, "rearrange", lambda x, _: x.flatten(0, 1))
+
+
+@pytest.mark.parametrize("call", ["actions", "every token"])
+def test_actor_of_packed_samples(unpadded, monkeypatch, call):
+    """Ragged samples in one row, by OpenRLHF's own packing; the head sees the actions alone."""
+    seen, op = [], ours.linear_logprob
+    monkeypatch.setattr(ours, "linear_logprob", lambda *given, **more: seen.append(more["mask"]) or op(*given, **more))
+    ids, attention, action = tokens()
+    more = dict(action_mask=action) if call == "actions" else dict(return_logprobs=True)
+    made = actor(torch.float32)
+    made.packing_samples = True
+    counted = action if call == "actions" else attention[:, 1:]
     with torch.no_grad():
-        expected = made(ids, action, attention)
-        made.packing_samples = True
-        places = torch.arange(ids.shape[1])[None]
-        unpad = (ids, places, ids.roll(-1, 1), 0, "indices")
-        monkeypatch.setattr(actors, "unpad_and_slice_tensor", lambda *given: calls.append(given) or unpad)
-        monkeypatch.setattr(actors, "gather_and_pad_tensor", lambda x, *rest: calls.append(rest) or x.view(1, 7))
+        expected = made(ids, attention_mask=attention, **more)
         with ours.patch():
-            got = made(ids, action, attention, ring_attn_group="ring")
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert calls[0][2] == "ring" and calls[1] == ("ring", 0, "indices", 1, 7)
+            got = made(ids, attention_mask=attention, **more)
+    live = counted * attention[:, -counted.shape[1] :]
+    torch.testing.assert_close(got * live, expected * live, rtol=1e-5, atol=1e-5)
+    assert [mask.sum().item() for mask in seen] == [(counted * attention[:, -1 - counted.shape[1] : -1]).sum().item()]
 
 
 def test_the_head_never_sees_the_prompt(monkeypatch):

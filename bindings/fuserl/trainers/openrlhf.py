@@ -114,21 +114,22 @@ def _laid_out(self, sequences, action_mask, attention_mask, group):
     from openrlhf.models import actor
 
     batch, length = sequences.shape
+    counted = torch.zeros_like(sequences)
+    if action_mask is None:
+        counted[:, :-1] = attention_mask[:, 1:]
+    else:
+        counted[:, -1 - action_mask.shape[1] : -1] = action_mask
     if self.packing_samples:
         ids, positions, targets, padding, indices = actor.unpad_and_slice_tensor(sequences, attention_mask, group)
+        counted = actor.unpad_and_slice_tensor(counted, attention_mask, group)[0] != 0
 
         def spread(x):
             return actor.gather_and_pad_tensor(x, group, padding, indices, batch, length)
 
-        return (ids, positions, targets, None, None), spread
-    counted = torch.zeros_like(sequences, dtype=torch.bool)
-    if action_mask is None:
-        counted[:, :-1] = attention_mask[:, 1:] != 0
-    else:
-        counted[:, -1 - action_mask.shape[1] : -1] = action_mask != 0
+        return (ids, positions, targets, None, counted), spread
     positions = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
     targets = torch.roll(sequences, shifts=-1, dims=1)
-    return (sequences, positions, targets, attention_mask, counted), lambda x: x
+    return (sequences, positions, targets, attention_mask, counted != 0), lambda x: x
 
 
 def policy_loss_forward(
@@ -291,7 +292,6 @@ _HOST = Host(
         "Actor.forward of vision-language models, and where logits are asked for": "OpenRLHF's own; the logits exist",
         "compute_approx_kl, aggregate_loss, baselines and whitening": "(batch, length) numbers, no loop",
         "ValueLoss, SFTLoss, DPOLoss, GPTLMLoss": "(batch, length) numbers of log-probs that are ours already",
-        "the loss of packed samples over the prompt": "packing has no place for the action mask; every token is scored",
         "DeepSpeed, ring attention, vLLM, generation": "not of the loss",
     },
 )
