@@ -18,7 +18,7 @@ def launched() -> None:
     """Start Ray so that every worker is patched; then call openrlhf.cli.train_ppo_ray.train(args)."""
     import ray
 
-    ray.init(runtime_env={"worker_process_setup_hook": fuserl.trainers.openrlhf.patch})
+    ray.init(runtime_env={"worker_process_setup_hook": fuserl.trainers.openrlhf.patch_worker})
 
 
 def rollouts(model: torch.nn.Module, rows: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,9 @@
 """What stands in the place of OpenRLHF's functions, against OpenRLHF's own, and both against float64."""
 
 import importlib
+import importlib.metadata
 import itertools
+import subprocess
 import sys
 
 import pytest
@@ -26,7 +28,7 @@ def eager():
 
 
 def theirs(path):
-    return ours._HOST.original(path)
+    return (ours._LOOPS if path in ours._LOOPS.replacements else ours._MODELS).original(path)
 
 
 CORRECTIONS = [
@@ -120,7 +122,7 @@ def test_refused_policy_losses():
 def test_advantages_and_returns(masked, gamma, lambd):
     _, _, rewards, mask, values = batch(3)
     mask = mask if masked else None
-    maker, sums = (theirs(path) for path in ours._LOOPS)
+    maker, sums = (theirs(path) for path in ours._LOOPS.replacements)
     plain = *maker(None, values, rewards, mask, gamma, lambd), sums(None, rewards, mask, gamma)
     later, counted = [torch.zeros(B)], rewards.double() * (1 if mask is None else mask)
     for reward in counted.flip(1).unbind(1):  # OpenRLHF's own adds up in float32
@@ -285,7 +287,7 @@ def test_the_head_never_sees_the_prompt(monkeypatch):
 
 
 def test_every_place_is_replaced_and_restored():
-    before = {path: theirs(path) for path in ours._HOST.replacements}
+    before = {path: theirs(path) for path in ours._MODELS.replacements | ours._LOOPS.replacements}
     with ours.patch():
         found = ours.report().replaced
         assert actors.log_probs_from_logits is ours.log_probs_from_logits and actors.compute_entropy is ours.entropy
@@ -294,3 +296,45 @@ def test_every_place_is_replaced_and_restored():
         assert len(found) == 6 and all(found.values())
         ours.patch()
     assert {path: theirs(path) for path in before} == before and ours.report().replaced == {}
+
+
+WORKER = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import fuserl.trainers.openrlhf as ours
+ours.patch_worker()
+assert not [name for name in sys.modules if name.startswith(("openrlhf", "deepspeed", "vllm"))]
+from rivals import openrlhf
+actors = openrlhf("openrlhf.models.actor")
+assert actors.Actor.forward is ours.actor_forward and actors.compute_entropy is ours.entropy
+assert len(ours.report().replaced) == 4 and len([what for what in ours.report().left if "Maker" in what]) == 2
+makers = openrlhf(ours._MAKER)
+assert makers.RemoteExperienceMaker.get_cumulative_returns is ours.get_cumulative_returns
+assert len(ours.report().replaced) == 6 and not [what for what in ours.report().left if "Maker" in what]
+ours.unpatch()
+assert actors.Actor.forward is not ours.actor_forward
+"""
+
+
+def test_a_worker_is_patched_as_it_loads():
+    """Nothing is loaded by the hook itself."""
+    subprocess.run([sys.executable, "-c", WORKER, *sys.path], check=True, timeout=120)
+
+
+def test_a_worker_that_has_loaded_already():
+    try:
+        ours.patch_worker()
+        assert len(ours.report().replaced) == 6
+    finally:
+        ours.unpatch()
+    assert actors.Actor.forward is not ours.actor_forward
+
+
+def test_without_openrlhf_the_import_gives_the_line_for_pip(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    monkeypatch.delitem(sys.modules, "fuserl.trainers.openrlhf")
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'openrlhf>=0\.11\.2,<0\.12'"):
+        importlib.import_module("fuserl.trainers.openrlhf")

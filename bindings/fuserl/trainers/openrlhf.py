@@ -4,15 +4,17 @@
     fuserl.trainers.openrlhf.patch()         # until unpatch(); or: with fuserl.trainers.openrlhf.patch(): ...
     print(fuserl.trainers.openrlhf.report())
 
-OpenRLHF trains in Ray's workers: ray.init(runtime_env={"worker_process_setup_hook": fuserl.trainers.openrlhf.patch})
-patches them all. Actors, losses and experience makers that exist already take part.
+OpenRLHF trains in Ray's workers, which ray.init(runtime_env={"worker_process_setup_hook": patch_worker}) patches as
+they load its modules. Actors, losses and experience makers that exist already take part.
 """
 
 from __future__ import annotations
 
+import importlib.abc
 import importlib.util
 import math
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
@@ -27,7 +29,7 @@ from fuserl.kernels.token_logprob import token_logprob
 from fuserl.trainers import heads
 from fuserl.trainers.patching import Host, Report
 
-__all__ = ["patch", "report", "unpatch"]
+__all__ = ["patch", "patch_worker", "report", "unpatch"]
 
 _ACTOR = "openrlhf.models.actor:Actor.forward"
 _WIDEST = 20.0  # OpenRLHF holds the log-ratio of PPO to [-20, 20]
@@ -80,7 +82,7 @@ def actor_forward(
         ValueError: a head that is no linear layer, or a model that changes its logits in a way of its own.
     """
     if getattr(self, "is_vlm", False) or (action_mask is None and not return_logprobs):
-        return _HOST.original(_ACTOR)(
+        return _MODELS.original(_ACTOR)(
             self, sequences, action_mask, attention_mask, return_output, allgather_logits, return_logprobs,
             ring_attn_group, packed_seq_lens, return_entropy, **mm_inputs,
         )  # fmt: skip
@@ -270,29 +272,30 @@ def get_cumulative_returns(self, rewards: Tensor, action_mask: Tensor | None, ga
 
 
 _MAKER = "openrlhf.trainer.ppo_utils.experience_maker"
-_LOOPS = {
-    f"{_MAKER}:RemoteExperienceMaker.get_advantages_and_returns": get_advantages_and_returns,
-    f"{_MAKER}:RemoteExperienceMaker.get_cumulative_returns": get_cumulative_returns,
-}
-# Its module imports vllm, which who trains on preferences alone need not have.
-_MADE = _MAKER in sys.modules or importlib.util.find_spec("vllm") is not None
-_HOST = Host(
+_VERSIONS = {"since": "0.11.2", "below": "0.12"}
+_MODELS = Host(
     "openrlhf",
-    since="0.11.2",
-    below="0.12",
+    **_VERSIONS,
     replacements={
         "openrlhf.models.utils:log_probs_from_logits": log_probs_from_logits,
         "openrlhf.models.utils:compute_entropy": entropy,
         _ACTOR: actor_forward,
         "openrlhf.models.loss:PolicyLoss.forward": policy_loss_forward,
-        **(_LOOPS if _MADE else {}),
     },
     left={
-        **({} if _MADE else dict.fromkeys(_LOOPS, "vllm, which their module imports, is not installed")),
         "Actor.forward of vision-language models, and where logits are asked for": "OpenRLHF's own; the logits exist",
         "compute_approx_kl, aggregate_loss, baselines and whitening": "(batch, length) numbers, no loop",
         "ValueLoss, SFTLoss, DPOLoss, GPTLMLoss": "(batch, length) numbers of log-probs that are ours already",
         "DeepSpeed, ring attention, vLLM, generation": "not of the loss",
+    },
+)
+# Apart, as their module imports vllm, which who trains on preferences alone need not have.
+_LOOPS = Host(
+    "openrlhf",
+    **_VERSIONS,
+    replacements={
+        f"{_MAKER}:RemoteExperienceMaker.get_advantages_and_returns": get_advantages_and_returns,
+        f"{_MAKER}:RemoteExperienceMaker.get_cumulative_returns": get_cumulative_returns,
     },
 )
 
@@ -306,14 +309,60 @@ def patch() -> ExitStack:
     Raises:
         RuntimeError: OpenRLHF has another version than 0.11.2 to 0.11.
     """
-    return _HOST.patch()
+    context = ExitStack()
+    if _MAKER in sys.modules or importlib.util.find_spec("vllm") is not None:
+        context.enter_context(_LOOPS.patch())
+    context.enter_context(_MODELS.patch())
+    return context
+
+
+def patch_worker() -> None:
+    """Patch this process as it loads OpenRLHF's modules, and load none: for Ray's worker_process_setup_hook.
+
+    OpenRLHF keeps DeepSpeed out of the workers that sample and vLLM out of those that train; so does this.
+
+    Raises:
+        RuntimeError: as `patch`, where OpenRLHF is loaded.
+    """
+    for module, host in (("openrlhf.models", _MODELS), (_MAKER, _LOOPS)):
+        if module in sys.modules:
+            host.patch()
+        else:
+            sys.meta_path.insert(0, _AfterImport(module, host.patch))
 
 
 def unpatch() -> None:
-    """Restore OpenRLHF's own functions."""
-    _HOST.unpatch()
+    """Restore OpenRLHF's own functions, and patch none that are loaded later."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _AfterImport)]
+    for host in (_MODELS, _LOOPS):
+        host.unpatch()
 
 
 def report() -> Report:
     """What is replaced now, at which places, and what is left and why."""
-    return _HOST.report()
+    models, loops = _MODELS.report(), _LOOPS.report()
+    missing = {} if loops.replaced else dict.fromkeys(_LOOPS.replacements, "their module is not loaded, or needs vllm")
+    return Report(models.host, models.replaced | loops.replaced, models.left | missing)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Runs an action once, when a module has been loaded."""
+
+    def __init__(self, module: str, action: Callable[[], object]):
+        self.module, self.action = module, action
+
+    def find_spec(self, name, path=None, target=None):
+        """The module's own specification, its loader running the action after it; None for other modules."""
+        if name != self.module:
+            return None
+        sys.meta_path.remove(self)
+        found = importlib.util.find_spec(name)
+        if found is not None:
+            load = found.loader.exec_module
+
+            def loaded(module):
+                load(module)
+                self.action()
+
+            found.loader.exec_module = loaded
+        return found
