@@ -12,7 +12,7 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 import transformers
-from patched_models import ADAPTERS, FAMILIES, B, T, adapted, batch, defined, patched, same, step, tiny
+from patched_models import ADAPTERS, FAMILIES, B, T, adapted, batch, defined, exactly, patched, same, step, tiny
 from tolerance import check, check_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -144,6 +144,19 @@ def test_autocast(weights):
     with torch.autocast("cpu", torch.bfloat16):
         plain, got = step(tiny(dtype=weights), given), step(patched(tiny(dtype=weights)), given)
     same(got, true, plain, torch.bfloat16)
+
+
+@pytest.mark.parametrize("of_states, of_head", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_head_of_another_dtype(of_states, of_head):
+    """Master weights of the head alone, and a head of half the size: their gradients are of their own dtype."""
+    model = patched(tiny(dtype=of_states))
+    model.lm_head.to(of_head)
+    loss, gradients = step(model, batch())
+    with torch.no_grad():
+        states = model.model(batch()["input_ids"], batch()["attention_mask"]).last_hidden_state.double()
+        logits = states @ model.lm_head.weight.to(of_states).double().T
+    torch.testing.assert_close(loss.double(), exactly(logits, batch()["labels"], logits.shape[-1]), rtol=1e-5, atol=0)
+    assert gradients["lm_head.weight"].dtype == of_head
 
 
 def test_recomputed_activations_and_a_compiled_backbone():

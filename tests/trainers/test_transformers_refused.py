@@ -14,6 +14,9 @@ def test_adapters_that_are_off_or_refused():
     model = patched(adapted(torch.float32, target_modules=["lm_head"]))
     with model.disable_adapter():
         torch.testing.assert_close(model(**given).loss, tiny()(**given).loss)
+    expected = model(**given).loss
+    model.merge_adapter()
+    torch.testing.assert_close(model(**given).loss, expected, rtol=1e-4, atol=0)
     refused = dict(lora_dropout=0.1), dict(use_dora=True), dict(lora_bias=True)
     for options in refused:
         with pytest.raises(ValueError, match="an adapter on the head must be one LoRA"):
