@@ -1,10 +1,9 @@
 """Liger's `LigerFusedLinearGRPOLoss` over `linear_policy_loss`: its names, arguments and returns.
 
 Where it differs from liger-kernel 0.8.5: padding is never projected, nor rollouts whose advantage is 0 when there is no
-KL term; logits are float32; luspo counts no padded token (Liger averages over them, too, and trains on them);
-vllm_is_ratio of shape (B,) is per rollout whatever chunk_size (Liger needs chunk_size=1 for that), and its padded
-entries do not enter vespo's weight. An option that Liger drops in silence raises: delta with cispo, sapo or vespo, a
-reference with use_ref_model=False. The surrogates are in `surrogates`.
+KL term; logits are float32; luspo counts no padded token (Liger averages over them, too, and trains on them); padded
+entries of vllm_is_ratio do not enter vespo's weight. An option that Liger drops in silence raises: delta with cispo,
+sapo or vespo, a reference with use_ref_model=False. The surrogates are in `surrogates`.
 """
 
 from __future__ import annotations

@@ -19,6 +19,11 @@ from fuserl.kernels.head_outputs import requirer
 from fuserl.trainers.liger.completions import Completions, sum_of_logits
 
 
+def _share(x):
+    """sigmoid(x), whose gradient y (1 - y) keeps its precision where y is near 1, too."""
+    return torch.where(x > 0, 1 - torch.sigmoid(-x), torch.sigmoid(x))
+
+
 def _sigmoid(c, r, beta, smoothing):
     return -(1 - smoothing) * F.logsigmoid(beta * (c - r)) - smoothing * F.logsigmoid(-beta * (c - r))
 
@@ -53,8 +58,8 @@ _PAIRS = {
     "robust": _robust,
     "bco_pair": lambda c, r, beta, _: -F.logsigmoid(beta * c) - F.logsigmoid(-beta * r),
     "sppo_hard": lambda c, r, beta, _: (c - 0.5 / beta).square() + (r + 0.5 / beta).square(),
-    "apo_zero": lambda c, r, beta, _: torch.sigmoid(-beta * c) + torch.sigmoid(beta * r),
-    "apo_down": lambda c, r, beta, _: torch.sigmoid(beta * c) + torch.sigmoid(-beta * (c - r)),
+    "apo_zero": lambda c, r, beta, _: _share(-beta * c) + _share(beta * r),
+    "apo_down": lambda c, r, beta, _: _share(beta * c) + _share(-beta * (c - r)),
     "discopop": _discopop,
 }
 _SMOOTHED = ("sigmoid", "exo_pair", "robust")
@@ -320,7 +325,7 @@ class LigerFusedLinearKTOLoss(torch.nn.Module):
         sign, shift = torch.where(labels, 1.0, -1.0).to(alone.dtype), 0.0 if kl is None else kl.detach().to(alone.dtype)
 
         def losses(logps):
-            return torch.sigmoid(-self.beta * sign * ((logps - known).squeeze(1) - shift)) / max(1, len(target))
+            return _share(-self.beta * sign * ((logps - known).squeeze(1) - shift)) / max(1, len(target))
 
         loss, logps, _ = alone.loss(lin_weight, bias, losses, 0.0)
         rewards, logps = self.beta * (logps - known).squeeze(1), logps.squeeze(1)
