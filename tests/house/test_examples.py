@@ -8,7 +8,7 @@ import pytest
 from rivals import openrlhf, rival, verl_losses
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-TESTED = {"openrlhf_ppo", "own_trainer", "transformers_sft", "trl_grpo", "verl_grpo"}
+TESTED = {"liger_import", "openrlhf_ppo", "own_trainer", "transformers_sft", "trl_grpo", "verl_grpo"}
 
 
 def example(name):
@@ -44,6 +44,10 @@ def test_openrlhf_ppo_learns():
     openrlhf("openrlhf.models.actor")
     openrlhf("openrlhf.trainer.ppo_utils.experience_maker")
     assert example("openrlhf_ppo").main() > 0.9
+
+
+def test_liger_import_learns():
+    assert example("liger_import").main() > 0.9
 
 
 def test_every_example_is_tested():

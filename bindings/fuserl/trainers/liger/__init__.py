@@ -66,7 +66,7 @@ def report() -> Report:
 def __getattr__(name: str):
     if name.lower().startswith("liger"):
         raise AttributeError(
-            f"fuserl.trainers.liger: the name must be one that it has; got {name}. Keep importing it from liger_kernel; "
-            "report() says why it is left."
+            f"fuserl.trainers.liger: the name must be one that it has; got {name}. Keep importing it from "
+            "liger_kernel; report() says why it is left."
         )
     raise AttributeError(f"module 'fuserl.trainers.liger' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -15,7 +15,7 @@ from fuserl.kernels.head_outputs import requirer
 from fuserl.kernels.linear_logprob import linear_logprob
 from fuserl.kernels.linear_policy_loss import linear_policy_loss
 from fuserl.kernels.softmax_rows import accumulator
-from fuserl.trainers.liger.surrogates import _LEAST, Settings, TokenLoss
+from fuserl.trainers.liger.surrogates import LEAST_LOG_WEIGHT, Settings, TokenLoss
 
 _require = requirer("LigerFusedLinearGRPOLoss")
 
@@ -93,7 +93,7 @@ class _Batch:
         """(B,), the log of vllm_is_ratio over each rollout, as vespo adds it to the policy's."""
         if self.ratio is None:
             return None
-        log_ratio = self.ratio.log().clamp(_LEAST, 20)
+        log_ratio = self.ratio.log().clamp(LEAST_LOG_WEIGHT, 20)
         if log_ratio.shape == self.mask.shape and log_ratio.shape[1] > 1:
             log_ratio = log_ratio.where(self.mask != 0, 0.0)
         return log_ratio.sum(1)
@@ -167,7 +167,9 @@ def _loss(settings: Settings, batch: _Batch, reference: _Reference, head, temper
         options, device_offsets = {"scope": "rollout", "offsets": offsets}, offsets.to(hidden.device)
         if not live.all():
             rows = live.flatten().nonzero().squeeze(1).to(hidden.device)
-            hidden, ids, *per_token = [None if x is None else x.index_select(0, rows) for x in (hidden, ids, *per_token)]
+            hidden, ids, *per_token = [
+                None if x is None else x.index_select(0, rows) for x in (hidden, ids, *per_token)
+            ]
     log_ratio = batch.log_ratio() if settings.loss_type == "vespo" else None
     token_loss = TokenLoss(settings, *per_token, log_ratio, device_offsets)
     loss, _, found = linear_policy_loss(

@@ -137,8 +137,12 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
             kind in _SMOOTHED or smoothing == 0, f"label_smoothing must be 0 with {kind}", smoothing,
             f"It is for {', '.join(_SMOOTHED)}.",
         )  # fmt: skip
-        require(kind != "exo_pair" or smoothing > 0, "label_smoothing must be > 0 with exo_pair", smoothing, "Use 1e-3.")
-        require(0 <= smoothing < 0.5 or kind != "robust", "label_smoothing must be in [0, 0.5)", smoothing, "Correct it.")
+        require(
+            kind != "exo_pair" or smoothing > 0, "label_smoothing must be > 0 with exo_pair", smoothing, "Use 1e-3."
+        )
+        require(
+            0 <= smoothing < 0.5 or kind != "robust", "label_smoothing must be in [0, 0.5)", smoothing, "Correct it."
+        )
 
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None,
@@ -217,7 +221,12 @@ class LigerFusedLinearSimPOLoss(torch.nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.ignore_index, self.beta, self.alpha, self.label_smoothing = ignore_index, beta, alpha, label_smoothing
-        self.compute_nll_loss, self.compiled, self.gamma, self.chunk_size = compute_nll_loss, compiled, gamma, chunk_size
+        self.compute_nll_loss, self.compiled, self.gamma, self.chunk_size = (
+            compute_nll_loss,
+            compiled,
+            gamma,
+            chunk_size,
+        )
 
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None

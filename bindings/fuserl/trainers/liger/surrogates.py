@@ -2,7 +2,7 @@
 
     log_ratio = logprob - old        ratio = exp(log_ratio), or of its mean over the rollout ("sequence")
     grpo, bnpo, dr_grpo, dapo, luspo:  -min(min(ratio, delta) A, clip(ratio, 1 - epsilon_low, 1 + epsilon_high) A)
-    cispo:  -min(ratio, epsilon_high) A logprob        sapo:  -4 / t sigmoid(t (ratio - 1)) A        (t by the sign of A)
+    cispo:  -min(ratio, epsilon_high) A logprob        sapo:  -4 / t sigmoid(t (ratio - 1)) A       (t by the sign of A)
     vespo:  -phi A logprob,    phi = e^lam w^k e^(-lam w),    w = exp(sum of the rollout's log_ratio)  (k, lam by A's)
     each times vllm_is_ratio (in vespo it is part of w), plus beta k3 (times ratio with use_bias_correction_kl)
 
@@ -22,7 +22,7 @@ from fuserl.kernels.segment_sum import segment_sum, to_tokens
 
 _CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 _SMOOTH = ("cispo", "sapo", "vespo")  # whose own rule stands in the place of the clip, and which take single tokens
-_LEAST = math.log(1e-8)  # of a rollout's log-weight in vespo
+LEAST_LOG_WEIGHT = math.log(1e-8)  # of a rollout's log-weight in vespo
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class TokenLoss:
         total = self._over_rollouts(log_ratio.detach().clamp(-20, 20), rows)
         if self.log_ratio is not None:
             total = total + to_tokens(self.log_ratio, self.offsets, len(self.mask))[rows]
-        return total.clamp(_LEAST, 20)
+        return total.clamp(LEAST_LOG_WEIGHT, 20)
 
     def _correction(self, log_weight: Tensor, logprob: Tensor, rows: Tensor) -> Tensor:
         """Log of the ratio that corrects the KL: that of the surrogate, but a token's own in vespo."""

@@ -1,0 +1,113 @@
+"""The drop-in for Liger beside Liger's own classes: one forward and backward, and the bare products of its shapes.
+
+Liger runs as it is by default (compiled, after its compilation) and with compiled=False. On a CPU the sizes are those
+of the other benchmarks of a head, and a small one, 256 tokens; half of the tokens are padding where `padded`.
+"""
+
+import pytest
+import torch
+from measure import Provider, compare
+
+from fuserl.trainers import liger
+
+LENGTH = 64
+SIZES = {"small": (256, 256, 32000), "head": (2048, 576, 49152)}
+
+
+class Case:
+    """Rollouts of 64 tokens, a head, and what the losses want besides; every provider returns the gradients."""
+
+    def __init__(self, device, smoke, size="head", padded=False):
+        rows, width, vocabulary = SIZES[size] if device == "cpu" else (16384, 4096, 128256)
+        if smoke:
+            rows, width, vocabulary = 256, 16, 500
+        dtype, self.rollouts = torch.bfloat16 if device == "cuda" else torch.float32, rows // LENGTH
+        shape = self.rollouts, LENGTH
+        self.hidden = torch.randn(*shape, width, device=device).to(dtype).requires_grad_()
+        self.weight = (torch.randn(vocabulary, width, device=device) * 0.1).to(dtype).requires_grad_()
+        self.other = torch.randn(*shape, width, device=device).to(dtype), self.weight.detach().flip(0).contiguous()
+        self.ids = torch.randint(vocabulary, shape, device=device)
+        lengths = torch.linspace(4, LENGTH if padded else 2 * LENGTH, self.rollouts).int()
+        lengths = lengths if padded else lengths.clamp(min=LENGTH)
+        self.mask = (torch.arange(LENGTH) < lengths[:, None]).float().to(device)
+        self.target = self.ids.masked_fill(self.mask == 0, -100)
+        self.advantages = torch.randn(self.rollouts, device=device)
+        self.old = torch.full(shape, -10.0, device=device)
+
+    def products(self, reference=False):
+        """The bare library products: logits, d_hidden and d_weight, and a second model's logits."""
+        hidden, weight = self.hidden.detach().flatten(0, 1), self.weight.detach()
+        with torch.no_grad():
+            logits = hidden @ weight.T
+            if reference:
+                logits = self.other[0].flatten(0, 1) @ self.other[1].T
+            return logits @ weight, logits.T @ hidden
+
+    def grpo(self, cls, **init):
+        """The clipped loss without a KL term."""
+        loss = cls(beta=0.0, use_ref_model=False, loss_type="bnpo", **init)
+        given = self.hidden, self.weight, self.ids, self.mask, self.advantages
+        return self.gradients(loss(*given, old_per_token_logps=self.old)[0])
+
+    def dpo(self, cls, **init):
+        """The sigmoid loss with a reference."""
+        return self.gradients(cls(**init)(self.weight, self.hidden, self.target, None, *self.other)[0])
+
+    def jsd(self, cls, **init):
+        """Half and half of the divergence and the labels."""
+        hidden, other = self.hidden.flatten(0, 1), self.other[0].flatten(0, 1)
+        return self.gradients(cls(**init)(hidden, self.weight, other, self.other[1], self.target.flatten()))
+
+    def gradients(self, loss):
+        """Of the states and of the head."""
+        return torch.autograd.grad(loss, (self.hidden, self.weight))
+
+    def same(self, ours):
+        """A gate: the gradients that the drop-in gives."""
+
+        def gate(gradients):
+            for name, got, expected in zip(("d_hidden", "d_weight"), gradients, ours(), strict=True):
+                error = (got.double() - expected.double()).norm() / expected.double().norm()
+                limit = 3e-2 if got.dtype == torch.bfloat16 else 1e-4
+                assert error < limit, f"{name} differs by {error:.1e} from the drop-in's"
+
+        return gate
+
+
+def _host(name):
+    import liger_kernel.chunked_loss
+
+    return getattr(liger_kernel.chunked_loss, name)
+
+
+def _compare(benchmark, smoke, case, run, name, reference=False):
+    ours = lambda: run(getattr(liger, name))  # noqa: E731
+    theirs = [] if smoke else [Provider("liger-kernel", lambda: run(_host(name)), case.same(ours))]
+    compare(
+        benchmark,
+        Provider("the bare products", lambda: case.products(reference)),
+        Provider("fuserl", ours),
+        Provider("liger-kernel, compiled=False", lambda: run(_host(name), compiled=False), case.same(ours)),
+        *theirs,
+        rounds=5,
+        smoke=smoke,
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+def test_liger_grpo(benchmark, device, smoke, size, padded):
+    case = Case(device, smoke, size, padded)
+    _compare(benchmark, smoke, case, case.grpo, "LigerFusedLinearGRPOLoss")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_liger_dpo(benchmark, device, smoke, size):
+    case = Case(device, smoke, size)
+    _compare(benchmark, smoke, case, case.dpo, "LigerFusedLinearDPOLoss", reference=True)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_liger_jsd(benchmark, device, smoke, size):
+    case = Case(device, smoke, size)
+    _compare(benchmark, smoke, case, case.jsd, "LigerFusedLinearJSDLoss", reference=True)
