@@ -8,6 +8,7 @@ import pytest
 import torch
 from measure import Provider, compare
 
+from fuserl.kernels.linear_logprob import linear_logprob
 from fuserl.trainers import liger
 
 LENGTH = 64
@@ -32,7 +33,10 @@ class Case:
         self.mask = (torch.arange(LENGTH) < lengths[:, None]).float().to(device)
         self.target = self.ids.masked_fill(self.mask == 0, -100)
         self.advantages = torch.randn(self.rollouts, device=device)
-        self.old = torch.full(shape, -10.0, device=device)
+        # Near the policy's, so that hardly a token is clipped: those would cost ours no product.
+        with torch.no_grad():
+            logprob = linear_logprob(self.hidden, self.weight, self.ids).logprob
+        self.old = logprob + 0.02 * torch.randn(shape, device=device)
 
     def products(self, reference=False):
         """The bare library products: logits, d_hidden and d_weight, and a second model's logits."""

@@ -50,7 +50,7 @@ def scaled_definition(hidden, weight, target, temperature, selected):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scaled_cross_entropy(temperature, dtype):
-    batch, selected = Batch(bias=False, dtype=dtype), torch.tensor([3, 3, 60, 1])
+    batch, selected = Batch(bias=False, dtype=dtype), torch.tensor([3, 60, 3, 1])
     g = [torch.randn(N), torch.randn(N), torch.randn(N, 4)]
 
     def call(function):

@@ -118,20 +118,27 @@ class Completions:
         return loss, self.logps(out.logprob), -(getattr(out, name) * self.likely).sum()
 
 
-def sum_of_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, of: Tensor) -> Tensor:
-    """Sum over the vocabulary and all positions of the logits of some completions, padding included.
+def sums_of_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, of: Tensor) -> Tensor:
+    """(2,) sums of all logits, padding included, of some completions and of the rest.
 
-    It is linear in the states, so no logit is needed: sum z = (sum of hidden) @ (sum over v of weight[v]) + n sum bias.
+    They are linear in the states, so none is needed: sum z = (sum of hidden) @ (sum over v of weight[v]) + n sum bias.
 
     Args:
         of: (B,) bool, the completions.
     """
     with torch.no_grad():
-        states = hidden.sum(1, dtype=torch.float64) * of[:, None]
-        total = states.sum(0) @ weight.sum(0, dtype=torch.float64)
+        members = torch.stack([of, ~of]).double()
+        total = members @ (torch.stack([_column_sums(each) for each in hidden]) @ _column_sums(weight))
         if bias is not None:
-            total = total + of.sum() * hidden.shape[1] * bias.sum(dtype=torch.float64)
+            total = total + members.sum(1) * hidden.shape[1] * bias.sum(dtype=torch.float64)
     return total.to(accumulator(hidden.dtype))
+
+
+def _column_sums(x: Tensor) -> Tensor:
+    """(D,) float64 sums of (n, D); on a CPU, where such a sum copies its operand, by tiles that stay in the cache."""
+    if x.device.type != "cpu":
+        return x.sum(0, dtype=torch.float64)
+    return torch.stack([tile.double().sum(0) for tile in x.split(512)]).sum(0)
 
 
 def _ends(counts: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuserl.kernels.head_outputs import requirer
-from fuserl.trainers.liger.completions import Completions, sum_of_logits
+from fuserl.trainers.liger.completions import Completions, sums_of_logits
 
 
 def _share(x):
@@ -95,7 +95,7 @@ def _paired(
     loss, logps, likelihood = pairs.loss(weight, bias, group_losses, nll or 0.0)
     of = torch.arange(len(target), device=target.device) < pairs.groups
     positions = max(1, pairs.groups * target.shape[1] * weight.shape[0])
-    means = [sum_of_logits(hidden, weight, bias, each) / positions for each in (of, ~of)]
+    means = (sums_of_logits(hidden, weight, bias, of) / positions).unbind()
     likelihood, ratios = likelihood if nll is not None else torch.zeros_like(likelihood), (logps - known).unbind(1)
     return loss, (*logps.unbind(1), *means, likelihood, *(beta * x for x in ratios)), torch.stack(ratios)
 
@@ -339,5 +339,5 @@ class LigerFusedLinearKTOLoss(torch.nn.Module):
         loss, logps, _ = alone.loss(lin_weight, bias, losses, 0.0)
         rewards, logps = self.beta * (logps - known).squeeze(1), logps.squeeze(1)
         each = [x.where(of, 0.0).sum() for x in (logps, rewards) for of in (labels, ~labels)]
-        logits = [sum_of_logits(_input, lin_weight, bias, of) for of in (labels, ~labels)]
+        logits = sums_of_logits(_input, lin_weight, bias, labels).unbind()
         return loss, (*each[:2], *logits, *each[2:])
