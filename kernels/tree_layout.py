@@ -51,7 +51,7 @@ class Segments:
                 f"attention: segments must describe the whole input; got {len(self.position)} positions for query "
                 f"{tuple(query.shape)} and key {tuple(key.shape)}. Pass **packed.inputs() and no cache"
             )
-        if query.device.type == "cpu" and query.dtype != torch.float64 and scores.dropout == 0:
+        if query.device.type in ("cpu", "cuda") and query.dtype != torch.float64 and scores.dropout == 0:
             given = (x[0].transpose(0, 1) for x in (query, key, value))
             numbers = {"scale": scores.scaling, "window": scores.window, "softcap": scores.softcap}
             return tree_attention(*given, self, **numbers)[0].transpose(0, 1)[None]
