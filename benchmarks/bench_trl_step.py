@@ -1,7 +1,8 @@
 """An update of TRL's GRPOTrainer on a model of SmolLM2-135M's shape: loss and backward, with the patch and without.
 
 Completions are drawn beforehand, as generation and AdamW are the same in both. The backbone alone, forward and
-backward, is the floor: no head, no loss. Weights are random; no time depends on them.
+backward, is the floor of TRL's pass: no head, no loss. FuserlGRPOTrainer may fall below it, since it runs a prompt once
+and no padding. Weights are random; no time depends on them.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 from measure import Provider, compare
+from rivals import rival
 
 SMOLLM2 = dict(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -19,8 +21,8 @@ SMOLLM2 = dict(
 TINY = SMOLLM2 | dict(vocab_size=640, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=3)
 
 
-def trainer(config, folder, **options):
-    """A GRPOTrainer of a random Llama."""
+def trainer(kind, config, folder, **options):
+    """A GRPOTrainer, or another `kind`, of a random Llama."""
     import baselines_trl
     import datasets
     import trl
@@ -30,7 +32,7 @@ def trainer(config, folder, **options):
         output_dir=str(folder), per_device_train_batch_size=8, num_generations=4, bf16=False, report_to="none",
         gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), **options,
     )  # fmt: skip
-    return trl.GRPOTrainer(
+    return (kind or trl.GRPOTrainer)(
         model=transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)),
         args=arguments,
         train_dataset=datasets.Dataset.from_list([{"prompt": "1"}] * 8),
@@ -42,6 +44,7 @@ def trainer(config, folder, **options):
 def rollouts(config, prompt, completion, device):
     """Eight padded completions of two prompts, as the trainer keeps them between sampling and updates."""
     ids = torch.randint(3, config["vocab_size"], (8, prompt + completion), device=device)
+    ids[:, :prompt] = ids[:2, :prompt].repeat_interleave(4, 0)
     lengths = torch.tensor([completion // 4 * (1 + n % 4) for n in range(8)], device=device)
     mask = (torch.arange(completion, device=device) < lengths[:, None]).long()
     return {
@@ -53,19 +56,22 @@ def rollouts(config, prompt, completion, device):
 
 @pytest.mark.parametrize(("prompt", "completion"), [(64, 64), (16, 112)])
 def test_trl_step(benchmark, device, smoke, tmp_path, prompt, completion):
+    rival("trl", "trl.trainer.grpo_trainer")
     drop_in = importlib.import_module("fuserl.trainers.trl")
     config = TINY if smoke else SMOLLM2
-    made = trainer(config, tmp_path)
-    made.current_gradient_accumulation_steps = 1  # as train() sets it
+    sharing = trainer(importlib.import_module("fuserl.trainers.trl_grpo").FuserlGRPOTrainer, config, tmp_path)
+    drop_in.unpatch()
+    made = trainer(None, config, tmp_path)
     model, inputs = made.model, rollouts(config, prompt, completion, made.model.device)
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
 
-    def update(patch):
+    def update(patch, made=made):
+        made.current_gradient_accumulation_steps = 1  # as train() sets it
         with patch:
-            loss = made._compute_loss(model, inputs)
+            loss = made._compute_loss(made.model, inputs)
             loss.backward()
-        norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
-        model.zero_grad()
+        norm = torch.stack([p.grad.norm() for p in made.model.parameters()]).norm()
+        made.model.zero_grad()
         return loss.detach(), norm
 
     def backbone():
@@ -82,6 +88,7 @@ def test_trl_step(benchmark, device, smoke, tmp_path, prompt, completion):
     compare(
         benchmark,
         Provider("the backbone alone", backbone),
+        Provider("fuserl, prompts once", lambda: update(drop_in.patch(), sharing), right),
         Provider("fuserl", lambda: update(drop_in.patch()), right),
         Provider("trl", lambda: update(contextlib.nullcontext()), right),
         rounds=3,

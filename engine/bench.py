@@ -34,7 +34,7 @@ def main(only: str | None = None, *, smoke: bool = False, save: bool = False) ->
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.json"
         command = [sys.executable, "-m", "pytest", str(folder), "-q", "-o", "python_files=bench_*.py"]
-        command += ["-o", "pythonpath=benchmarks", "--benchmark-disable-gc", f"--benchmark-json={report}"]
+        command += ["--benchmark-disable-gc", f"--benchmark-json={report}"]
         command += ["--benchmark-quiet", *(["-k", only] if only else []), *(["--smoke"] if smoke else [])]
         status = subprocess.run(command, check=False).returncode
         cases = json.loads(report.read_text())["benchmarks"] if report.exists() and report.stat().st_size else []

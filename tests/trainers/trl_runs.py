@@ -74,11 +74,11 @@ class Definition:
         return chosen, *(x if name in outputs else None for x, name in zip(found, names, strict=True))
 
 
-def sampled(kind, dtype, folder, *, vllm=False, **options):
-    """A GRPOTrainer or RLOOTrainer."""
+def sampled(kind, dtype, folder, *, vllm=False, trainer=None, **options):
+    """A GRPOTrainer or RLOOTrainer, or a `trainer` in its place."""
     import trl
 
-    config, trainer = getattr(trl, f"{kind}Config"), getattr(trl, f"{kind}Trainer")
+    config, trainer = getattr(trl, f"{kind}Config"), trainer or getattr(trl, f"{kind}Trainer")
     options = {"num_generations": 4, "max_completion_length": LENGTH, "num_iterations": 2, **options}
     draw = random.Random(5)
     rows = [{"prompt": words(draw, 2, 6)} for _ in range(12)]
@@ -116,9 +116,9 @@ def _made(trainer, config, dtype, folder, rows, options, **more):
 
     arguments = config(
         output_dir=str(folder), max_steps=10, per_device_train_batch_size=4, optim="sgd", max_grad_norm=100.0,
-        lr_scheduler_type="constant", bf16=False, fp16=False, gradient_checkpointing=False,
-        use_cpu=True, report_to="none", logging_steps=1, save_strategy="no", disable_tqdm=True, seed=1,
-        **{"learning_rate": 0.05, **options},
+        lr_scheduler_type="constant", bf16=False, fp16=False, use_cpu=True, report_to="none", logging_steps=1,
+        save_strategy="no", disable_tqdm=True, seed=1,
+        **{"learning_rate": 0.05, "gradient_checkpointing": False, **options},
     )  # fmt: skip
     data = datasets.Dataset.from_list(rows)
     policy = model(dtype)
