@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Reading", "Terms", "causal_lm", "instead_of_logits"]
+__all__ = ["Reading", "Terms", "causal_lm", "instead_of_logits", "weight_like"]
 
 _PROBE = 8.0  # a number that rides along with the head's output, to see what the model does to it
 
@@ -51,7 +51,7 @@ class Reading:
                 "again. Leave this model unpatched."
             )
         terms = _terms(self._model.get_output_embeddings(), self._model.config)
-        values = self._read(terms._replace(weight=_like(terms.weight, hidden)), hidden)
+        values = self._read(terms._replace(weight=weight_like(terms.weight, hidden)), hidden)
         self.used = True
         return torch.cat([values, torch.full_like(values[..., :1], _PROBE)], -1)
 
@@ -100,6 +100,12 @@ def causal_lm(model: nn.Module) -> nn.Module:
             "causal language model itself, not compiled: its backbone, model.model, may be."
         )
     return inner
+
+
+def weight_like(weight: Tensor, hidden: Tensor) -> Tensor:
+    """A head in the dtype of the hidden states; autocast casts both, and a DTensor is cast where it is gathered."""
+    left = torch.is_autocast_enabled(hidden.device.type) or hasattr(weight, "full_tensor")
+    return weight if left or weight.dtype == hidden.dtype else weight.to(hidden.dtype)
 
 
 @contextlib.contextmanager
@@ -168,9 +174,3 @@ def _after_the_head(config) -> tuple[float | None, float | None]:
     if scale is None and divisor is not None:
         scale = float(divisor) if config.model_type == "hyperclovax" else 1 / divisor
     return getattr(config, "final_logit_softcapping", None), scale
-
-
-def _like(weight: Tensor, hidden: Tensor) -> Tensor:
-    """The head in the dtype of the hidden states; autocast, where it is on, casts both."""
-    cast = weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type)
-    return weight.to(hidden.dtype) if cast else weight

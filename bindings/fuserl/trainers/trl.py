@@ -20,6 +20,7 @@ from torch import Tensor
 from fuserl.kernels.linear_divergence import linear_divergence
 from fuserl.kernels.linear_logprob import linear_logprob
 from fuserl.kernels.token_logprob import token_logprob
+from fuserl.trainers.heads import weight_like
 from fuserl.trainers.patching import Host, Report
 
 __all__ = ["patch", "report", "unpatch"]
@@ -65,7 +66,7 @@ class ChunkedLogProb:
             )
         _refuse_partitioned(weight, bias)
         found = linear_logprob(
-            hidden, _like(weight, hidden), targets.long(), bias=bias, temperature=temperature,
+            hidden, weight_like(weight, hidden), targets.long(), bias=bias, temperature=temperature,
             outputs=("logprob", *(ours for theirs, ours in _OPTIONAL.items() if theirs in outputs)),
             softcap=final_logit_softcapping, logit_scale=logit_scale,
         )  # fmt: skip
@@ -114,8 +115,8 @@ class ChunkedDivergence:
         """
         _refuse_partitioned(student_weight, student_bias, teacher_weight, teacher_bias)
         kind = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(float(beta), "jensen_shannon")
-        student = student_hidden, _like(student_weight, student_hidden)
-        teacher = teacher_hidden, _like(teacher_weight, teacher_hidden)
+        student = student_hidden, weight_like(student_weight, student_hidden)
+        teacher = teacher_hidden, weight_like(teacher_weight, teacher_hidden)
         found, entropy = linear_divergence(
             *student, *teacher, kind, beta=beta, bias_p=student_bias, bias_q=teacher_bias,
             softcap_p=student_final_logit_softcapping, softcap_q=teacher_final_logit_softcapping,
@@ -243,15 +244,6 @@ def _masked(logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor 
     dead = row_mask == 0
     found = token_logprob(logits, index.long().masked_fill(dead, 0), temperature=temperature)
     return tuple(x.masked_fill(dead, 0.0) for x in found)
-
-
-def _like(weight: Tensor, hidden: Tensor) -> Tensor:
-    """The head in the dtype of the hidden states; autocast, where it is on, casts both."""
-    return (
-        weight
-        if weight.dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type)
-        else weight.to(hidden.dtype)
-    )
 
 
 def _refuse_partitioned(*parameters: Tensor | None) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fuserl.kernels.linear_logprob import linear_logprob
 from fuserl.kernels.token_logprob import token_logprob
+from fuserl.trainers.heads import weight_like
 from fuserl.trainers.patching import Host, Report
 from fuserl.trainers.verl_advantages import ESTIMATORS, gae_advantage, grpo
 from fuserl.trainers.verl_losses import LOSSES
@@ -74,7 +75,7 @@ class FusedLinearForPPO(torch.nn.Module):
         """
         _refuse_partitioned(vocab_weights)
         return _scored(
-            hidden_states, _like(vocab_weights, hidden_states), input_ids, _of_samples(temperature, input_ids),
+            hidden_states, weight_like(vocab_weights, hidden_states), input_ids, _of_samples(temperature, input_ids),
             memory=5 * self.chunk_size * len(vocab_weights) * 4,
         )  # fmt: skip
 
@@ -112,7 +113,7 @@ def linear_cross_entropy(
         hidden.register_hook(lambda g: g / ranks)
     temperature = temperature.flatten() if isinstance(temperature, Tensor) else temperature
     return _scored(
-        hidden, _like(weight, hidden), labels, 1.0 if temperature is None else temperature,
+        hidden, weight_like(weight, hidden), labels, 1.0 if temperature is None else temperature,
         group=dist_process_group if ranks > 1 else None,
     )  # fmt: skip
 
@@ -123,7 +124,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     Args:
         logits: (..., V) of a floating dtype.
         labels: (...), or as many tokens in another shape, of an integer dtype; -100 has log-prob 0.
-        inplace_backward: write the gradient over contiguous logits, on any device.
+        inplace_backward: write the gradient over the logits, on any device.
 
     Returns:
         (...), float32 (float64 from float64).
@@ -133,8 +134,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     """
     labels = labels.reshape(logits.shape[:-1]).long()
     ignored = labels == _IGNORED
-    # Of other strides token_logprob may have taken a copy, over which the gradient is of no use.
-    inplace = inplace_backward and logits.requires_grad and logits.is_contiguous()
+    inplace = inplace_backward and logits.requires_grad
     return token_logprob(logits, labels.masked_fill(ignored, 0), inplace_backward=inplace)[0].masked_fill(ignored, 0.0)
 
 
@@ -258,12 +258,6 @@ def _of_samples(temperature: float | Tensor, ids: Tensor) -> float | Tensor:
             f"{tuple(temperature.shape)}. Expand it to {tuple(ids.shape)} for one per token."
         )
     return temperature[:, None]
-
-
-def _like(weight: Tensor, hidden: Tensor) -> Tensor:
-    """The head in the dtype of the hidden states; autocast casts both, and a DTensor is cast where it is gathered."""
-    left = torch.is_autocast_enabled(hidden.device.type) or hasattr(weight, "full_tensor")
-    return weight if left or weight.dtype == hidden.dtype else weight.to(hidden.dtype)
 
 
 def _refuse_partitioned(weight: Tensor) -> None:
