@@ -20,6 +20,8 @@ _PROVIDERS = {
     ("triton", "cpu"): "fuserl, Triton (interpreter)", ("reference", "cpu"): "fuserl, torch reference",
     ("torch", "cpu"): "torch eager in the dtype",
 }  # fmt: skip
+_HOSTS = {"test_trl_": "trl", "test_verl_": "verl", "test_openrlhf_": "openrlhf", "test_liger_": "liger-kernel",
+          "test_transformers_": "transformers"}  # fmt: skip
 _BENCHMARKS = """\
 # Benchmarks
 
@@ -97,12 +99,34 @@ def _learned(row: dict) -> tuple[str, str]:
     return f"{statistics.mean(row['after']):.3f}", " ".join(f"{each:.2f}" for each in row["after"])
 
 
+def trainers() -> str:
+    """A line for each thing that a drop-in replaces in its host: time and peak memory without it and with it."""
+    rows = []
+    for (device, case), found in _cases().items():
+        host = _host(case)
+        timed = [row for row in found if not row["reason"]]
+        before = next((row for row in timed if host and row["provider"].startswith(host)), None)
+        for after in timed if before else []:
+            if not after["provider"].startswith("fuserl"):
+                continue
+            what = case.removeprefix("test_") + after["provider"].removeprefix("fuserl")
+            times = [_time(row["median_s"]) for row in (before, after)]
+            peaks = ["" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}" for row in (before, after)]
+            rows.append([what, device, *times, f"{before['median_s'] / after['median_s']:.2f}", *peaks])
+    headings = ["what", "on", "without", "with", "times faster", "peak MB without", "with"]
+    return table(headings, rows) if rows else "No rows yet: `make bench ARGS=--save` takes them."
+
+
+def _host(case: str) -> str | None:
+    return next((host for prefix, host in _HOSTS.items() if case.startswith(prefix)), None)
+
+
 def benchmarks() -> str:
     """One line a case and device: fuserl, what it is held against, and by how much the rest is slower."""
     rows = []
     for (device, case), found in _cases().items():
         ours = next((row for row in found if row["provider"] == "fuserl" and not row["reason"]), None)
-        if ours is None:
+        if ours is None or _host(case):
             continue
         floor, rest = found[0]["provider"], [row for row in found[1:] if not row["provider"].startswith("fuserl")]
         beside = [f"{row['provider']} {row['median_s'] / ours['median_s']:.1f}" for row in rest if not row["reason"]]
