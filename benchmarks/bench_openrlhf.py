@@ -33,21 +33,10 @@ def near(truth):
     return right
 
 
-def against(benchmark, smoke, drop_in, floor, run, right, rounds):
-    """Time a function with the patch in and out."""
-
-    def patched():
-        with drop_in.patch():
-            return run()
-
-    compare(
-        benchmark,
-        floor,
-        Provider("fuserl", patched, right),
-        Provider("openrlhf", run, right),
-        rounds=rounds,
-        smoke=smoke,
-    )
+def against(benchmark, smoke, floor, ours, theirs, right, rounds):
+    """Time what stands in the place of a function, and the function."""
+    providers = Provider("fuserl", ours, right), Provider("openrlhf", theirs, right)
+    compare(benchmark, floor, *providers, rounds=rounds, smoke=smoke)
 
 
 def test_openrlhf_gae(benchmark, device, smoke, drop_in):
@@ -55,13 +44,14 @@ def test_openrlhf_gae(benchmark, device, smoke, drop_in):
     maker = openrlhf("openrlhf.trainer.ppo_utils.experience_maker").RemoteExperienceMaker
     values, rewards = torch.randn(2, 64, 64 if smoke else 4096, device=device)
     mask, target = torch.ones_like(values), torch.empty(2, *values.shape, device=device)
-    truth = maker.get_advantages_and_returns(None, values.double(), rewards.double(), mask.double(), 1.0, 0.95)
+
+    def run(function, dtype=torch.float32):
+        return function(None, *(x.to(dtype) for x in (values, rewards, mask)), 1.0, 0.95)
+
+    theirs, ours = maker.get_advantages_and_returns, drop_in.get_advantages_and_returns
     floor = Provider("copy the same bytes", lambda: target.copy_(torch.stack([values, rewards])))
-
-    def run():
-        return maker.get_advantages_and_returns(None, values, rewards, mask, 1.0, 0.95)
-
-    against(benchmark, smoke, drop_in, floor, run, near(truth), 5)
+    right = near(run(theirs, torch.float64))
+    against(benchmark, smoke, floor, lambda: run(ours), lambda: run(theirs), right, 5)
 
 
 @pytest.mark.parametrize("kind", ["ppo", "gspo"])
@@ -72,14 +62,15 @@ def test_openrlhf_policy_loss(benchmark, device, smoke, drop_in, kind):
     old, advantages = -torch.rand(shape, device=device), torch.randn(shape, device=device)
     policy, mask = old + 0.1 * torch.randn(shape, device=device), torch.ones(shape, device=device)
 
-    def through(dtype=torch.float32):
+    def run(forward, dtype=torch.float32):
         new = policy.to(dtype).requires_grad_()
-        loss = loss_of(new, old.to(dtype), advantages.to(dtype), action_mask=mask.to(dtype))[0]
+        loss = forward(loss_of, new, old.to(dtype), advantages.to(dtype), action_mask=mask.to(dtype))[0]
         return loss.detach(), *torch.autograd.grad(loss, new)
 
-    target = torch.empty(4, *shape, device=device)
+    target, theirs, ours = torch.empty(4, *shape, device=device), type(loss_of).forward, drop_in.policy_loss_forward
     floor = Provider("copy the same bytes", lambda: target.copy_(old.expand_as(target)))
-    against(benchmark, smoke, drop_in, floor, through, near(through(torch.float64)), 10)
+    right = near(run(theirs, torch.float64))
+    against(benchmark, smoke, floor, lambda: run(ours), lambda: run(theirs), right, 10)
 
 
 def test_openrlhf_actor(benchmark, device, smoke, drop_in):
@@ -91,8 +82,8 @@ def test_openrlhf_actor(benchmark, device, smoke, drop_in):
     ids = torch.randint(3, config["vocab_size"], (4, 256), device=device)
     attention, action = torch.ones_like(ids), torch.ones_like(ids[:, :128])
 
-    def step():
-        logprobs, found = made(ids, action, attention, return_output=True, return_entropy=True)
+    def step(forward):
+        logprobs, found = forward(made, ids, action, attention, return_output=True, return_entropy=True)
         entropy = found.entropy[:, -action.shape[1] :]
         (entropy.mean() - logprobs.mean()).backward()
         norm = torch.stack([p.grad.norm() for p in made.model.parameters()]).norm()
@@ -104,5 +95,7 @@ def test_openrlhf_actor(benchmark, device, smoke, drop_in):
         states.backward(torch.ones_like(states))
         made.model.zero_grad()
 
+    theirs, ours, floor = type(made).forward, drop_in.actor_forward, Provider("the backbone alone", backbone)
     with torch.compiler.set_stance("force_eager") if smoke else contextlib.nullcontext():
-        against(benchmark, smoke, drop_in, Provider("the backbone alone", backbone), step, near(step()), 3)
+        right = near(step(theirs))
+        against(benchmark, smoke, floor, lambda: step(ours), lambda: step(theirs), right, 3)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fuserl.engine import machine
@@ -62,7 +63,7 @@ def _append(path: Path, rows: list[dict]) -> None:
 
 def _print(name: str, extra: dict) -> None:
     columns = ("provider", "median", "spread", f"x {extra['floor']}", "peak MB", "of it returned")
-    table = Table(*columns, title=name, title_justify="left")
+    table = Table(*columns, title=escape(name), title_justify="left")
     for row in extra["rows"]:
         if row["reason"]:
             table.add_row(row["provider"], "not timed", "", "", row["reason"])
