@@ -11,10 +11,12 @@ from torch import Tensor
 from fuserl.kernels import group_ranks, pair_advantage, pass_at_k_advantage, segment_sum
 
 _SIZE, _TRIES = 8, 3
+_MOST = 256  # rollouts: Triton's interpreter takes minutes for more
 
 
 def rewards_of(kind: str, rows: int) -> tuple[Tensor, ...]:
     """Rewards of groups of eight."""
+    rows = min(rows, _MOST)
     rewards = {
         "usual": lambda: torch.randn(rows).mul(2).round().div(3),
         "binary": lambda: torch.randint(2, (rows,)).float(),
@@ -67,7 +69,7 @@ def _best_without(table: Tensor, subsets: Tensor) -> Tensor:
 
 def margins_of(kind: str, rows: int) -> tuple[Tensor, ...]:
     """Judged margins between the members of groups of eight."""
-    margins = torch.randn(rows // _SIZE, _SIZE, _SIZE)
+    margins = torch.randn(min(rows, _MOST) // _SIZE, _SIZE, _SIZE)
     return ((margins - margins.mT) * (1e-3 if kind == "near" else 1.0),)
 
 
