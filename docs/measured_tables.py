@@ -105,7 +105,7 @@ def trainers() -> str:
     for (device, case), found in _cases().items():
         host = _host(case)
         timed = [row for row in found if not row["reason"]]
-        before = next((row for row in timed if host and row["provider"].startswith(host)), None)
+        before = next((row for row in timed if row["provider"] == host), None)
         for after in timed if before else []:
             if not after["provider"].startswith("fuserl"):
                 continue
