@@ -174,7 +174,7 @@ def policy_loss_forward(
         log_ratio = (log_probs - old).clamp(-_WIDEST, _WIDEST)
         if corrected:
             log_weights, options, met = _correction(self, old, rollout, mask)
-    losses, _ = policy_loss(
+    losses, seen = policy_loss(
         log_ratio, advantages, old_logprobs=torch.zeros_like(log_ratio), mask=mask, log_weights=log_weights,
         surrogate=Clip(self.clip_eps_low, self.clip_eps_high, self.dual_clip), **options,
     )  # fmt: skip
@@ -182,9 +182,13 @@ def policy_loss_forward(
         losses, mask, token_level_loss=self.token_level_loss, dp_size=dp_size, batch_num_tokens=batch_num_tokens,
         global_batch_size=global_batch_size,
     )  # fmt: skip
-    ratio = log_ratio.detach().exp()
-    clipped = ratio.clamp(1 - self.clip_eps_low, 1 + self.clip_eps_high) * advantages < ratio * advantages
-    clip_ratio = masked_mean(clipped.to(ratio.dtype), mask)
+    if log_weights is None:
+        tokens, low, high = seen[:3].unbind()
+        clip_ratio = (low + high) / tokens
+    else:  # policy_loss counts what is clipped of what the correction leaves, OpenRLHF of all
+        ratio = log_ratio.detach().exp()
+        clipped = ratio.clamp(1 - self.clip_eps_low, 1 + self.clip_eps_high) * advantages < ratio * advantages
+        clip_ratio = masked_mean(clipped.to(ratio.dtype), mask)
     vllm_kl = None if met is None else masked_mean(rollout - old, mask)
     return loss, clip_ratio, masked_mean((old - log_probs).detach(), mask), vllm_kl, met
 
