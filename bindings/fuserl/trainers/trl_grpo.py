@@ -56,11 +56,23 @@ class FuserlGRPOTrainer(importlib.import_module("trl").GRPOTrainer):  # where it
 
     def _compute_loss(self, model, inputs):
         quiet = self.beta != 0 or self._entropy_bonus_enabled or self.aux_loss_enabled
-        self._teaching = None if quiet else _teaching(inputs["advantages"])
+        self._teaching = None if quiet else self._rows_that_teach(inputs["advantages"])
         try:
             return super()._compute_loss(model, inputs)
         finally:
             self._teaching = None
+
+    def _rows_that_teach(self, advantages: Tensor) -> Tensor | None:
+        """(B,) bool on the host: the rollouts with a gradient, one at least; None where no rank has others.
+
+        A loss has to have a graph, and ranks as many passes each, in which they wait for one another.
+        """
+        teaching = (advantages != 0 if advantages.dim() == 1 else (advantages != 0).any(1)).cpu()
+        teaching[0] |= ~teaching.any()
+        idle = (~teaching).any()[None]
+        if self.accelerator.num_processes > 1:
+            idle = self.accelerator.gather(idle.to(advantages.device))
+        return teaching if idle.any() else None
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False,
@@ -71,13 +83,15 @@ class FuserlGRPOTrainer(importlib.import_module("trl").GRPOTrainer):  # where it
             given = model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss
             return super()._get_per_token_logps_and_entropies(*given, **images)
         rows = torch.arange(len(input_ids))
-        split = self._teaching is not None and torch.is_grad_enabled() and not self._teaching.all()
+        split = self._teaching is not None and torch.is_grad_enabled()
         parts = [rows[self._teaching], rows[~self._teaching]] if split else [rows]
         found = []
         for part, learns in zip(parts, (torch.is_grad_enabled(), False), strict=False):
             for some in part.split(batch_size or len(input_ids)):
+                run = some if len(some) else rows[:1]  # another rank has idle rows, and waits for this one's pass
                 with torch.set_grad_enabled(learns):
-                    found.append(self._scored(model, input_ids[some], attention_mask[some], logits_to_keep))
+                    both = self._scored(model, input_ids[run], attention_mask[run], logits_to_keep)
+                found.append([x[: len(some)] for x in both])
         logps, entropies = (torch.cat(each)[torch.cat(parts).argsort()] for each in zip(*found, strict=True))
         return logps, entropies if compute_entropy else None, None
 
@@ -90,13 +104,6 @@ class FuserlGRPOTrainer(importlib.import_module("trl").GRPOTrainer):  # where it
         nothing = out.log_probs.new_zeros(mask.shape)
         entropy = out.log_probs.detach() if out.entropy is None else out.entropy  # a reference has none
         return tuple(nothing.masked_scatter(mask, x[0].index_select(0, places)) for x in (out.log_probs, entropy))
-
-
-def _teaching(advantages: Tensor) -> Tensor:
-    """(B,) bool on the host: the rollouts with a gradient; one at least, for a loss has to have a graph."""
-    teaching = (advantages != 0 if advantages.dim() == 1 else (advantages != 0).any(1)).cpu()
-    teaching[0] |= ~teaching.any()
-    return teaching
 
 
 def _packed(input_ids: Tensor, attention_mask: Tensor, kept: int) -> tuple[attention.Packed, Tensor, Tensor]:
