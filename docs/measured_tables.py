@@ -20,8 +20,22 @@ _PROVIDERS = {
     ("triton", "cpu"): "fuserl, Triton (interpreter)", ("reference", "cpu"): "fuserl, torch reference",
     ("torch", "cpu"): "torch eager in the dtype",
 }  # fmt: skip
-_HOSTS = {"test_trl_": "trl", "test_verl_": "verl", "test_openrlhf_": "openrlhf", "test_liger_": "liger-kernel",
-          "test_transformers_": "transformers"}  # fmt: skip
+# By the beginning of a case: the host, what of it is replaced, and by what.
+_HOSTS = {
+    "test_trl_step": ("trl", "GRPOTrainer's update", "linear_logprob"),
+    "test_verl_gae": ("verl", "compute_gae_advantage_return", "gae"),
+    "test_verl_advantages": ("verl", "advantage estimators", "group_advantage"),
+    "test_verl_head": ("verl", "FusedLinearForPPO", "linear_logprob"),
+    "test_verl_logprobs": ("verl", "logprobs_from_logits", "token_logprob"),
+    "test_verl_policy_loss": ("verl", "policy losses", "policy_loss"),
+    "test_openrlhf_gae": ("openrlhf", "get_advantages_and_returns", "gae"),
+    "test_openrlhf_policy_loss": ("openrlhf", "PolicyLoss", "policy_loss"),
+    "test_openrlhf_actor": ("openrlhf", "Actor.forward", "linear_logprob"),
+    "test_liger_grpo": ("liger-kernel", "LigerFusedLinearGRPOLoss", "linear_policy_loss"),
+    "test_liger_dpo": ("liger-kernel", "LigerFusedLinearDPOLoss", "linear_policy_loss"),
+    "test_liger_jsd": ("liger-kernel", "LigerFusedLinearJSDLoss", "linear_policy_loss"),
+    "test_transformers_loss": ("transformers", "head and loss", "linear_policy_loss"),
+}
 _BENCHMARKS = """\
 # Benchmarks
 
@@ -103,22 +117,35 @@ def trainers() -> str:
     """A line for each thing that a drop-in replaces in its host: time and peak memory without it and with it."""
     rows = []
     for (device, case), found in _cases().items():
-        host = _host(case)
+        name, _, sizes = case.partition("[")
+        if name not in _HOSTS:
+            continue
+        host, replaced, op = _HOSTS[name]
         timed = [row for row in found if not row["reason"]]
         before = next((row for row in timed if row["provider"] == host), None)
         for after in timed if before else []:
             if not after["provider"].startswith("fuserl"):
                 continue
-            what = case.removeprefix("test_") + after["provider"].removeprefix("fuserl")
+            what = ", ".join(
+                x for x in (sizes.rstrip("]"), after["provider"].removeprefix("fuserl, ")) if x != "fuserl"
+            )
             times = [_time(row["median_s"]) for row in (before, after)]
             peaks = ["" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}" for row in (before, after)]
-            rows.append([what, device, *times, f"{before['median_s'] / after['median_s']:.2f}", *peaks])
-    headings = ["what", "on", "without", "with", "times faster", "peak MB without", "with"]
+            ratio = f"{before['median_s'] / after['median_s']:.2f}"
+            rows.append([host, replaced, what.strip(", "), f"`{op}`", device, *times, ratio, *peaks])
+    headings = [
+        "host",
+        "in place of its",
+        "case",
+        "by",
+        "on",
+        "without",
+        "with",
+        "times faster",
+        "peak MB without",
+        "with",
+    ]
     return table(headings, rows) if rows else "No rows yet: `make bench ARGS=--save` takes them."
-
-
-def _host(case: str) -> str | None:
-    return next((host for prefix, host in _HOSTS.items() if case.startswith(prefix)), None)
 
 
 def benchmarks() -> str:
@@ -126,7 +153,7 @@ def benchmarks() -> str:
     rows = []
     for (device, case), found in _cases().items():
         ours = next((row for row in found if row["provider"] == "fuserl" and not row["reason"]), None)
-        if ours is None or _host(case):
+        if ours is None or case.partition("[")[0] in _HOSTS:
             continue
         floor, rest = found[0]["provider"], [row for row in found[1:] if not row["provider"].startswith("fuserl")]
         beside = [f"{row['provider']} {row['median_s'] / ours['median_s']:.1f}" for row in rest if not row["reason"]]
