@@ -149,7 +149,7 @@ def test_from_logits(temperature):
     original = (theirs(f"openrlhf.models.utils:{name}") for name in ("log_probs_from_logits", "compute_entropy"))
     original = tuple(original)
     (true, d_true), (plain, d_plain) = (both(*original, logits.to(dtype)) for dtype in (torch.float64, torch.float32))
-    got, d_got = both(ours.log_probs_from_logits, ours.entropy, logits)
+    got, d_got = both(ours.log_probs_from_logits, ours.entropy_from_logits, logits)
     for name, a, b, c in zip(("log-probs", "entropies"), got, true, plain, strict=True):
         check(name, a.detach(), b.detach(), c.detach(), torch.float32)
     check_rows("gradient", d_got, d_true, d_plain, torch.float32, ids=labels)
@@ -290,7 +290,10 @@ def test_every_place_is_replaced_and_restored():
     before = {path: theirs(path) for path in ours._MODELS.replacements | ours._LOOPS.replacements}
     with ours.patch():
         found = ours.report().replaced
-        assert actors.log_probs_from_logits is ours.log_probs_from_logits and actors.compute_entropy is ours.entropy
+        assert (
+            actors.log_probs_from_logits is ours.log_probs_from_logits
+            and actors.compute_entropy is ours.entropy_from_logits
+        )
         assert losses.PolicyLoss.forward is ours.policy_loss_forward
         assert makers.RemoteExperienceMaker.get_cumulative_returns is ours.get_cumulative_returns
         assert len(found) == 6 and all(found.values())
@@ -306,7 +309,7 @@ ours.patch_worker()
 assert not [name for name in sys.modules if name.startswith(("openrlhf", "deepspeed", "vllm"))]
 from rivals import openrlhf
 actors = openrlhf("openrlhf.models.actor")
-assert actors.Actor.forward is ours.actor_forward and actors.compute_entropy is ours.entropy
+assert actors.Actor.forward is ours.actor_forward and actors.compute_entropy is ours.entropy_from_logits
 assert len(ours.report().replaced) == 4 and len([what for what in ours.report().left if "Maker" in what]) == 2
 makers = openrlhf(ours._MAKER)
 assert makers.RemoteExperienceMaker.get_cumulative_returns is ours.get_cumulative_returns

@@ -27,6 +27,7 @@ from fuserl.kernels.returns import returns
 from fuserl.kernels.surrogates import Clip, Truncate, Within
 from fuserl.kernels.token_logprob import token_logprob
 from fuserl.trainers import heads
+from fuserl.trainers.logits import entropy_from_logits
 from fuserl.trainers.patching import Host, Report
 
 __all__ = ["patch", "patch_worker", "report", "unpatch"]
@@ -50,21 +51,6 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
         ValueError: as `token_logprob`.
     """
     return token_logprob(logits, labels, temperature=temperature)[0]
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy of softmax(logits) in nats by token_logprob, in the place of OpenRLHF's compiled function.
-
-    Args:
-        logits: (..., V) of a floating dtype; -inf marks a token that cannot be drawn.
-
-    Returns:
-        (...), float32 (float64 from float64).
-
-    Raises:
-        ValueError: as `token_logprob`.
-    """
-    return token_logprob(logits, torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device))[1]
 
 
 def actor_forward(
@@ -282,7 +268,7 @@ _MODELS = Host(
     **_VERSIONS,
     replacements={
         "openrlhf.models.utils:log_probs_from_logits": log_probs_from_logits,
-        "openrlhf.models.utils:compute_entropy": entropy,
+        "openrlhf.models.utils:compute_entropy": entropy_from_logits,
         _ACTOR: actor_forward,
         "openrlhf.models.loss:PolicyLoss.forward": policy_loss_forward,
     },

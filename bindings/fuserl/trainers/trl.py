@@ -21,6 +21,7 @@ from fuserl.kernels.linear_divergence import linear_divergence
 from fuserl.kernels.linear_logprob import linear_logprob
 from fuserl.kernels.token_logprob import token_logprob
 from fuserl.trainers.heads import weight_like
+from fuserl.trainers.logits import entropy_from_logits
 from fuserl.trainers.patching import Host, Report
 
 __all__ = ["patch", "report", "unpatch"]
@@ -170,22 +171,6 @@ def selective_log_softmax_and_entropy(
     """
     logprob, entropy = _masked(logits, index, temperature, row_mask)
     return logprob, entropy if entropy_requires_grad else entropy.detach()
-
-
-def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
-    """Entropy of softmax(logits) in nats by token_logprob.
-
-    Args:
-        logits: (..., V) of a floating dtype; -inf marks a token that cannot be drawn.
-        chunk_size: TRL's rows at a time; nothing is copied here, and no result depends on it.
-
-    Returns:
-        (...), float32 (float64 from float64).
-
-    Raises:
-        ValueError: as `token_logprob`.
-    """
-    return token_logprob(logits, torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device))[1]
 
 
 def compacts(device: torch.device) -> bool:

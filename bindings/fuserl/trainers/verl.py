@@ -22,6 +22,7 @@ from torch import Tensor
 from fuserl.kernels.linear_logprob import linear_logprob
 from fuserl.kernels.token_logprob import token_logprob
 from fuserl.trainers.heads import weight_like
+from fuserl.trainers.logits import entropy_from_logits
 from fuserl.trainers.patching import Host, Report
 from fuserl.trainers.verl_advantages import ESTIMATORS, gae_advantage, grpo
 from fuserl.trainers.verl_losses import LOSSES
@@ -136,21 +137,6 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     ignored = labels == _IGNORED
     inplace = inplace_backward and logits.requires_grad
     return token_logprob(logits, labels.masked_fill(ignored, 0), inplace_backward=inplace)[0].masked_fill(ignored, 0.0)
-
-
-def entropy_from_logits(logits: Tensor) -> Tensor:
-    """Entropy of softmax(logits) in nats by token_logprob.
-
-    Args:
-        logits: (..., V) of a floating dtype; -inf marks a token that cannot be drawn.
-
-    Returns:
-        (...), float32 (float64 from float64).
-
-    Raises:
-        ValueError: as `token_logprob`.
-    """
-    return token_logprob(logits, torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device))[1]
 
 
 def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
