@@ -78,8 +78,7 @@ class FuserlGRPOTrainer(importlib.import_module("trl").GRPOTrainer):  # where it
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False,
         compute_aux_loss=False, **images,
     ):  # fmt: skip
-        begins = attention_mask[:, :-logits_to_keep].sum(1).min() > 1  # what is shared, and what each has of its own
-        if compute_aux_loss or any(x is not None for x in images.values()) or not begins:
+        if compute_aux_loss or any(x is not None for x in images.values()):
             given = model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss
             return super()._get_per_token_logps_and_entropies(*given, **images)
         rows = torch.arange(len(input_ids))
@@ -90,13 +89,20 @@ class FuserlGRPOTrainer(importlib.import_module("trl").GRPOTrainer):  # where it
             for some in part.split(batch_size or len(input_ids)):
                 run = some if len(some) else rows[:1]  # another rank has idle rows, and waits for this one's pass
                 with torch.set_grad_enabled(learns):
-                    both = self._scored(model, input_ids[run], attention_mask[run], logits_to_keep)
+                    both = self._scored(model, input_ids[run], attention_mask[run], logits_to_keep, compute_entropy)
                 found.append([x[: len(some)] for x in both])
         logps, entropies = (torch.cat(each)[torch.cat(parts).argsort()] for each in zip(*found, strict=True))
         return logps, entropies if compute_entropy else None, None
 
-    def _scored(self, model, input_ids: Tensor, attention_mask: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    def _scored(
+        self, model, input_ids: Tensor, attention_mask: Tensor, kept: int, compute_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies (R, T) of the last `kept` tokens of padded rows, 0 where they are padding."""
+        if attention_mask[:, :-kept].sum(1).min() < 2:  # no token to share beside the one that each has of its own
+            logps, entropies, _ = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, kept, compute_entropy=compute_entropy
+            )
+            return logps, logps.detach() if entropies is None else entropies
         packed, labels, places = _packed(input_ids, attention_mask, kept)
         with self.accelerator.autocast():
             out = model(**packed.inputs(), shift_labels=labels, fused_lm_head=True)
