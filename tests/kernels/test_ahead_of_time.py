@@ -98,14 +98,19 @@ def policy_kernels(number):
     yield "policy merge", policy_tokens._merge_kernel, types, {"SUMS": 10, **policy_tokens.MERGE_LAUNCH}
 
 
+def check_spills(target, kernels, divisible):
+    """No kernel spills where the arguments whose names have these ends are divisible by 16."""
+    for name, kernel, types, settings in kernels:
+        aligned = [argument for argument in types if argument.endswith(divisible)]
+        used = resources(compile_ahead(kernel, target, types, settings, aligned))
+        assert used["spills"] == 0, f"{name} {settings}: {used}"
+        print(f"{target:7} {divisible} {name} {settings}: {used}")
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
 def test_policy_loss_spills_nothing(target, aligned):
-    for name, kernel, types, settings in policy_kernels("fp32"):
-        divisible = [argument for argument in types if aligned and argument.endswith("_ptr")]
-        used = resources(compile_ahead(kernel, target, types, settings, divisible))
-        assert used["spills"] == 0, f"{name} {settings}: {used}"
-        print(f"{target:7} {'aligned' if aligned else '':8} {name} {settings}: {used}")
+    check_spills(target, policy_kernels("fp32"), "_ptr" if aligned else ())
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -233,11 +238,7 @@ def scan_kernels(number):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_scans_spill_nothing(target):
-    for name, kernel, types, settings in scan_kernels("fp32"):
-        divisible = [argument for argument in types if argument.endswith("_ptr")]
-        used = resources(compile_ahead(kernel, target, types, settings, divisible))
-        assert used["spills"] == 0, f"{name} {settings}: {used}"
-        print(f"{target:7} {name} {settings}: {used}")
+    check_spills(target, scan_kernels("fp32"), "_ptr")
 
 
 def test_scans_in_double_compile():
@@ -269,11 +270,7 @@ def preference_kernels(number):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
 def test_preference_loss_spills_nothing(target, aligned):
-    for name, kernel, types, settings in preference_kernels("fp32"):
-        divisible = [argument for argument in types if aligned and argument.endswith("_ptr")]
-        used = resources(compile_ahead(kernel, target, types, settings, divisible))
-        assert used["spills"] == 0, f"{name} {settings}: {used}"
-        print(f"{target:7} {'aligned' if aligned else '':8} {name} {settings}: {used}")
+    check_spills(target, preference_kernels("fp32"), "_ptr" if aligned else ())
 
 
 def test_preference_loss_in_double_compiles():
@@ -307,11 +304,7 @@ def gaussian_kernels(number):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
 def test_gaussian_logprob_spills_nothing(target, aligned):
-    for name, kernel, types, settings in gaussian_kernels("fp32"):
-        divisible = [argument for argument in types if aligned and argument.endswith(("_ptr", "D"))]
-        used = resources(compile_ahead(kernel, target, types, settings, divisible))
-        assert used["spills"] == 0, f"{name} {settings}: {used}"
-        print(f"{target:7} {'aligned' if aligned else '':8} {name} {settings}: {used}")
+    check_spills(target, gaussian_kernels("fp32"), ("_ptr", "D") if aligned else ())
 
 
 def test_gaussian_logprob_in_double_compiles():
