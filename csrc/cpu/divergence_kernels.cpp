@@ -2,6 +2,7 @@
 #include "divergence_kernels.h"
 
 #include "divergence_terms.h"
+#include "elements.h"
 
 namespace fuserl {
 namespace {
@@ -10,8 +11,6 @@ constexpr std::int64_t block = 2048;       // elements whose sums are floats bef
 constexpr std::int64_t ahead = 8 * 1024;   // bytes to prefetch
 constexpr float floor_exponent = -100.0f;  // exp2 from here down counts as 0
 
-FUSERL_INLINE double load(const double* p) { return *p; }
-FUSERL_INLINE void store(double* p, double x) { *p = x; }
 FUSERL_INLINE double sum_of(Floats x) {
   double sum = 0;
   for (int i = 0; i < width; ++i) sum += static_cast<double>(x[i]);

@@ -1,6 +1,7 @@
 // Products and softmax of tiles, for the files of tree_attention and tree_decode that are compiled once per instruction
 // set; internal linkage, nothing of std::.
 #pragma once
+#include "elements.h"
 #include "exponentials.h"
 #include "tree_attention_kernels.h"
 
@@ -18,8 +19,6 @@ constexpr int vectors = tree_tile / Step<T>::size;  // of a row of scores
 
 typedef Ints UnalignedInts __attribute__((aligned(4), may_alias));
 
-FUSERL_INLINE double load(const double* p) { return *p; }
-FUSERL_INLINE void store(double* p, double x) { *p = x; }
 FUSERL_INLINE Ints integers(const std::int32_t* p, const float*) { return *reinterpret_cast<const UnalignedInts*>(p); }
 FUSERL_INLINE std::int32_t integers(const std::int32_t* p, const double*) { return *p; }
 FUSERL_INLINE Ints counted(const float*) {
