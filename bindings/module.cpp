@@ -227,6 +227,12 @@ void tree_decode(const Views& plan, const TensorView& q, const TensorView& k, co
                            threads);
 }
 
+void matmul(const TensorView& a, const TensorView& b, const std::optional<TensorView>& bias, double alpha, bool add,
+            const TensorView& c, int threads) {
+  share_torch_threads();
+  fuserl::cpu::matmul(a, b, pointer(bias), alpha, add, c, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -275,7 +281,9 @@ PYBIND11_MODULE(_C, m) {
         no_gil());
   m.def("tree_decode", tree_decode, "plan"_a, "q"_a, "k"_a, "v"_a, "window"_a, "scale"_a, "softcap"_a, "out"_a, "lse"_a,
         "threads"_a, no_gil());
+  m.def("matmul", matmul, "a"_a, "b"_a, "bias"_a, "alpha"_a, "add"_a, "c"_a, "threads"_a, no_gil());
   m.def("isa", [] { return fuserl::name(fuserl::isa()); }, "The instruction set in use: avx512, avx2 or baseline.");
   m.def("set_isa", fuserl::set_isa, "name"_a, "For tests: run the copy for this instruction set from now on.");
+  m.attr("intel") = fuserl::intel();
   m.attr("compiler") = FUSERL_COMPILER;
 }

@@ -320,6 +320,12 @@ struct DecodeRule {
 void tree_decode(const DecodePlan& plan, const TensorView& q, const TensorView& k, const TensorView& v,
                  const DecodeRule& rule, const TensorView& out, const TensorView& lse, int threads);
 
+// c = bias + alpha a b, or c + alpha a b with `add`; a row of c is the same bits whatever other rows there are.
+//   a (N, K) f32 and b (K, M) f32 | bf16 | f16, rows or columns in one stretch;  bias (M,) f32, or null for 0
+//   c (N, M) f32, rows in one stretch
+void matmul(const TensorView& a, const TensorView& b, const TensorView* bias, double alpha, bool add,
+            const TensorView& c, int threads);
+
 }  // namespace cpu
 
 namespace cuda {

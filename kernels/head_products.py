@@ -7,9 +7,9 @@
 `down` (r, D) and `up` (V, r), the A and B of an adapter on the head, are optional; weight + scale up @ down is never
 formed, and their products cost r / D of the head's.
 
-The bias and the factor `inner` ride on the product; the tanh is one more pass over the chunk, in place. Products go
-through the vendor's library in float32 (float64 from float64 inputs): on GPU with float32 output of the 16-bit inputs;
-on CPU, which has no such product, by widening the weight a tile of the vocabulary at a time.
+The bias and the factor `inner` ride on the product; the tanh is one more pass over the chunk, in place. Products are of
+float32 (float64 from float64 inputs): on GPU the vendor's, with float32 output of the 16-bit inputs; on CPU those of
+`matmul`, or torch's, which widens a 16-bit weight a tile of the vocabulary at a time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuserl.kernels.allowed import Allowed
+from fuserl.kernels.matmul import matmul, native
 from fuserl.kernels.vocabulary_shards import VocabularyShards
 
 BUCKET = 64  # rows of every product where a row must not depend on how many there are
@@ -120,7 +121,7 @@ class HeadProducts:
         self.d_up = torch.zeros_like(self.lora.up) if up_grad else None
         self.allowed = allowed
         self.device_products = hidden.device.type != "cpu" and hidden.dtype != dtype
-        self.widened = hidden.device.type == "cpu" and hidden.dtype != dtype
+        self.widened = hidden.device.type == "cpu" and hidden.dtype != dtype and not native(hidden.device, dtype)
         self.bucket = BUCKET if batch_invariant else 0
         self.buffer = hidden.new_empty(max(chunk, self.bucket), weight.shape[0], dtype=dtype)
         self.d_hidden, self.shards = None, shards
@@ -151,21 +152,14 @@ class HeadProducts:
         else:
             hidden = hidden.to(self.dtype)
             for tile, weight in self._tiles() if self.widened else [(slice(None), self.weight)]:
-                self._product(hidden, weight, None if self.bias is None else self.bias[tile], out[:, tile])
+                bias = None if self.bias is None else self.bias[tile]
+                matmul(hidden, weight.T, bias=bias, alpha=self.factor, out=out[:, tile])
         if self.lora is not None:
-            out.addmm_(self._low(hidden), self.lora.up.T, alpha=self.factor)
+            matmul(self._low(hidden), self.lora.up.T, alpha=self.factor, out=out, add=True)
         out = out[:count] if self.inner is None else out[:count].tanh_()
         if self.allowed is not None:
             self.allowed.restrict(out, piece)
         return out if target is None or len(hidden) == count else target.copy_(out)
-
-    def _product(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        if bias is not None:
-            torch.addmm(bias, hidden, weight.T, alpha=self.factor, out=out)
-        elif self.inner is not None:
-            torch.addmm(out, hidden, weight.T, beta=0, alpha=self.factor, out=out)
-        else:
-            torch.mm(hidden, weight.T, out=out)
 
     def gradient_buffers(self, piece: slice) -> tuple[Tensor, Tensor]:
         """The chunk's logits, and where their gradient goes: the same memory, or 16-bit memory for device products."""
@@ -179,7 +173,7 @@ class HeadProducts:
             d_low = self._added(None, padded, self.lora.up).mul_(self.lora.scale)
         if self.d_hidden is not None:
             product = self._times_weight(padded)
-            product = product if d_low is None else product.addmm_(d_low, self.lora.down)
+            product = product if d_low is None else self._added(product, d_low, self.lora.down)
             self._write_hidden(product[:count], piece, alive)
         if self.d_bias is not None:
             self.d_bias += gradient.sum(0, dtype=self.dtype)
@@ -190,7 +184,7 @@ class HeadProducts:
         if self.weight_grad:
             self._add_weight(gradient, hidden)
         if self.d_down is not None:
-            self.d_down.addmm_(d_low[:count].T, hidden.to(self.dtype))
+            matmul(d_low[:count].T, hidden, out=self.d_down, add=True)
         if self.d_up is not None:
             self._added(self.d_up, gradient.T, self._low(hidden))
 
@@ -217,7 +211,7 @@ class HeadProducts:
         if self.device_products and self.shards is not None:
             return torch.mm(gradient, self.weight, out_dtype=self.dtype)
         if not self.widened:
-            return gradient @ self.weight if self.lora is None else self._added(None, gradient, self.weight)
+            return matmul(gradient, self.weight) if self.lora is None else self._added(None, gradient, self.weight)
         product = gradient.new_zeros(len(gradient), self.weight.shape[1])
         for tile, weight in self._tiles():
             product.addmm_(gradient[:, tile], weight)
@@ -233,7 +227,7 @@ class HeadProducts:
         self.d_hidden[rows if alive is None else rows[alive]] = product.to(self.d_hidden.dtype)
 
     def _low(self, hidden: Tensor) -> Tensor:
-        return (hidden.to(self.dtype) @ self.lora.down.T).mul_(self.lora.scale)
+        return matmul(hidden.to(self.dtype), self.lora.down.T, alpha=self.lora.scale)
 
     def _add_weight(self, gradient: Tensor, hidden: Tensor) -> None:
         self.d_weight = self._added(self.d_weight, gradient.T, hidden)
@@ -241,8 +235,7 @@ class HeadProducts:
     def _added(self, total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
         """The total, or nothing, plus left @ right, in place and in the accumulator's dtype."""
         if not self.device_products:
-            right = right.to(self.dtype)
-            return left @ right if total is None else total.addmm_(left, right)
+            return matmul(left, right, out=total, add=total is not None)
         right = right.to(left.dtype)
         if total is None:
             return torch.mm(left, right, out_dtype=self.dtype)

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 compiler: str
+intel: bool
 
 def softmax_rows_forward(
     logits: Tensor,
@@ -219,6 +220,9 @@ def tree_decode(
     out: Tensor,
     lse: Tensor,
     threads: int,
+) -> None: ...
+def matmul(
+    a: Tensor, b: Tensor, bias: Tensor | None, alpha: float, add: bool, c: Tensor, threads: int
 ) -> None: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...

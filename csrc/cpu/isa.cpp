@@ -36,6 +36,15 @@ const char* name(Isa isa) {
   return names[static_cast<int>(isa)];
 }
 
+bool intel() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 void set_isa(const char* wanted) {
   std::string available;
   for (int i = 0; i <= static_cast<int>(best()); ++i) {
