@@ -4,9 +4,11 @@ Liger runs as it is by default (compiled, after its compilation) and with compil
 of the other benchmarks of a head, and a small one, 256 tokens; half of the tokens are padding where `padded`.
 """
 
+import head_shape
 import pytest
 import torch
 from measure import Provider, compare
+from rivals import rival
 
 from fuserl.kernels.linear_logprob import linear_logprob
 from fuserl.trainers import liger
@@ -66,32 +68,26 @@ class Case:
         """Of the states and of the head."""
         return torch.autograd.grad(loss, (self.hidden, self.weight))
 
-    def same(self, ours):
-        """A gate: the gradients that the drop-in gives."""
 
-        def gate(gradients):
-            for name, got, expected in zip(("d_hidden", "d_weight"), gradients, ours(), strict=True):
-                error = (got.double() - expected.double()).norm() / expected.double().norm()
-                limit = 3e-2 if got.dtype == torch.bfloat16 else 1e-4
-                assert error < limit, f"{name} differs by {error:.1e} from the drop-in's"
+def same(expected):
+    """A gate: the gradients that Liger gives."""
 
-        return gate
+    def gate(gradients):
+        both = zip(("d_hidden", "d_weight"), gradients, expected, strict=True)
+        return max(head_shape.check_gradient(got, true, of=name, coarse=3e-2) for name, got, true in both)
 
-
-def _host(name):
-    import liger_kernel.chunked_loss
-
-    return getattr(liger_kernel.chunked_loss, name)
+    return gate
 
 
 def _compare(benchmark, smoke, case, run, name, reference=False):
-    ours = lambda: run(getattr(liger, name))  # noqa: E731
-    theirs = [] if smoke else [Provider("liger-kernel", lambda: run(_host(name)), case.same(ours))]
+    host = getattr(rival("liger-kernel", "liger_kernel.chunked_loss"), name)
+    right = same(run(host, compiled=False))
+    theirs = [] if smoke else [Provider("liger-kernel", lambda: run(host), right)]
     compare(
         benchmark,
         Provider("the bare products", lambda: case.products(reference)),
-        Provider("fuserl", ours),
-        Provider("liger-kernel, compiled=False", lambda: run(_host(name), compiled=False), case.same(ours)),
+        Provider("fuserl", lambda: run(getattr(liger, name)), right),
+        Provider("liger-kernel, compiled=False", lambda: run(host, compiled=False), right),
         *theirs,
         rounds=5,
         smoke=smoke,

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from bench_trl_step import SMOLLM2, TINY
-from measure import Provider, compare
+from measure import Provider, compare, near
 from rivals import openrlhf
 
 
@@ -21,16 +21,6 @@ def drop_in():
     openrlhf("openrlhf.models.actor")
     openrlhf("openrlhf.trainer.ppo_utils.experience_maker")
     return importlib.import_module("fuserl.trainers.openrlhf")
-
-
-def near(truth):
-    """A gate: every tensor close to a float64 one."""
-
-    def right(found):
-        for got, true in zip(found, truth, strict=True):
-            torch.testing.assert_close(got.double(), true.double(), rtol=1e-4, atol=1e-5)
-
-    return right
 
 
 def against(benchmark, smoke, floor, ours, theirs, right, rounds):
@@ -50,7 +40,7 @@ def test_openrlhf_gae(benchmark, device, smoke, drop_in):
 
     theirs, ours = maker.get_advantages_and_returns, drop_in.get_advantages_and_returns
     floor = Provider("copy the same bytes", lambda: target.copy_(torch.stack([values, rewards])))
-    right = near(run(theirs, torch.float64))
+    right = near(run(theirs, torch.float64), atol=1e-5)
     against(benchmark, smoke, floor, lambda: run(ours), lambda: run(theirs), right, 5)
 
 
@@ -69,7 +59,7 @@ def test_openrlhf_policy_loss(benchmark, device, smoke, drop_in, kind):
 
     target, theirs, ours = torch.empty(4, *shape, device=device), type(loss_of).forward, drop_in.policy_loss_forward
     floor = Provider("copy the same bytes", lambda: target.copy_(old.expand_as(target)))
-    right = near(run(theirs, torch.float64))
+    right = near(run(theirs, torch.float64), atol=1e-5)
     against(benchmark, smoke, floor, lambda: run(ours), lambda: run(theirs), right, 10)
 
 
@@ -97,5 +87,5 @@ def test_openrlhf_actor(benchmark, device, smoke, drop_in):
 
     theirs, ours, floor = type(made).forward, drop_in.actor_forward, Provider("the backbone alone", backbone)
     with torch.compiler.set_stance("force_eager") if smoke else contextlib.nullcontext():
-        right = near(step(theirs))
+        right = near(step(theirs), atol=1e-5)
         against(benchmark, smoke, floor, lambda: step(ours), lambda: step(theirs), right, 3)

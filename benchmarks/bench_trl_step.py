@@ -11,7 +11,7 @@ import importlib
 import pytest
 import torch
 import transformers
-from measure import Provider, compare
+from measure import Provider, compare, largest_error
 from rivals import rival
 
 SMOLLM2 = dict(
@@ -84,6 +84,7 @@ def test_trl_step(benchmark, device, smoke, tmp_path, prompt, completion):
     def right(found):
         torch.testing.assert_close(found[0], truth[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found[1], truth[1], rtol=1e-3, atol=0)
+        return largest_error(found, truth)
 
     compare(
         benchmark,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,8 @@ class Provider:
     Args:
         name: as the table shows it.
         run: does the work once and returns what `gate` looks at.
-        gate: (result) -> None, raises AssertionError where the result is wrong; None for a bare floor.
+        gate: (result) -> `largest_error` of it or None, raises AssertionError where the result is wrong; None for a
+            bare floor.
     """
 
     def __init__(self, name: str, run: Callable, gate: Callable | None = None):
@@ -36,12 +37,11 @@ def compare(
     """Time `ours` as the benchmark and `floor` and `rivals` between its rounds; leave rows in extra_info.
 
     A provider whose gate fails, or that does not load, is not timed: its row says why. With the useful `operations` of
-    one run a row has its rate, "tflops", in 1e12 a second.
+    one run a row has its rate, "tflops", in 1e12 a second; "error" is what the gate returned.
     """
     providers = [floor, ours, *rivals]
     rounds = 1 if smoke else rounds
-    returned = {}
-    rows = {p.name: {"provider": p.name, "reason": _failure(p, returned)} for p in providers}
+    rows = {p.name: {"provider": p.name, **_tried(p)} for p in providers}
     timed = [p for p in providers if rows[p.name]["reason"] is None]
     taken = {p.name: [] for p in timed}
 
@@ -66,7 +66,6 @@ def compare(
             "rounds": rounds,
             "ratio": statistics.median(ratios),
             "peak_mb": _peak_mb(p.run),
-            "returned_mb": returned[p.name],
         }
         if operations is not None:
             rows[p.name]["tflops"] = operations / rows[p.name]["median_s"] / 1e12
@@ -74,17 +73,38 @@ def compare(
     benchmark.extra_info["rows"] = list(rows.values())
 
 
-def _failure(provider: Provider, returned: dict[str, float]) -> str | None:
-    """Why a provider is not timed; its first run also warms it up, and leaves the size of what it returns."""
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """|got - expected| / |expected| in float64, each the norm of a whole tensor; 0 where both are 0."""
+    wrong, size = (got.double() - expected.double()).norm(), expected.double().norm()
+    return float(wrong / size) if wrong else 0.0
+
+
+def largest_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """The largest `relative_error` of several results: what a gate returns, and a row has as "error"."""
+    return max(relative_error(got, true) for got, true in zip(found, expected, strict=True))
+
+
+def near(expected: Sequence[torch.Tensor], rtol: float = 1e-4, atol: float = 1e-4) -> Callable:
+    """A gate: every number of every result close to the expected one."""
+
+    def right(found):
+        for got, true in zip(found, expected, strict=True):
+            torch.testing.assert_close(got.double(), true.double(), rtol=rtol, atol=atol)
+        return largest_error(found, expected)
+
+    return right
+
+
+def _tried(provider: Provider) -> dict:
+    """Why a provider is not timed, or what its first run, which also warms it up, returned: the size and the error."""
     try:
         result = provider.run()
         tensors = [result] if isinstance(result, torch.Tensor) else result or ()
-        returned[provider.name] = sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor)) / 1e6
-        if provider.gate is not None:
-            provider.gate(result)
-    except (AssertionError, ImportError, RuntimeError, ValueError) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return None
+        size = sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor)) / 1e6
+        error = provider.gate(result) if provider.gate is not None else None
+    except (AssertionError, ImportError, RuntimeError, ValueError) as failed:
+        return {"reason": f"{type(failed).__name__}: {str(failed).splitlines()[0] if str(failed) else ''}"}
+    return {"reason": None, "returned_mb": size, "error": error}
 
 
 def seconds(run: Callable) -> float:

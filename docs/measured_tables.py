@@ -60,6 +60,9 @@ in its interpreter), of ten runs of one `linear_policy_loss` call (C++), of a ro
 (CPU), and of the metrics of a run repeated with its seed, or killed and resumed (CPU). They compare up to rounding only
 where `linear_policy_loss` runs with other chunks or without its dead rows: its matrix products then add in another
 order."""
+_PARITY = """\
+Error: the largest |with - expected| / |expected|, norms of a whole output or gradient. Expected is float64 of the same
+inputs for verl's functions and OpenRLHF's advantages and losses, and for the rest the host's own result."""
 _CUT = "Triton's interpreter cuts float32 to bfloat16 where torch rounds: its gradients err by twice as much."
 
 
@@ -130,22 +133,16 @@ def trainers() -> str:
                 x for x in (sizes.rstrip("]"), after["provider"].removeprefix("fuserl, ")) if x != "fuserl"
             )
             times = [_time(row["median_s"]) for row in (before, after)]
-            peaks = ["" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}" for row in (before, after)]
-            ratio = f"{before['median_s'] / after['median_s']:.2f}"
-            rows.append([host, replaced, what.strip(", "), f"`{op}`", device, *times, ratio, *peaks])
+            peaks = [row["peak_mb"] for row in (before, after)]
+            less = f"{peaks[0] / peaks[1]:.1f}" if None not in peaks and min(peaks) >= 1 else ""
+            peaks = ["" if peak is None else f"{peak:.0f}" for peak in peaks]
+            ratio, error = f"{before['median_s'] / after['median_s']:.2f}", _share(after.get("error"))
+            rows.append([host, replaced, what.strip(", "), f"`{op}`", device, error, *times, ratio, *peaks, less])
     headings = [
-        "host",
-        "in place of its",
-        "case",
-        "by",
-        "on",
-        "without",
-        "with",
-        "times faster",
-        "peak MB without",
-        "with",
-    ]
-    return table(headings, rows) if rows else "No rows yet: `make bench ARGS=--save` takes them."
+        "host", "in place of its", "case", "by", "on", "error", "without", "with", "times faster", "peak MB without",
+        "with", "times less",
+    ]  # fmt: skip
+    return f"{table(headings, rows)}\n\n{_PARITY}" if rows else "No rows yet: `make bench ARGS=--save` takes them."
 
 
 def benchmarks() -> str:
@@ -251,6 +248,14 @@ def _facts(row: dict, device: str) -> str:
     return (
         f"{row[device]}, Python {row['python']}, torch {row['torch']}, triton {row['triton']}, commit {row['commit']}"
     )
+
+
+def _share(value: float | None) -> str:
+    """As 3e-7; nothing where it was not measured."""
+    if not value:
+        return "" if value is None else "0"
+    digit, exponent = f"{value:.0e}".split("e")
+    return f"{digit}e{int(exponent)}"
 
 
 def _time(seconds: float) -> str:

@@ -62,7 +62,7 @@ def _append(path: Path, rows: list[dict]) -> None:
 
 
 def _print(name: str, extra: dict) -> None:
-    columns = ("provider", "median", "spread", f"x {extra['floor']}", "peak MB", "of it returned")
+    columns = ("provider", "median", "spread", f"x {extra['floor']}", "peak MB", "of it returned", "error")
     table = Table(*columns, title=escape(name), title_justify="left")
     for row in extra["rows"]:
         if row["reason"]:
@@ -70,8 +70,9 @@ def _print(name: str, extra: dict) -> None:
             continue
         peak = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
         rate = f", {row['tflops']:.3g} TFLOP/s" if "tflops" in row else ""
+        error = "" if row["error"] is None else f"{row['error']:.0e}"
         times = _time(row["median_s"]) + rate, _time(row["iqr_s"]), f"{row['ratio']:.2f}"
-        table.add_row(row["provider"], *times, peak, f"{row['returned_mb']:.0f}")
+        table.add_row(row["provider"], *times, peak, f"{row['returned_mb']:.0f}", error)
     Console().print(table)
 
 
