@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from bench_trl_step import SMOLLM2, TINY
-from measure import Provider, compare, near
+from measure import Provider, compare, gradients, near
 from rivals import openrlhf
 
 
@@ -59,7 +59,7 @@ def test_openrlhf_policy_loss(benchmark, device, smoke, drop_in, kind):
 
     target, theirs, ours = torch.empty(4, *shape, device=device), type(loss_of).forward, drop_in.policy_loss_forward
     floor = Provider("copy the same bytes", lambda: target.copy_(old.expand_as(target)))
-    right = near(run(theirs, torch.float64), atol=1e-5)
+    right = near(run(theirs, torch.float64), atol=1e-5, results=1)
     against(benchmark, smoke, floor, lambda: run(ours), lambda: run(theirs), right, 10)
 
 
@@ -76,9 +76,7 @@ def test_openrlhf_actor(benchmark, device, smoke, drop_in):
         logprobs, found = forward(made, ids, action, attention, return_output=True, return_entropy=True)
         entropy = found.entropy[:, -action.shape[1] :]
         (entropy.mean() - logprobs.mean()).backward()
-        norm = torch.stack([p.grad.norm() for p in made.model.parameters()]).norm()
-        made.model.zero_grad()
-        return logprobs.detach(), entropy.detach(), norm
+        return logprobs.detach(), entropy.detach(), *gradients(made.model)
 
     def backbone():
         states = made.model.model(input_ids=ids, use_cache=False).last_hidden_state
@@ -87,5 +85,5 @@ def test_openrlhf_actor(benchmark, device, smoke, drop_in):
 
     theirs, ours, floor = type(made).forward, drop_in.actor_forward, Provider("the backbone alone", backbone)
     with torch.compiler.set_stance("force_eager") if smoke else contextlib.nullcontext():
-        right = near(step(theirs), atol=1e-5)
+        right = near(step(theirs), atol=1e-5, results=2)
         against(benchmark, smoke, floor, lambda: step(ours), lambda: step(theirs), right, 3)

@@ -17,8 +17,8 @@ class Provider:
     Args:
         name: as the table shows it.
         run: does the work once and returns what `gate` looks at.
-        gate: (result) -> `largest_error` of it or None, raises AssertionError where the result is wrong; None for a
-            bare floor.
+        gate: (result) -> the largest `relative_error` in it, or None; raises AssertionError where the result is wrong.
+            None for a bare floor.
     """
 
     def __init__(self, name: str, run: Callable, gate: Callable | None = None):
@@ -74,25 +74,44 @@ def compare(
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """|got - expected| / |expected| in float64, each the norm of a whole tensor; 0 where both are 0."""
+    """|got - expected| / |expected| in float64, norms of whole tensors; 0 where both are 0, infinite with a nan."""
     wrong, size = (got.double() - expected.double()).norm(), expected.double().norm()
-    return float(wrong / size) if wrong else 0.0
+    return float((wrong / size).nan_to_num(torch.inf, torch.inf)) if wrong else 0.0
 
 
-def largest_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """The largest `relative_error` of several results: what a gate returns, and a row has as "error"."""
-    return max(relative_error(got, true) for got, true in zip(found, expected, strict=True))
+def near(
+    expected: Sequence[torch.Tensor],
+    rtol: float = 1e-4,
+    atol: float = 1e-4,
+    *,
+    results: int | None = None,
+    limit: float = 1e-4,
+) -> Callable:
+    """A gate of results by number and of gradients in norm, whose numbers may all be below any absolute tolerance.
 
-
-def near(expected: Sequence[torch.Tensor], rtol: float = 1e-4, atol: float = 1e-4) -> Callable:
-    """A gate: every number of every result close to the expected one."""
+    Args:
+        expected: results, then gradients.
+        rtol, atol: of each number of the results.
+        results: how many there are; None for all of `expected`.
+        limit: of each gradient's `relative_error`.
+    """
 
     def right(found):
-        for got, true in zip(found, expected, strict=True):
+        for got, true in zip(found[:results], expected[:results], strict=True):
             torch.testing.assert_close(got.double(), true.double(), rtol=rtol, atol=atol)
-        return largest_error(found, expected)
+        errors = [relative_error(got, true) for got, true in zip(found, expected, strict=True)]
+        worst = max(errors[len(expected[:results]) :], default=0.0)
+        assert worst < limit, f"relative error {worst:.1e} of a gradient"
+        return max(errors)
 
     return right
+
+
+def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Those of all parameters, taken off the model."""
+    found = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    return found
 
 
 def _tried(provider: Provider) -> dict:

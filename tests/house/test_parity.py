@@ -28,8 +28,9 @@ class Once:
 def test_the_error_is_the_largest_share_of_a_norm():
     truth = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 10.0])
     found = torch.tensor([3.0, 4.5]), torch.tensor([2.0, 10.0])
-    assert measure.largest_error(found, truth) == pytest.approx(0.2)
-    assert measure.largest_error(found[:1], truth[:1]) == pytest.approx(0.1)
+    assert measure.near(truth, 1, 2)(found) == pytest.approx(0.2)
+    assert measure.relative_error(found[0], truth[0]) == pytest.approx(0.1)
+    assert measure.relative_error(torch.tensor([3.0, torch.nan]), truth[0]) == torch.inf
     zero = torch.zeros(2)
     assert measure.relative_error(zero, zero) == 0 and measure.relative_error(truth[0], zero) == torch.inf
     assert measure.relative_error(torch.tensor(torch.nan), torch.tensor(1.0)) != 0
@@ -42,6 +43,25 @@ def test_gates_return_it_and_raise_where_it_is_large():
         assert gate(near) == pytest.approx(2**-15)
         with pytest.raises(AssertionError):
             gate(near + 1e-2)
+
+
+@pytest.mark.parametrize("wrong", [1e-2, torch.nan])
+@pytest.mark.parametrize("at", range(3))
+def test_a_step_is_wrong_by_any_of_its_results_or_gradients(at, wrong):
+    truth = [torch.ones(()), torch.ones(4, 2), torch.ones(3)]
+    gate = measure.near(truth, results=1, rtol=1e-4, atol=0, limit=1e-4)
+    assert gate([truth[0], truth[1] + 2**-15, truth[2]]) == pytest.approx(2**-15)
+    with pytest.raises(AssertionError):
+        gate([x + wrong * (n == at) for n, x in enumerate(truth)])
+    with pytest.raises(ValueError):
+        gate(truth[:2])
+
+
+def test_the_gradients_of_a_step_are_taken_off_the_model():
+    model = torch.nn.Linear(3, 2)
+    model(torch.ones(1, 3)).sum().backward()
+    weight, bias = measure.gradients(model)
+    assert weight.shape == (2, 3) and bool((bias == 1).all()) and model.weight.grad is None
 
 
 def test_a_row_keeps_what_the_gate_returns():
