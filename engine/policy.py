@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from fuserl import attention
+from fuserl import attention, layers
 from fuserl.engine import adapters, generation, prompts
 from fuserl.engine.batch import Batch, Rollouts
 from fuserl.engine.losses import Loss
@@ -81,6 +81,7 @@ class Policy:
         self.sampling, self.updating, self.seed = sampling, updating, seed
         self.calls = 0  # of generate: numbers the random streams
         attention.attach(adapters.base(model))
+        layers.attach(model)
         weight = adapters.head_weight(model)
         adapters.head_terms(model)  # one that cannot be honoured is refused now, not after a rollout
         self.device, self.compute = weight.device, compute
@@ -95,6 +96,7 @@ class Policy:
         if self._frozen is not None:
             _check_vocabulary(model, self._frozen)
             attention.attach(self._frozen)
+            layers.attach(self._frozen)
         # The parameters stay float32: a 16-bit one would round an update of 1e-5 away.
         self.optimizer = Optimizer(
             self.parameters().items(),
