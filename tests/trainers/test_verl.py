@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from zero_3 import ZeroParamStatus
 
 core = verl_losses()
 theirs = rival("verl", "verl.utils.torch_functional")
@@ -262,11 +263,12 @@ def test_refusals():
         head(hidden, weight, ids, torch.ones(T))
     with pytest.raises(ValueError, match="temperature must be positive"):
         head(hidden, weight, ids, 0.0)
-    with pytest.raises(ValueError, match="FSDP1 has partitioned"):
+    with pytest.raises(ValueError, match="the head must be whole"):  # as FSDP1 has it
         head(hidden, weight.flatten(), ids)
-    weight.ds_id = 3
-    with pytest.raises(ValueError, match="ZeRO-3"):
-        head(hidden, weight, ids)
+    weight.ds_status = ZeroParamStatus.INFLIGHT
+    for call in (head, ours.linear_cross_entropy):
+        with pytest.raises(ValueError, match=r"the head must be whole, \(V, D\); got \(301, 24\), as ZeRO-3"):
+            call(hidden, weight, ids)
 
 
 def test_without_verl_the_import_gives_the_line_for_pip(monkeypatch):

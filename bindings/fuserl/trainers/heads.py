@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Reading", "Terms", "causal_lm", "instead_of_logits", "weight_like"]
+__all__ = ["Reading", "Terms", "causal_lm", "instead_of_logits", "weight_like", "whole"]
 
 _PROBE = 8.0  # a number that rides along with the head's output, to see what the model does to it
 
@@ -106,6 +106,31 @@ def weight_like(weight: Tensor, hidden: Tensor) -> Tensor:
     """A head in the dtype of the hidden states; autocast casts both, and a DTensor is cast where it is gathered."""
     left = torch.is_autocast_enabled(hidden.device.type) or hasattr(weight, "full_tensor")
     return weight if left or weight.dtype == hidden.dtype else weight.to(hidden.dtype)
+
+
+def whole(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """A head's parameters as they are inside a gather of ZeRO-3, for a backward that runs after it.
+
+    ZeRO-3 empties a parameter where its gather ends. The aliases keep what was gathered until the head's backward,
+    which is a model's first: nothing runs between the two but the loss.
+
+    Args:
+        weight, bias: (V, D), and (V,) or None; parameters of any other kind are returned as they are.
+
+    Returns:
+        (weight, bias), whose gradients are the parameters'.
+
+    Raises:
+        ValueError: a parameter that ZeRO-3 or FSDP1 has partitioned, and nobody has gathered.
+    """
+    for each in (weight, bias):
+        status = getattr(getattr(each, "ds_status", None), "name", "AVAILABLE")
+        if weight.dim() != 2 or status != "AVAILABLE":
+            raise ValueError(
+                f"fuserl.trainers: the head must be whole, (V, D); got {tuple(weight.shape)}, as ZeRO-3 and FSDP1 "
+                "leave it outside of its own forward. Gather it around this call, or use FSDP2 or ZeRO-2."
+            )
+    return tuple(each.view_as(each) if hasattr(each, "ds_id") else each for each in (weight, bias))
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor
 from fuserl.kernels.linear_divergence import linear_divergence
 from fuserl.kernels.linear_logprob import linear_logprob
 from fuserl.kernels.token_logprob import token_logprob
-from fuserl.trainers.heads import weight_like
+from fuserl.trainers.heads import weight_like, whole
 from fuserl.trainers.logits import entropy_from_logits
 from fuserl.trainers.patching import Host, Report
 
@@ -57,7 +57,7 @@ class ChunkedLogProb:
             (N,) each; gradient flows through the first two.
 
         Raises:
-            ValueError: another name in `outputs`, an option out of its range, or a head that ZeRO-3 has partitioned.
+            ValueError: another name in `outputs`, an option out of its range, or a head that is in parts.
         """
         unknown = sorted(set(outputs) - {"log_probs", *_OPTIONAL})
         if unknown:
@@ -65,7 +65,7 @@ class ChunkedLogProb:
                 f"add_fused_lm_head: outputs must be among log_probs, {', '.join(_OPTIONAL)}; got {unknown}. Correct "
                 "the name."
             )
-        _refuse_partitioned(weight, bias)
+        weight, bias = whole(weight, bias)  # which TRL has gathered
         found = linear_logprob(
             hidden, weight_like(weight, hidden), targets.long(), bias=bias, temperature=temperature,
             outputs=("logprob", *(ours for theirs, ours in _OPTIONAL.items() if theirs in outputs)),
@@ -112,17 +112,21 @@ class ChunkedDivergence:
             (N,) each.
 
         Raises:
-            ValueError: an option out of its range, or a head that ZeRO-3 has partitioned.
+            ValueError: an option out of its range, or a head that is in parts.
         """
-        _refuse_partitioned(student_weight, student_bias, teacher_weight, teacher_bias)
+        from trl.trainer.utils import maybe_gather_lm_head_ctx as gathered
+
         kind = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(float(beta), "jensen_shannon")
-        student = student_hidden, weight_like(student_weight, student_hidden)
-        teacher = teacher_hidden, weight_like(teacher_weight, teacher_hidden)
-        found, entropy = linear_divergence(
-            *student, *teacher, kind, beta=beta, bias_p=student_bias, bias_q=teacher_bias,
-            softcap_p=student_final_logit_softcapping, softcap_q=teacher_final_logit_softcapping,
-            logit_scale_p=student_logit_scale, logit_scale_q=teacher_logit_scale, temperature=temperature,
-        )  # fmt: skip
+        with gathered(student_weight, student_bias), gathered(teacher_weight, teacher_bias):
+            weight, student_bias = whole(student_weight, student_bias)
+            student = student_hidden, weight_like(weight, student_hidden)
+            weight, teacher_bias = whole(teacher_weight, teacher_bias)
+            teacher = teacher_hidden, weight_like(weight, teacher_hidden)
+            found, entropy = linear_divergence(
+                *student, *teacher, kind, beta=beta, bias_p=student_bias, bias_q=teacher_bias,
+                softcap_p=student_final_logit_softcapping, softcap_q=teacher_final_logit_softcapping,
+                logit_scale_p=student_logit_scale, logit_scale_q=teacher_logit_scale, temperature=temperature,
+            )  # fmt: skip
         return found.float(), entropy.detach().float()
 
 
@@ -229,11 +233,3 @@ def _masked(logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor 
     dead = row_mask == 0
     found = token_logprob(logits, index.long().masked_fill(dead, 0), temperature=temperature)
     return tuple(x.masked_fill(dead, 0.0) for x in found)
-
-
-def _refuse_partitioned(*parameters: Tensor | None) -> None:
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
-        raise ValueError(
-            "fuserl.trainers.trl: the head must be whole; got a parameter that DeepSpeed ZeRO-3 has partitioned. Train "
-            "with ZeRO-2 or FSDP2, or leave TRL unpatched."
-        )

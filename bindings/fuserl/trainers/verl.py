@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fuserl.kernels.linear_logprob import linear_logprob
 from fuserl.kernels.token_logprob import token_logprob
-from fuserl.trainers.heads import weight_like
+from fuserl.trainers.heads import weight_like, whole
 from fuserl.trainers.logits import entropy_from_logits
 from fuserl.trainers.patching import Host, Report
 from fuserl.trainers.verl_advantages import ESTIMATORS, gae_advantage, grpo
@@ -72,9 +72,9 @@ class FusedLinearForPPO(torch.nn.Module):
             Of input_ids' shape, both.
 
         Raises:
-            ValueError: on a wrong shape, dtype, device, temperature or id, and for a head that ZeRO-3 has partitioned.
+            ValueError: on a wrong shape, dtype, device, temperature or id, and for a head that is in parts.
         """
-        _refuse_partitioned(vocab_weights)
+        vocab_weights = whole(vocab_weights)[0]
         return _scored(
             hidden_states, weight_like(vocab_weights, hidden_states), input_ids, _of_samples(temperature, input_ids),
             memory=5 * self.chunk_size * len(vocab_weights) * 4,
@@ -106,7 +106,7 @@ def linear_cross_entropy(
         raise ValueError(
             f"linear_cross_entropy: reduction must be 'none', as verl asks; got {reduction!r}. Reduce what it returns."
         )
-    _refuse_partitioned(weight)
+    weight = whole(weight)[0]
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     ranks = 1 if dist_process_group is None else dist_process_group.size()
     if ranks > 1 and hidden.requires_grad:
@@ -244,14 +244,6 @@ def _of_samples(temperature: float | Tensor, ids: Tensor) -> float | Tensor:
             f"{tuple(temperature.shape)}. Expand it to {tuple(ids.shape)} for one per token."
         )
     return temperature[:, None]
-
-
-def _refuse_partitioned(weight: Tensor) -> None:
-    if hasattr(weight, "ds_id") or weight.dim() != 2:
-        raise ValueError(
-            f"fuserl.trainers.verl: the head must be whole, (V, D), or a DTensor; got {tuple(weight.shape)}, which "
-            "ZeRO-3 or FSDP1 has partitioned. Use strategy fsdp2, or leave the head to its wrapped module."
-        )
 
 
 patch()
