@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fuserl.kernels.linear_logprob import linear_logprob
 from fuserl.kernels.linear_policy_loss import linear_policy_loss
@@ -73,14 +74,14 @@ def patch(model: nn.Module) -> ExitStack:
         A context; where it is entered, its end takes the patch out. Else it stays until `unpatch`.
 
     Raises:
-        ValueError: a model without a head, or with a forward that is no method.
+        ValueError: a model without a head, with a forward that is no method, or with Liger's fused loss.
         RuntimeError: transformers has another version than 5.
     """
     _HOST.patch()
     inner, context = heads.causal_lm(model), ExitStack()
     if "_fuserl" in vars(inner):
         if not inner._fuserl.on:
-            inner._fuserl.on = True
+            inner._fuserl.on, inner._fuserl.hook = True, inner.register_forward_pre_hook(_refuse_fused_liger)
             context.callback(unpatch, model)
         return context
     original = inner.forward
@@ -89,12 +90,14 @@ def patch(model: nn.Module) -> ExitStack:
             f"patch: the model's forward must be a method; got {type(original).__name__}. Patch before the model is "
             "prepared by accelerate or compiled."
         )
+    _refuse_fused_liger(inner)
 
     @functools.wraps(original.__func__)
     def forward(self, *arguments, **keywords):
         return _forward(self, *arguments, **keywords)
 
-    inner._fuserl = _Patch(original, tuple(inspect.signature(original).parameters), vars(inner).get("forward"))
+    names, hook = tuple(inspect.signature(original).parameters), inner.register_forward_pre_hook(_refuse_fused_liger)
+    inner._fuserl = _Patch(original, names, vars(inner).get("forward"), hook)
     inner.forward = inner._fuserl.ours = types.MethodType(forward, inner)
     context.callback(unpatch, model)
     return context
@@ -107,6 +110,7 @@ def unpatch(model: nn.Module) -> None:
     if found is None:
         return
     found.on = False
+    found.hook.remove()
     if inner.forward != found.ours:
         return  # another stands over ours, which now only calls the model's own
     if found.before is None:
@@ -132,6 +136,7 @@ class _Patch:
     original: types.MethodType
     names: tuple[str, ...]  # of its arguments
     before: object  # the instance's own forward, if it had one
+    hook: RemovableHandle
     ours: object = None
     on: bool = True
 
@@ -243,6 +248,15 @@ def _loss_function(model: nn.Module, asked: _Asked):
 def _extended(kind: type, names: tuple[str, ...]) -> type:
     """A model's output with fields of those names after its own."""
     return dataclasses.make_dataclass(kind.__name__, [(name, Tensor | None, None) for name in names], bases=(kind,))
+
+
+def _refuse_fused_liger(model: nn.Module, _given: tuple = ()) -> None:
+    """Before each call of a patched model too: Liger may put its forward over ours, as Trainer does in train()."""
+    if (getattr(model.forward, "__module__", None) or "").startswith("liger_kernel"):
+        raise ValueError(
+            f"fuserl.trainers.transformers: the head must be the model's to call; got {type(model).__name__} with Liger's "
+            "fused loss. Apply Liger with fused_linear_cross_entropy=False."
+        )
 
 
 def _own_loss(model: nn.Module) -> ValueError:
