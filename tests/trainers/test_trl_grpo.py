@@ -129,6 +129,24 @@ def test_a_chunk_at_a_time_and_prompts_of_one_token(tmp_path):
     assert score(ids, short, 5)[0].shape == (4, 5) and whole[2] is None
 
 
+@pytest.mark.parametrize("order", ["before the trainer", "after it"])
+def test_beside_a_compiled_backbone(order, tmp_path, monkeypatch):
+    def compiled(model):
+        model.model = torch.compile(model.model, backend="aot_eager")
+        return model
+
+    inputs, make = batch([1.0, 0.0, 0.0, 2.0]), trl_runs.model
+    loss, gradients, tokens = loss_of(made(torch.float64, tmp_path), inputs)
+    if order == "before the trainer":
+        monkeypatch.setattr(trl_runs, "model", lambda *given, **more: compiled(make(*given, **more)))
+    trainer = made(torch.float64, tmp_path)
+    if order == "after it":
+        compiled(trainer.model)
+    got, found, counted = loss_of(trainer, inputs)
+    assert isinstance(trainer.model.model, torch._dynamo.OptimizedModule) and counted == tokens
+    assert abs(got - loss) <= EPS and (found - gradients).norm() <= EPS * gradients.norm()
+
+
 def test_refusals(tmp_path, monkeypatch):
     monkeypatch.setattr(ours.attention, "attach", lambda _: pytest.fail("attached"))
     with pytest.raises(ValueError, match="use_transformers_continuous_batching must be False"):

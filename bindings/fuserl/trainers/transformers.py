@@ -254,8 +254,8 @@ def _refuse_fused_liger(model: nn.Module, _given: tuple = ()) -> None:
     """Before each call of a patched model too: Liger may put its forward over ours, as Trainer does in train()."""
     if (getattr(model.forward, "__module__", None) or "").startswith("liger_kernel"):
         raise ValueError(
-            f"fuserl.trainers.transformers: the head must be the model's to call; got {type(model).__name__} with Liger's "
-            "fused loss. Apply Liger with fused_linear_cross_entropy=False."
+            f"fuserl.trainers.transformers: the head must be the model's to call; got {type(model).__name__} with "
+            "Liger's fused loss. Apply Liger with fused_linear_cross_entropy=False."
         )
 
 
