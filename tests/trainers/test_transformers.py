@@ -44,6 +44,16 @@ def test_keywords_of_the_loss(call):
     same(step(patched(tiny()), given), true, step(tiny(), given))
 
 
+@pytest.mark.parametrize("more", [{}, {"outputs": ("logprob",)}], ids=["loss", "outputs"])
+def test_a_batch_without_a_label_has_no_gradient(more):
+    """transformers' loss is NaN there, and its gradient 0 as ours."""
+    given = batch()
+    given["labels"] = torch.full_like(given["labels"], -100)
+    theirs, got = step(tiny(), given), step(patched(tiny()), given, **more)
+    assert theirs[0].isnan() and got[0] == 0
+    assert not any(gradient.any() for found in (theirs, got) for gradient in found[1].values())
+
+
 def test_arguments_by_position():
     given = batch()
     model = patched(tiny())

@@ -205,7 +205,8 @@ class _Asked:
         self.summed = True
         values = self.reading.values
         total = -values[..., 0].sum() if self.outputs else values.flatten()[0]
-        items = self.counted.sum() if num_items_in_batch is None else num_items_in_batch
+        # One at least: a batch without a label, as a slice of a sequence may be, has no gradient, where 0 / 0 has NaN.
+        items = self.counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return total / (items.to(total.device) if isinstance(items, Tensor) else items)
 
     def found(self) -> dict[str, Tensor]:
