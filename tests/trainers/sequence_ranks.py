@@ -35,16 +35,22 @@ def mine(x, dim=1):
     return x.chunk(RANKS, dim)[dist.get_rank()]
 
 
-def attention(module, query, key, value, attention_mask, position_ids=None, **_):
+def alone(module, query, key, value, attention_mask, position_ids=None, **_):
     """Causal, within the texts that start where a position is 0."""
-    query, key, value = (Gathered.apply(x, 2) for x in (query, key, value))
-    text = (Gathered.apply(position_ids, 1) == 0).cumsum(1)
+    text = (position_ids == 0).cumsum(1)
     seen = (text[:, :, None] == text[:, None]).tril()[:, None]
     found = scaled_dot_product_attention(query, key, value, seen, enable_gqa=True)
-    return mine(found, 2).transpose(1, 2).contiguous(), None
+    return found.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("slices", attention)
+def slices(module, query, key, value, attention_mask, position_ids=None, **_):
+    """The same of a sequence in slices."""
+    query, key, value = (Gathered.apply(x, 2) for x in (query, key, value))
+    return mine(alone(module, query, key, value, None, Gathered.apply(position_ids, 1))[0]), None
+
+
+AttentionInterface.register("alone", alone)
+AttentionInterface.register("slices", slices)
 
 
 def gradients(model, total):
