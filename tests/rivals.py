@@ -37,10 +37,10 @@ class VerlConfig(types.SimpleNamespace):
 def verl_losses():
     """verl's policy losses by name; what their file imports for configuration and for advantages stands empty."""
     rival("verl", "verl.utils.torch_functional")
-    _as_namespaces("verl.trainer", "verl.trainer.ppo")
+    _as_namespaces("verl.trainer", "verl.trainer.ppo", "verl.workers")
     empty = {
-        "omegaconf": ("DictConfig",), "verl.trainer.config": ("AlgoConfig",), "verl.workers": (),
-        "verl.workers.config": ("ActorConfig",), "verl.utils": ("as_torch_index", "group_mean_std"),
+        "omegaconf": ("DictConfig",), "verl.trainer.config": ("AlgoConfig",),
+        "verl.workers.config": ("ActorConfig", "CriticConfig"), "verl.utils": ("as_torch_index", "group_mean_std"),
     }  # fmt: skip
     for module, names in empty.items():
         found = sys.modules.setdefault(module, types.ModuleType(module))
@@ -48,6 +48,13 @@ def verl_losses():
             if not hasattr(found, name):
                 setattr(found, name, VerlConfig if name == "ActorConfig" else type(name, (), {}))
     return importlib.import_module("verl.trainer.ppo.core_algos")
+
+
+def verl_updates():
+    """The modules of verl that have the whole loss of an update, and the layout of its batches."""
+    verl_losses()
+    _as_namespaces("verl.workers.utils", "verl.utils.dataset")
+    return [rival("verl", f"verl.workers.utils.{name}") for name in ("losses", "padding")]
 
 
 def openrlhf(module):
