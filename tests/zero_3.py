@@ -53,6 +53,20 @@ def release(*parameters):
         parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
 
+def hooked(module):
+    """Gather a module's parameters for its forward, and again where its backward starts, as DeepSpeed's hooks do."""
+    parameters = list(module.parameters(recurse=False))
+
+    def after(_module, _given, found):
+        release(*parameters)
+        if found.requires_grad:
+            found.register_hook(lambda _: gather(*parameters))
+
+    partition(*parameters)
+    module.register_forward_pre_hook(lambda *_: gather(*parameters))
+    module.register_forward_hook(after)
+
+
 @contextlib.contextmanager
 def gathered(parameters):
     """deepspeed.zero.GatheredParameters."""

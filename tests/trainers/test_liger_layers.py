@@ -127,9 +127,18 @@ def test_verl_head(order, layers):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_ligers_fused_loss_is_refused(order, layers):
-    """Where it came first, at once; after the patch it would stand over ours unseen, as Trainer puts it there."""
-    with pytest.raises(ValueError, match="got LlamaForCausalLM with Liger's fused loss"):
-        in_order(order, functools.partial(layers, fused_linear_cross_entropy=True), tiny, ours.patch)(**batch())
+    """At once where it came first; after the patch, where it would stand over ours unseen, before the model runs."""
+    with_loss, sentence = (
+        functools.partial(layers, fused_linear_cross_entropy=True),
+        "LlamaForCausalLM with Liger's fused",
+    )
+    if order != "after the patch":
+        with pytest.raises(ValueError, match=sentence):
+            in_order(order, with_loss, tiny, ours.patch)
+        return
+    model = in_order(order, with_loss, tiny, ours.patch)
+    with pytest.raises(ValueError, match=sentence):
+        model(**batch())
 
 
 def test_what_was_refused_may_be_used_unpatched(layers):

@@ -1,8 +1,9 @@
-"""TRL's head and divergence, and verl's head, where ZeRO-3 holds the head in parts: as where it is whole."""
+"""Heads that ZeRO-3 holds in parts, TRL's, verl's and transformers': the same numbers as where they are whole."""
 
 import contextlib
 import importlib
 
+import patched_models
 import pytest
 import torch
 import torch.distributed as dist
@@ -127,3 +128,25 @@ def heads_in_parts(name, partitioned):
 def test_heads_in_parts(package, name, partitioned):
     rival(package, {"trl": "trl.trainer.utils", "verl": "verl.utils.torch_functional"}[package])
     on_ranks(RANKS, heads_in_parts, name, partitioned)
+
+
+def transformers_head(more):
+    """The head is read between DeepSpeed's hooks."""
+    given = {name: torch.cat([x, x.flip(0)])[:4] for name, x in patched_models.batch().items()}
+    options = {"num_items_in_batch": (given["labels"][:, 1:] != -100).sum()}
+    makers = patched_models.defined(patched_models.tiny(dtype=torch.float64)), patched_models.tiny()
+    true, plain = (patched_models.step(model, given, **options) for model in makers)
+    model = patched_models.patched(patched_models.tiny())
+    zero_3.hooked(model.lm_head)
+    loss = model(**{name: x.chunk(RANKS)[dist.get_rank()] for name, x in given.items()}, **options, **more).loss
+    assert model.lm_head.weight.numel() == 0
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for x in (loss.detach_(), *found.values()):
+        dist.all_reduce(x)
+    patched_models.same((loss, found | {"lm_head.weight": RANKS * model.lm_head.weight.ds_grad}), true, plain)
+
+
+@pytest.mark.parametrize("more", [{}, {"outputs": ("logprob",)}], ids=["loss", "outputs"])
+def test_transformers_head(more):
+    on_ranks(RANKS, transformers_head, more)
