@@ -13,7 +13,7 @@ import torch
 import trl_runs
 from backends import INTERPRETING, cpu_only, run_interpreted
 from patched_models import batch, defined, same, step, tiny
-from rivals import rival, verl_losses
+from rivals import openrlhf, rival, verl_losses
 from transformers.models.llama import modeling_llama
 
 from fuserl.trainers import transformers as ours
@@ -120,6 +120,34 @@ def test_verl_head(order, layers):
         return loss.detach(), dict(zip(names, torch.autograd.grad(loss, leaves), strict=True))
 
     true = run(tiny(dtype=torch.float64))
+    plain = run(in_order(order, layers, tiny, lambda model: None))
+    with contextlib.ExitStack() as stack:
+        same(run(in_order(order, layers, tiny, lambda model: stack.enter_context(drop_in.patch()))), true, plain)
+
+
+@interpreted
+@pytest.mark.parametrize("order", ORDERS)
+def test_openrlhf_actor(order, layers):
+    actors = openrlhf("openrlhf.models.actor")
+    drop_in = importlib.import_module("fuserl.trainers.openrlhf")
+    ids, attention = batch()["input_ids"], batch()["attention_mask"]
+
+    def by_actor(model):
+        made = actors.Actor(model)
+        made.packing_samples = False  # as it sets it where it loads the model itself
+        return made(ids, attention_mask=attention, return_logprobs=True)
+
+    def by_definition(model):  # OpenRLHF's logits are float32, whatever the model is
+        logits = model(ids, attention_mask=attention).logits[:, :-1]
+        return logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+
+    def run(model, score=by_actor):
+        logprob = score(model)
+        names, leaves = zip(*model.named_parameters(), strict=True)
+        loss = (logprob * attention[:, 1:]).mean()
+        return loss.detach(), dict(zip(names, torch.autograd.grad(loss, leaves), strict=True))
+
+    true = run(tiny(dtype=torch.float64), by_definition)
     plain = run(in_order(order, layers, tiny, lambda model: None))
     with contextlib.ExitStack() as stack:
         same(run(in_order(order, layers, tiny, lambda model: stack.enter_context(drop_in.patch()))), true, plain)

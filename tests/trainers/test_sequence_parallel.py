@@ -231,20 +231,31 @@ def test_openrlhf():
     on_ranks(RANKS, ring)
 
 
-def test_what_no_slice_can_have(tmp_path):
-    """Packed rollouts name every token of the input; TRL refuses slices for the trainers that roll out."""
+def test_packed_rollouts_in_a_slice_are_refused():
+    """They name every token of the input."""
     model = made(slices=False)
     attention.attach(model)
     given = attention.pack([torch.arange(3, 9)], torch.tensor([0]), torch.arange(20, 26), torch.tensor([0, 6])).inputs()
     given = {name: x[:, :6] if name in ("input_ids", "position_ids") else x for name, x in given.items()}
     with pytest.raises(ValueError, match="segments must describe the whole input; got 11 positions"):
         model(**given)
-    rival("trl", "trl.trainer.grpo_trainer")
+
+
+def test_grpo_of_ranks_that_share_a_sequence_is_refused(tmp_path, monkeypatch):
+    """By TRL where its arguments ask for it, by us where a launcher does."""
+    grpo = rival("trl", "trl.trainer.grpo_trainer")
     from accelerate import ParallelismConfig
 
     from fuserl.trainers.trl_grpo import FuserlGRPOTrainer
 
+    parallel = ParallelismConfig(sp_size=2)
     with pytest.raises(ValueError, match="GRPOTrainer does not support sequence-dim parallelism"):
-        trl_runs.sampled(
-            "GRPO", torch.float32, tmp_path, trainer=FuserlGRPOTrainer, parallelism_config=ParallelismConfig(sp_size=2)
-        )
+        trl_runs.sampled("GRPO", torch.float32, tmp_path, trainer=FuserlGRPOTrainer, parallelism_config=parallel)
+
+    def launched(self):
+        self.use_transformers_continuous_batching = False
+        self.accelerator = SimpleNamespace(parallelism_config=parallel)
+
+    monkeypatch.setattr(grpo.GRPOTrainer, "__init__", launched)
+    with pytest.raises(ValueError, match="cp_size and sp_size must be 1, as packed rollouts are whole"):
+        FuserlGRPOTrainer()

@@ -37,8 +37,9 @@ class FuserlGRPOTrainer(importlib.import_module("trl").GRPOTrainer):  # where it
             token take TRL's passes.
 
     Raises:
-        ValueError: the model has layers that packed rollouts cannot run in (latent attention, recurrent states), or
-            generation by transformers' continuous batching, which brings an attention of its own.
+        ValueError: the model has layers that packed rollouts cannot run in (latent attention, recurrent states),
+            generation by transformers' continuous batching, which brings an attention of its own, or ranks that share
+            a sequence.
     """
 
     def __init__(self, *args, **kwargs):
@@ -47,6 +48,14 @@ class FuserlGRPOTrainer(importlib.import_module("trl").GRPOTrainer):  # where it
             raise ValueError(
                 "FuserlGRPOTrainer: use_transformers_continuous_batching must be False, as it brings its own "
                 "attention; got True. Use use_vllm, or trl.GRPOTrainer with fuserl.trainers.trl.patch()."
+            )
+        parallel = getattr(
+            self.accelerator, "parallelism_config", None
+        )  # which a launcher sets without TRL's arguments
+        if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+            raise ValueError(
+                f"FuserlGRPOTrainer: cp_size and sp_size must be 1, as packed rollouts are whole on a rank; got "
+                f"{parallel.cp_size} and {parallel.sp_size}. Use data parallelism: DDP or FSDP2."
             )
         drop_in.patch()
         for model in (self.model, self.ref_model):
