@@ -211,6 +211,20 @@ def test_actor():
         check_rows(name, *(x[name].reshape(len(x[name]), -1) for x in (d_got, d_true, d_plain)), torch.float32)
 
 
+def test_actor_with_a_compiled_backbone():
+    ids, attention, action = tokens()
+    graphs, results = [], []
+    for compiled in (False, True):
+        made = actor(torch.float64)
+        if compiled:
+            made.model.model.compile(backend=lambda graph, given: graphs.append(graph) or graph)
+        with ours.patch(), torch.compiler.set_stance("default"):
+            logprobs = made(ids, action, attention)
+        results.append((logprobs.detach(), gradients(made, logprobs.sum())))
+    assert graphs
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
 def test_actor_as_other_callers_use_it():
     """The reference model's and the preference trainers' call, and those that are left to OpenRLHF."""
     ids, attention, action = tokens()
