@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fuserl import layers
+
 __all__ = ["Reading", "Terms", "causal_lm", "instead_of_logits", "weight_like", "whole"]
 
 _PROBE = 8.0  # a number that rides along with the head's output, to see what the model does to it
@@ -168,7 +170,7 @@ def _terms(head: nn.Module, config) -> Terms:
         head = head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
     elif hasattr(head, "base_layer"):
         lora, head = _adapter(head), head.base_layer
-    if getattr(type(head), "forward", None) is not nn.Linear.forward:
+    if getattr(type(head), "forward", None) not in (nn.Linear.forward, layers.Linear.forward):
         raise ValueError(
             f"fuserl.trainers: the head must be a linear layer, with peft's LoRA at most; got {type(head).__name__}. "
             "Leave this model unpatched."

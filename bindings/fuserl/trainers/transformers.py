@@ -270,12 +270,12 @@ def _own_loss(model: nn.Module) -> ValueError:
 def _patched(maker: str, arguments, keywords) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    from fuserl import attention  # which registers attn_implementation="fuserl"
+    from fuserl import attention, layers  # attention registers attn_implementation="fuserl"
 
     model = getattr(AutoModelForCausalLM, maker)(*arguments, **keywords)
     if keywords.get("attn_implementation") == attention.NAME:
         attention.attach(model)
-    patch(model)
+    patch(layers.attach(model))
     return model
 
 

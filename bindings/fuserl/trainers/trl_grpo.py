@@ -6,7 +6,8 @@
     trainer.train()
 
 A pass of G rollouts of one prompt runs its tokens once where TRL runs them G times, and no padding; the head and the
-log-probs are those of `fuserl.trainers.trl`, which making a trainer patches in. Loss, metrics and checkpoints are
+log-probs are those of `fuserl.trainers.trl`, which making a trainer patches in, and the linear layers those of
+`fuserl.layers`, on CPUs where these are faster. Loss, metrics and checkpoints are
 TRL's, number for number.
 """
 
@@ -17,7 +18,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from fuserl import attention
+from fuserl import attention, layers
 from fuserl.trainers import trl as drop_in
 from fuserl.trainers.heads import causal_lm
 
@@ -49,9 +50,8 @@ class FuserlGRPOTrainer(importlib.import_module("trl").GRPOTrainer):  # where it
                 "FuserlGRPOTrainer: use_transformers_continuous_batching must be False, as it brings its own "
                 "attention; got True. Use use_vllm, or trl.GRPOTrainer with fuserl.trainers.trl.patch()."
             )
-        parallel = getattr(
-            self.accelerator, "parallelism_config", None
-        )  # which a launcher sets without TRL's arguments
+        # A launcher sets it without TRL's arguments.
+        parallel = getattr(self.accelerator, "parallelism_config", None)
         if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
             raise ValueError(
                 f"FuserlGRPOTrainer: cp_size and sp_size must be 1, as packed rollouts are whole on a rank; got "
@@ -60,7 +60,7 @@ class FuserlGRPOTrainer(importlib.import_module("trl").GRPOTrainer):  # where it
         drop_in.patch()
         for model in (self.model, self.ref_model):
             if model is not None:
-                attention.attach(causal_lm(model))
+                attention.attach(layers.attach(causal_lm(model)))
         self._teaching = None
 
     def _compute_loss(self, model, inputs):
