@@ -25,7 +25,7 @@ namespace {
 
 constexpr const char* function = "matmul";
 // Of the output at once: rows of a that a processor's second cache holds, columns that make packing worth their while.
-constexpr std::int64_t block_rows = 256, block_columns = 1536;
+constexpr std::int64_t block_rows = 256, block_columns = 1536, least_rows = 96;
 constexpr std::int64_t tasks_per_thread = 8;  // so that a thread that is held up does not hold up all
 
 const MatmulTable& kernels() {
@@ -47,22 +47,31 @@ struct Product {
 
 // Blocks as large as is allowed, and enough of them for all threads.
 void cut(Product& product, int threads) {
-  const std::int64_t tile_rows = product.table.tile_rows, tile_columns = product.table.tile_columns;
-  const std::int64_t strips = up(product.x.rows, tile_rows), panels = up(product.x.columns, tile_columns);
-  std::int64_t high = up(product.x.rows, block_rows), wide = up(product.x.columns, block_columns);
-  const std::int64_t wanted = threads > 1 ? threads * tasks_per_thread : 1;
-  // Cutting columns packs nothing twice; cutting rows packs the panels of b anew for each.
-  wide = std::clamp(std::max(wide, up(wanted, high)), std::int64_t(1), panels);
-  high = std::clamp(std::max(high, up(wanted, wide)), std::int64_t(1), strips);
-  if (up(strips, high) * tile_rows < 64) high = std::min(high, std::max<std::int64_t>(1, product.x.rows / 64));
-  product.rows = up(strips, high) * tile_rows;
-  product.columns = up(panels, wide) * tile_columns;
+  const MatmulArrays& x = product.x;
+  const std::int64_t strips = up(x.rows, product.table.tile_rows), panels = up(x.columns, product.table.tile_columns);
+  const std::int64_t wanted = threads > 1 ? threads * tasks_per_thread : 1, one = 1;
+  std::int64_t high = up(x.rows, block_rows), wide = up(x.columns, block_columns);
+  const auto cut_rows = [&] {
+    high = std::clamp(std::max(high, up(wanted, wide)), one, std::max(one, x.rows / least_rows));
+  };
+  const auto cut_columns = [&] { wide = std::clamp(std::max(wide, up(wanted, high)), one, panels); };
+  // A cut of rows packs the panels of b once more, a cut of columns those rows of a that are packed.
+  if (x.a_depth != 1 && x.b_column == 1) {
+    cut_rows();
+    cut_columns();
+  } else {
+    cut_columns();
+    cut_rows();
+  }
+  product.rows = up(strips, high) * product.table.tile_rows;
+  product.columns = up(panels, wide) * product.table.tile_columns;
 }
 
 void multiply(void* context, std::int64_t begin, std::int64_t end) {
   const Product& product = *static_cast<Product*>(context);
   thread_local std::vector<float> scratch;  // lives as long as the thread: its pages are touched once
-  const std::size_t room = static_cast<std::size_t>(product.table.panel_room + product.table.strip_room * (product.rows / product.table.tile_rows));
+  const std::int64_t strips = product.rows / product.table.tile_rows;
+  const auto room = static_cast<std::size_t>(product.table.panel_room + product.table.strip_room * strips);
   if (scratch.size() < room) scratch.resize(room);
   const std::int64_t high = up(product.x.rows, product.rows);
   for (std::int64_t i = begin; i < end; ++i) {

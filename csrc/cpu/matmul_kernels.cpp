@@ -128,7 +128,7 @@ void pack_strips(const MatmulArrays& x, const MatmulBlock& block, std::int64_t f
     for (std::int64_t row = block.row; row < block.row_end; row += rows) {
       float* const step = strips + (row - block.row) / rows * strip + k * rows;
       if (row + rows <= block.row_end)
-        for (int i = 0; i < rows; ++i) step[i] = a[row + i];
+        __builtin_memcpy(step, a + row, sizeof(float) * rows);
       else
         for (std::int64_t i = 0; row + i < block.row_end; ++i) step[i] = a[row + i];
     }
