@@ -20,7 +20,11 @@ def of(config: Config, recipe: Recipe) -> tuple[Policy, Policy | None]:
     if reference and config.reference:
         reference = models.load(config.reference, config.device, torch.float32)[0]
     policy = policy_of(config, reference=reference, value=bool({"value", "score"} & {*recipe.loss.outputs}))
-    return policy, None if recipe.critic is None else policy_of(config, value=True, lr=recipe.critic.lr)
+    if recipe.critic is None:
+        return policy, None
+    critic = policy_of(config, value=True, lr=recipe.critic.lr)
+    critic.meter = policy.meter  # a phase is one for both
+    return policy, critic
 
 
 def policy_of(

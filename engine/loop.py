@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuserl.engine import catalogue, evaluation, learners, prompts, trackers
+from fuserl.engine import catalogue, ceiling, evaluation, learners, prompts, trackers
 from fuserl.engine.batch import Rollouts, batch_of
 from fuserl.engine.config import Config
 from fuserl.engine.metrics import Run
@@ -46,7 +46,10 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
         run = stack.enter_context(Run(config, resume=resume))
         if config.reward:
             rehearse(recipe.reward, task)
+        # Before the model takes its memory, and the highest mark of it is taken.
+        best = ceiling.measured(config.device, getattr(torch, config.dtype))
         policy, critic = learners.of(config, recipe)
+        policy.meter.ceiling = best
         policy.check_lengths(task, recipe.learns_from)
         held_out = task.held_out()
         state = State(recipe.name, {"policy": policy} | ({"critic": critic} if critic else {}), recipe.state)
@@ -75,10 +78,10 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
 def step(policy: Policy, critic: Policy | None, recipe: Recipe, run: Run, state: State) -> dict[str, float]:
     """One turn of the loop; returns its metrics."""
     started = time.perf_counter()
+    policy.meter.clear()
     rollouts = recipe.rollout(policy, recipe.prompts(state.step))
-    generated = time.perf_counter()
-    rewards, facts = rollouts.scores or recipe.reward(rollouts)
-    scored = time.perf_counter()
+    with policy.meter.phase("reward"):
+        rewards, facts = rollouts.scores or recipe.reward(rollouts)
     run.sampled(state.step, rollouts, rewards)
     batch = batch_of(rollouts, rewards)
     batch = (critic or policy).score(batch, [field for field in recipe.reads if field == "values"])
@@ -90,16 +93,15 @@ def step(policy: Policy, critic: Policy | None, recipe: Recipe, run: Run, state:
         theirs = critic.update(batch, recipe.critic.loss)
         statistics = {**{f"critic_{name}": value for name, value in theirs.items()}, **statistics}
         statistics["value_loss"] = theirs["value_loss"]
-        statistics["update_s"] += theirs["update_s"]
     state.skipped = state.skipped + 1 if statistics.get("skipped") else 0
+    seconds = time.perf_counter() - started
     return {
         **({} if recipe.learns_from else _rewarded(rewards, rollouts.group)),
         **_described(rollouts),
         **facts,
         **_explained(batch),
-        "generate_s": generated - started,
-        "reward_s": scored - generated,
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
+        **policy.meter.row(seconds),
         **statistics,
     }
 

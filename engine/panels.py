@@ -24,7 +24,7 @@ SERIES = ("blue", "orange", "green", "purple", "red", "teal", "ochre", "slate")
 DASHES = ("-", "--", ":", "-.")
 _MOST = 320  # points of a line; more are averaged in bins
 _PHASES = {
-    "generate_s": "generate", "reward_s": "reward", "update_s": "update", "rest_s": "rest",
+    "generate_s": "generate", "reward_s": "reward", "score_s": "score", "update_s": "update", "other_s": "other",
     "save_s": "save", "eval_s": "evaluate",
 }  # fmt: skip
 _OTHERS = 24  # panels of metrics that only one recipe or reward has
@@ -91,7 +91,7 @@ def is_evaluation(row: dict) -> bool:
 
 
 def prepared(runs: Runs) -> dict[str, list[dict[str, float]]]:
-    """The rows with their numbers only, tokens per second and the time outside all phases added.
+    """The rows with their numbers only, tokens per second added.
 
     Null, and what is too large for an axis, become NaN; rows without a step are left out. What an evaluation measures
     beside accuracy is named `held-out ...`, apart from the same metric of the steps.
@@ -275,11 +275,8 @@ def _derived(row: dict[str, float]) -> dict[str, float]:
     if is_evaluation(row):
         plain = {name for name in row if name in _EVALUATION or name.startswith("pass@")}
         return {name if name in plain else f"held-out {name}": value for name, value in row.items()}
-    if _has(row, "seconds") and row["seconds"] > 0:
-        parts = [row[name] for name in ("generate_s", "reward_s", "update_s") if _has(row, name)]
-        row = {**row, "rest_s": max(0.0, row["seconds"] - sum(parts))}
-        if _has(row, "tokens"):
-            row["tokens_per_second"] = row["tokens"] / row["seconds"]
+    if _has(row, "seconds") and row["seconds"] > 0 and _has(row, "tokens"):
+        return {**row, "tokens_per_second": row["tokens"] / row["seconds"]}
     return row
 
 
@@ -329,8 +326,16 @@ PANELS = (
         {"ratio": "mean", "ratio_max": "largest", "ratio_min": "smallest"}, log=True, smooth=False, draw=_ratio,
     ),
     _policy(
-        "drift", "Drift", "log-prob at the update against as sampled, nats",
-        {"drift": "mean", "drift_max": "largest"}, log=True, zero=True,
+        "mismatch", "Mismatch", "log-prob at the update against as drawn, nats a token",
+        {"mismatch": "mean", "mismatch_max": "largest"}, log=True, zero=True,
+    ),
+    _policy(
+        "ess", "Effective sample size", "share of the samples that their importance weights leave",
+        {
+            "mismatch_ess": "update over rollout, tokens", "mismatch_rollout_ess": "rollouts",
+            "ess": "new over old, tokens",
+        },
+        share=True,
     ),
     _policy("length", "Completion length", "tokens", {"length": ""}, zero=True),
     _policy("truncated", "Truncated", "share of completions cut for length", {"truncated": ""}, zero=True),
@@ -343,7 +348,23 @@ PANELS = (
     ),
     _optimizer("lr", "Learning rate", "", {"lr": ""}, zero=True, smooth=False),
     _machine("phases", "Time", "seconds", _PHASES, draw=_time),
-    _machine("throughput", "Throughput", "trained tokens a second", {"tokens_per_second": ""}, zero=True),
+    _machine(
+        "throughput", "Throughput", "tokens a second of the phase; trained ones, of the whole step",
+        {
+            "generate_tokens_per_s": "generated", "read_tokens_per_s": "prompts read",
+            "update_tokens_per_s": "updated", "tokens_per_second": "trained",
+        },
+        log=True, zero=True,
+    ),
+    _machine(
+        "compute", "Computed", "TFLOP a second of the phase",
+        {"generate_tflops": "generate", "update_tflops": "update"}, zero=True,
+    ),
+    _machine("bandwidth", "Memory traffic", "GB a second of generation", {"generate_gb_per_s": ""}, zero=True),
+    _machine(
+        "shares", "Share of the machine", "least time by its measured speed, over the time taken",
+        {"generate_share": "generate", "update_share": "update"}, share=True,
+    ),
     _machine("memory", "Peak memory", "GB", {"host_gb": "host", "gpu_gb": "GPU"}, zero=True, smooth=False),
     _machine("timeouts", "Reward time-outs", "completions a step", {"timeouts": ""}, zero=True, smooth=False),
 )  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,9 +15,11 @@ from fuserl import attention, layers
 from fuserl.engine import adapters, generation, prompts
 from fuserl.engine.batch import Batch, Rollouts
 from fuserl.engine.losses import Loss
+from fuserl.engine.meter import Meter, phase, span
 from fuserl.engine.optimizer import Optimizer, schedule
 from fuserl.engine.prompts import Prompt, Task
 from fuserl.engine.tally import Tally
+from fuserl.engine.work import Costs
 from fuserl.kernels import dispatch
 from fuserl.kernels.linear_policy_loss import IMPLS, linear_policy_loss
 
@@ -85,6 +86,7 @@ class Policy:
         weight = adapters.head_weight(model)
         adapters.head_terms(model)  # one that cannot be honoured is refused now, not after a rollout
         self.device, self.compute = weight.device, compute
+        self.meter, self.costs = Meter(), Costs(model, compute)
         dispatch.choose("linear_policy_loss", IMPLS, self.device)  # a backend that cannot run is refused now, not later
         # Without a bias, as transformers' classifiers have it.
         self.value = nn.Linear(weight.shape[1], 1, bias=False).to(self.device) if value else None
@@ -139,6 +141,7 @@ class Policy:
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         return torch.tensor(ids if self.sampling.stop else [*ids, self.tokenizer.eos_token_id])
 
+    @phase("generate")
     def generate(
         self, prompts: list[Prompt], *, group_size: int = 1, greedy: bool = False, stream: int | None = None
     ) -> Rollouts:
@@ -154,7 +157,7 @@ class Policy:
             self.calls += 1
             stream = self.calls
         with self._autocast():
-            return generation.generate(
+            rollouts = generation.generate(
                 adapters.base(self.model),
                 self.tokenizer,
                 prompts,
@@ -167,7 +170,11 @@ class Policy:
                 stop=settings.stop,
                 seed=(self.seed << 32) + (stream or 0),
             )
+        read, drawn = self.costs.generation(rollouts)
+        self.meter.add(read=read, drawn=drawn)
+        return rollouts
 
+    @phase("score")
     @torch.no_grad()
     def score(self, batch: Batch, fields: Sequence[str]) -> Batch:
         """The batch with those of `fields` that it lacks: old_logprobs and values as they are now, ref_logprobs."""
@@ -181,13 +188,13 @@ class Policy:
                 found["ref_logprobs"] = self._scored(batch, ("logprob",), model)["logprob"]
         return batch.replace(**found)
 
+    @phase("update")
     def update(self, batch: Batch, loss: Loss) -> dict[str, float]:
-        """Take the optimizer steps of one batch; return the averages of the loss's statistics and the time taken.
+        """Take the optimizer steps of one batch; return the averages of the loss's statistics.
 
         Rollouts whose tokens are all known to have a zero gradient cost no forward and no backward. With one epoch and
         one minibatch the old log-probs are the detached current ones, without a forward of their own.
         """
-        started = time.perf_counter()
         settings, tally, reads = self.updating, Tally(), set(loss.reads)
         if settings.epochs * settings.minibatches > 1 and "logprob" in loss.outputs:
             reads.add("old_logprobs")
@@ -199,7 +206,7 @@ class Policy:
         means = tally.means()
         if batch.ref_logprobs is None:
             means.pop("kl", None)
-        return {**means, "update_s": time.perf_counter() - started}
+        return means
 
     @torch.no_grad()
     def measure(self, batch: Batch, loss: Loss) -> dict[str, float]:
@@ -225,12 +232,12 @@ class Policy:
             value.backward()
             tally.add(loss=value.detach())
             if "logprob" in loss.outputs:
-                drift = (out.logprob - part.rollout_logprobs.to(self.device)).abs()
-                tally.observe({**statistics, "drift": drift, "entropy": out.entropy})
-                tally.peak(drift_max=drift.nan_to_num(0.0).amax())
+                tally.observe({**statistics, "entropy": out.entropy})
+                tally.compare(out.logprob if part.old_logprobs is None else part.old_logprobs, part)
             else:
                 tally.observe(statistics)
-        tally.add(**self.optimizer.step())
+        with span("optimizer"):
+            tally.add(**self.optimizer.step())
 
     def _scored(self, batch: Batch, outputs: tuple[str, ...], model) -> dict[str, Tensor]:
         """Outputs at every token of the batch, (N,) float32 on the host."""
@@ -247,7 +254,11 @@ class Policy:
         """The loss of a batch, the outputs it saw (detached), and its statistics."""
         whole = "score" in loss.outputs
         packed = attention.pack(batch.prompt_tokens, batch.group, batch.tokens, batch.offsets, whole=whole)
-        live, part, packed = loss.live(batch), batch.to(self.device), packed.to(self.device)
+        live = loss.live(batch)
+        if torch.is_grad_enabled():
+            rows = 0 if "logprob" not in loss.outputs else len(batch.tokens) if live is None else int(live.sum())
+            self.meter.add(update=self.costs.update(packed.segments.position, rows))
+        part, packed = batch.to(self.device), packed.to(self.device)
         with self._autocast():
             states = adapters.base(model).get_decoder()(**packed.inputs()).last_hidden_state[0]
         places = {"value": packed.predictor, "score": packed.reader}

@@ -14,8 +14,8 @@ from fuserl.engine.panels import smoothed as smoothed
 _Z = 1.959964  # of a two-sided interval of 95 %
 _EDGE = 8  # steps averaged at each end of a run
 _PHASES = {
-    "generate_s": "generating", "reward_s": "rewarding", "update_s": "updating", "save_s": "saving",
-    "eval_s": "evaluating",
+    "generate_s": "generating", "reward_s": "rewarding", "score_s": "scoring", "update_s": "updating",
+    "save_s": "saving", "eval_s": "evaluating",
 }  # fmt: skip
 
 

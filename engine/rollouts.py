@@ -28,7 +28,8 @@ def mixed(group_size: int, groups: int, reward: Callable) -> Callable:
         kept, facts, found = [], {}, 0
         for begin in range(0, len(prompts), groups):
             rollouts = policy.generate(prompts[begin : begin + groups], group_size=group_size)
-            rewards, seen = reward(rollouts)
+            with policy.meter.phase("reward"):
+                rewards, seen = reward(rollouts)
             facts |= {name: facts.get(name, 0) + value for name, value in seen.items()}
             each = rewards.view(-1, group_size)
             good = (each.amax(1) > each.amin(1)).nonzero().squeeze(-1)

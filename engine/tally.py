@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fuserl.engine import mismatch
+from fuserl.engine.batch import Batch
 from fuserl.kernels import policy_loss
 
 
@@ -16,8 +18,8 @@ class Tally:
         self._totals: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
-        self._peaks: dict[str, Tensor] = {}
         self._policy: list[Tensor] = []
+        self._mismatch: list[Tensor] = []
 
     def add(self, **totals: Tensor) -> None:
         """Add scalars, which are averaged over optimizer steps."""
@@ -34,16 +36,18 @@ class Tally:
             self._sums[name] = self._sums.get(name, 0) + values.detach().nan_to_num(0.0).sum()
             self._counts[name] = self._counts.get(name, 0) + known.sum()
 
-    def peak(self, **values: Tensor) -> None:
-        """Keep the largest of each scalar."""
-        for name, value in values.items():
-            self._peaks[name] = torch.fmax(self._peaks.get(name, value), value)
+    def compare(self, logprobs: Tensor, batch: Batch) -> None:
+        """Add how far the log-probs (n,) of a batch's tokens are from those that they were drawn with."""
+        drawn = batch.rollout_logprobs.to(logprobs.device)
+        rollout = batch.rollout.to(logprobs.device)
+        self._mismatch.append(mismatch.statistics(logprobs, drawn, rollout, len(batch.group)))
 
     def means(self) -> dict[str, float]:
         """Every statistic by name, NaN where nothing was counted; the one wait for the device."""
         found = {name: total / max(self.steps, 1) for name, total in self._totals.items()}
         found |= {name: total / self._counts[name] for name, total in self._sums.items()}
-        found |= self._peaks
+        if self._mismatch:
+            found |= mismatch.named(mismatch.merged(torch.stack(self._mismatch)))
         if self._policy:
             found |= policy_loss.named(policy_loss.merged(torch.cat(self._policy)))
         values = torch.stack([torch.as_tensor(value).float().cpu() for value in found.values()]) if found else []

@@ -13,7 +13,12 @@ from typing import Protocol
 
 from fuserl.engine import atomic, lookup
 
-_PLACES = (("time", r"seconds|elapsed|.*_s"), ("memory", r".*_gb"), ("eval", r"accuracy.*|pass@.*|problems|correct"))
+_PLACES = (
+    ("speed", r".*(_per_s|_tflops|_share)"),
+    ("time", r"seconds|elapsed|.*_s"),
+    ("memory", r".*_gb"),
+    ("eval", r"accuracy.*|pass@.*|problems|correct"),
+)
 
 
 class Tracker(Protocol):
@@ -39,7 +44,7 @@ class TensorBoard:
             self._writer.add_text("config", "\n".join(f"    {line}" for line in lines), 0)
 
     def log(self, step: int, row: dict) -> None:
-        """Draw the numbers of a row as train/reward, eval/accuracy, time/generate_s, memory/host_gb, ..."""
+        """Draw the numbers of a row as train/reward, eval/accuracy, time/generate_s, speed/update_share, ..."""
         for name, value in _numbers(row).items():
             self._writer.add_scalar(_tag(name), value, step)
         self._writer.flush()

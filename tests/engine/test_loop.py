@@ -89,10 +89,13 @@ def test_the_critic_learns_the_returns(tmp_path):
         assert losses[-1] < 0.3 * losses[0]
 
 
-def test_drift_between_generation_and_update_is_rounding(tmp_path):
-    rows = run(tmp_path, "run", reward=SHORT, lr=1e-6)
-    drifts = [row["drift"] for row in rows if row.get("drift") is not None]
-    assert drifts and max(drifts) < 1e-4
+def test_mismatch_of_generation_and_update_is_rounding(tmp_path):
+    for changes in ({}, {"epochs": 2, "minibatches": 2, "lr": 0.01}):  # what the update itself changes is no mismatch
+        rows = run(tmp_path, f"run{len(changes)}", reward=SHORT, **{"lr": 1e-6, **changes})
+        steps = [row for row in rows if row.get("mismatch") is not None]
+        assert len(steps) == 3 and 0 < max(row["mismatch_max"] for row in steps) < 1e-4
+        assert all(row["mismatch"] <= row["mismatch_max"] for row in steps)
+        assert all(1 - 1e-6 < row[f"mismatch_{kind}"] <= 1 for row in steps for kind in ("ess", "rollout_ess"))
 
 
 def test_rewards_of_one_group_that_agree_take_no_step(tmp_path):
@@ -110,8 +113,8 @@ def test_sixteen_bit_products_train_float32_parameters(tmp_path, monkeypatch):
     tiny_runs.use(monkeypatch, lambda: model)
     rows = run(tmp_path, "run", reward=SHORT, dtype="bfloat16")
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    drifts = [row["drift"] for row in rows if row.get("drift") is not None]
-    assert drifts and 1e-5 < max(drifts) < 0.3  # it did round, and only that
+    gaps = [row["mismatch"] for row in rows if row.get("mismatch") is not None]
+    assert gaps and 1e-5 < max(gaps) < 0.3  # it did round, and only that
 
 
 def test_evaluation_does_not_disturb_training(tmp_path):

@@ -27,14 +27,19 @@ def test_every_metric_that_is_logged_is_drawn_somewhere():
     drawn = {name for panel in shown for name in panel.labels(panels.prepared({"run": rows}))}
     counts = {"step", "tokens", "seconds", "elapsed", "skipped", "accuracy_low", "accuracy_high", "problems", "correct"}
     assert {name for row in rows for name in row} - drawn == counts | {"samples"}
-    assert {"rest_s", "tokens_per_second"} <= drawn
+    assert "tokens_per_second" in drawn
     assert len({panel.name for panel in shown}) == len(shown) > 20
 
 
 def test_only_panels_whose_data_exist():
     assert names([{"step": 1, "reward": 0.5}]) == ["reward"]
     assert names([{"step": 1, "reward": 0.5, "entropy": 1.0}, {"step": 2, "loss": None}]) == ["reward", "entropy"]
-    assert names([{"step": 1, "nll": 2.0, "tokens": 10, "seconds": 2.0}]) == ["nll", "phases", "throughput"]
+    assert names([{"step": 1, "nll": 2.0, "tokens": 10, "seconds": 2.0}]) == ["nll", "throughput"]
+    assert names([{"step": 1, "update_s": 2.0, "update_tflops": 1.0, "mismatch_ess": 1.0}]) == [
+        "ess",
+        "phases",
+        "compute",
+    ]
     assert names([{"step": 1}]) == [] and names([]) == []
 
 
@@ -91,12 +96,13 @@ def test_accuracy_has_its_interval_and_pass_at_k_in_order():
 
 
 def test_time_is_stacked_phase_on_phase():
-    rows = [{"step": 1, "seconds": 10.0, "generate_s": 4.0, "update_s": 3.0, "reward_s": 1.0, "save_s": 2.0}]
-    rows += [{"step": 1, "accuracy": 0.5, "eval_s": 5.0}]
+    rows = [{"step": 1, "generate_s": 4.0, "update_s": 3.0, "reward_s": 1.0, "score_s": 0.5, "save_s": 2.0}]
+    rows = [{**rows[0], "seconds": 10.0, "other_s": 1.5}, {"step": 1, "accuracy": 0.5, "eval_s": 5.0}]
     _, axes = axes_of("phases", {"run": rows})
     tops = [patch.get_data().values.tolist() for patch in axes.patches]
-    assert tops == [[4.0], [5.0], [8.0], [10.0], [12.0], [17.0]]  # generate, reward, update, rest, save, evaluate
-    panel, axes = axes_of("phases", {"one": rows, "two": [*rows, {"step": 2, "seconds": 1.0}]})
+    # generate, reward, score, update, other, save, evaluate
+    assert tops == [[4.0], [5.0], [5.5], [8.5], [10.0], [12.0], [17.0]]
+    panel, axes = axes_of("phases", {"one": rows, "two": [*rows, {"step": 2, "other_s": 1.0}]})
     assert [text.get_text() for text in axes.get_yticklabels()] == ["one", "two"]
     assert max(bar.get_x() + bar.get_width() for bar in axes.patches) == pytest.approx(18.0)
     assert [colour for _, colour, _ in panel.keys(panels.prepared({"one": rows, "two": rows}))][:2] == [
@@ -121,10 +127,10 @@ def test_several_runs_are_told_by_colour_and_their_series_by_dashes():
 
 
 def test_a_scale_is_logarithmic_where_it_spans_decades():
-    rows = [{"step": step, "drift": 10.0**-step} for step in range(1, 7)]
-    assert axes_of("drift", {"run": rows})[1].get_yscale() == "log"
-    assert axes_of("drift", {"run": rows[:2]})[1].get_yscale() == "linear"
-    assert axes_of("drift", {"run": [*rows, {"step": 8, "drift": 0.0}]})[1].get_yscale() == "linear"
+    rows = [{"step": step, "mismatch": 10.0**-step} for step in range(1, 7)]
+    assert axes_of("mismatch", {"run": rows})[1].get_yscale() == "log"
+    assert axes_of("mismatch", {"run": rows[:2]})[1].get_yscale() == "linear"
+    assert axes_of("mismatch", {"run": [*rows, {"step": 8, "mismatch": 0.0}]})[1].get_yscale() == "linear"
 
 
 def test_long_runs_are_averaged_in_bins():
@@ -167,7 +173,7 @@ def test_summary_says_everything_that_a_run_came_to():
     assert table["peak memory"] == "21.40 GB  (gpu, host 3.30 GB)"
     assert table["skipped updates"] == "1  (gradients were not finite)" and table["reward time-outs"] == "2"
     split = table["time"]
-    assert all(word in split for word in ("generating", "rewarding", "updating", "saving", "evaluating", "the rest"))
+    assert all(word in split for word in ("generating", "rewarding", "scoring", "updating", "saving", "the rest"))
     assert sum(map(int, re.findall(r"(\d+)%", split))) == pytest.approx(100, abs=3)
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fuserl.engine.batch import Rollouts
+from fuserl.engine.meter import Meter
 from fuserl.engine.prompts import Prompt
 from fuserl.engine.rollouts import demonstrations, joined, mixed, pairs, sampled, selected
 
@@ -18,7 +19,7 @@ class Letters:
     """A policy that completes a prompt with its own letters: completion k of "abc" is "abc"[k]; one token a letter."""
 
     def __init__(self):
-        self.asked = []
+        self.asked, self.meter = [], Meter()
 
     def encode(self, text):
         return torch.tensor([ord(letter) for letter in text], dtype=torch.int64)

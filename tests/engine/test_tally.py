@@ -1,6 +1,7 @@
-"""Tally: averages over optimizer steps or over tokens, largest values, and policy_loss's statistics merged."""
+"""Tally: averages over optimizer steps or over tokens, and statistics of parts merged: the loss's, the mismatch's."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -26,11 +27,16 @@ def test_statistics_are_averaged_over_the_rows_that_have_them():
     assert means["nll"] == 4.0 and math.isnan(means["margin"])
 
 
-def test_peaks_are_the_largest_and_pass_over_nan():
-    tally = Tally()
-    for drift in (0.5, 2.0, float("nan"), 1.0):
-        tally.peak(drift_max=torch.tensor(drift))
-    assert tally.means() == {"drift_max": 2.0}
+def test_mismatch_is_of_all_parts_together():
+    tally, drawn, rollout = Tally(), torch.tensor([-1.0, -2.0, torch.nan, -1.0]), torch.tensor([0, 0, 0, 0])
+    for gaps in ([0.5, -2.0, 9.0, 0.0], [1.0, 0.0, 9.0, -0.5]):
+        part = types.SimpleNamespace(rollout_logprobs=drawn, rollout=rollout, group=torch.zeros(1))
+        tally.compare(drawn.nan_to_num(0.0) + torch.tensor(gaps), part)
+    means = tally.means()
+    assert means["mismatch"] == pytest.approx(4.0 / 6) and means["mismatch_max"] == 2.0
+    both = [-1.5, 0.5]
+    share = sum(map(math.exp, both)) ** 2 / (2 * sum(math.exp(2 * each) for each in both))
+    assert means["mismatch_rollout_ess"] == pytest.approx(share) and 0 < means["mismatch_ess"] < 1
 
 
 def test_policy_statistics_of_parts_are_those_of_the_whole():

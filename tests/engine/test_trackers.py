@@ -11,7 +11,7 @@ from fuserl.engine import lookup, trackers
 
 ROW = {
     "step": 3, "reward": 0.5, "seconds": 4.0, "generate_s": 1.0, "host_gb": 2.0, "loss": math.nan, "grad_norm": None,
-    "finish": "stop", "skipped": 0,
+    "finish": "stop", "skipped": 0, "update_tokens_per_s": 90.0, "update_share": 0.5,
 }  # fmt: skip
 EVALUATION = {"step": 3, "accuracy": 0.25, "accuracy_low": 0.2, "problems": 4, "pass@2": 0.75, "eval_s": 1.5}
 
@@ -36,6 +36,8 @@ def test_tensorboard_shows_every_number_under_its_kind(tmp_path):
         "time/seconds": [(3, 4.0)],
         "time/generate_s": [(3, 1.0)],
         "memory/host_gb": [(3, 2.0)],
+        "speed/update_tokens_per_s": [(3, 90.0)],
+        "speed/update_share": [(3, 0.5)],
         "eval/accuracy": [(3, 0.25)],
         "eval/accuracy_low": [(3, pytest.approx(0.2))],
         "eval/problems": [(3, 4.0)],

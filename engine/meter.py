@@ -1,0 +1,99 @@
+"""Where a step's time goes: seconds of each phase, what was computed in it, and how near that is to the machine's best.
+
+Within a phase may be another: its time is then its own, and no longer the outer one's. While a trace is recorded, a
+phase is a range of its name in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.profiler import record_function
+
+from fuserl.engine.ceiling import Ceiling
+from fuserl.engine.work import Work
+
+PHASES = ("generate", "reward", "score", "update")
+
+
+class Meter:
+    """Seconds by phase, and work by kind, since the last `clear`.
+
+    Args:
+        ceiling: what the machine does at best; None leaves shares of it out.
+    """
+
+    def __init__(self, ceiling: Ceiling | None = None):
+        self.ceiling = ceiling
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.work: dict[str, Work] = {}
+        self._within = 0.0  # spent in the phases inside of the one that runs
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what runs inside as `name`, one of PHASES."""
+        began, before = time.perf_counter(), self._within
+        self._within = 0.0
+        try:
+            with span(name):
+                yield
+        finally:
+            spent = time.perf_counter() - began
+            self.seconds[name] += spent - self._within
+            self._within = before + spent
+
+    def add(self, **work: Work) -> None:
+        """Add work: `read` and `drawn` in generation, `update`."""
+        for name, done in work.items():
+            self.work[name] = self.work.get(name, Work()) + done
+
+    def row(self, seconds: float) -> dict[str, float]:
+        """The metrics of a step that took `seconds`; rates are there for phases that did some work.
+
+        generate_s, reward_s, score_s, update_s, other_s: each moment in one of them. generate_tokens_per_s, of tokens
+        drawn, read_tokens_per_s, of prompts, over the same time; update_tokens_per_s, of tokens passed forward and
+        backward. generate_tflops, generate_gb_per_s and update_tflops: as of `work`, 1e12 and 1e9 a second.
+        generate_share, update_share: of the ceiling, the least time over the time taken; the least time is that of the
+        operations or that of the bytes, whichever is longer, first of reading, then of drawing.
+        """
+        found = {f"{name}_s": spent for name, spent in self.seconds.items()}
+        found["other_s"] = max(0.0, seconds - sum(self.seconds.values()))
+        for phase, rates in (("generate", {"drawn": "generate", "read": "read"}), ("update", {"update": "update"})):
+            parts = {name: self.work[kind] for kind, name in rates.items() if kind in self.work}
+            spent, whole = self.seconds[phase], sum(parts.values(), Work())
+            if not spent or not whole.tokens:
+                continue
+            found |= {f"{name}_tokens_per_s": part.tokens / spent for name, part in parts.items()}
+            found[f"{phase}_tflops"] = whole.flops / spent / 1e12
+            if whole.bytes:
+                found[f"{phase}_gb_per_s"] = whole.bytes / spent / 1e9
+            if self.ceiling is not None:
+                found[f"{phase}_share"] = sum(map(self.ceiling.seconds, parts.values())) / spent
+        return found
+
+
+def phase(name: str) -> Callable:
+    """A decorator for methods of something that has a `meter`: the whole call counts as a phase."""
+
+    def decorated(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def timed(self, *arguments, **options):
+            with self.meter.phase(name):
+                return method(self, *arguments, **options)
+
+        return timed
+
+    return decorated
+
+
+def span(name: str) -> contextlib.AbstractContextManager:
+    """A range of this name in the trace that is recorded, if one is; else nothing."""
+    return record_function(name) if torch.autograd._profiler_enabled() else contextlib.nullcontext()
