@@ -40,6 +40,24 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
+def draft_file(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write a file to, which takes its place on leaving, complete; by an error it is gone.
+
+    Raises:
+        OSError: nothing was written there, or as `write_text`.
+    """
+    path = Path(path)
+    draft = _draft(path)
+    try:
+        yield draft
+        sync(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+@contextlib.contextmanager
 def draft_folder(parent: str | Path, name: str) -> Iterator[Path]:
     """A new empty folder in `parent` to fill and hand to `publish_folder`; on leaving, what was not handed over goes.
 

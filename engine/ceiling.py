@@ -28,6 +28,10 @@ class Ceiling(NamedTuple):
         """The least time that work takes: that of its operations or of its bytes, whichever is longer."""
         return max(work.flops / (1e12 * self.tflops), work.bytes / (1e9 * self.gb_per_s))
 
+    def words(self, dtype: str) -> str:
+        """What percentages of it are shares of."""
+        return f"  % of this machine's best: {self.tflops:.3g} TFLOP/s in {dtype}, {self.gb_per_s:.3g} GB/s"
+
 
 def measured(device: str, dtype: torch.dtype) -> Ceiling:
     """The ceiling of a device for products of a dtype, measured once in a process and number of threads.

@@ -110,6 +110,9 @@ class Config:
     keep: int = _machine(2, doc="newest checkpoints that are kept", least=1)
     samples: int = _machine(4, doc="completions of a step that are written to samples.jsonl", least=0)
     trackers: tuple[str, ...] = _machine((), doc="tensorboard, wandb, or both")
+    profile: tuple[str, ...] | None = _machine(
+        None, doc="steps to write a Chrome trace of into the run's folder; without a number the second; default none"
+    )
     out: str | None = _machine(None, doc="the run's folder; default runs/RECIPE-TIME")
     options: dict = dataclasses.field(default_factory=dict)  # of the recipe, as its signature declares them
     reasons: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)  # of the automatic choices

@@ -13,6 +13,7 @@ from fuserl.engine.panels import is_evaluation
 
 _GOALS = {"reward": "reward", "pair_accuracy": "pair accuracy", "nll": "nll", "loss": "loss"}  # the first one there is
 _TROUBLE = ("skipped", "timeouts")
+_SPEEDS = ("generate", "update")  # last in a line, which a narrow terminal cuts
 
 
 def of(config: Config, folder: Path, *, step: int = 0) -> Lines | Live:
@@ -40,14 +41,15 @@ class Lines:
         """Show a row of metrics: an evaluation or a step; nothing else, as what a checkpoint took."""
         if is_evaluation(row):
             self.accuracy = row.get("accuracy", self.accuracy)
-            self._evaluation(f"step {row['step']}/{self.steps}  {_evaluated(row)}")
+            self.note(f"step {row['step']}/{self.steps}  {_evaluated(row)}")
         elif "seconds" in row or any(name in row for name in _GOALS):
             self._done, self._spent = self._done + 1, self._spent + row.get("seconds", 0.0)
             for name in _TROUBLE:
                 self._trouble[name] += round(row[name]) if _is_number(row.get(name)) else 0
             self._step(row["step"], self._facts(row))
 
-    def _evaluation(self, line: str) -> None:
+    def note(self, line: str) -> None:
+        """Show a line that stays."""
         print(line, flush=True)
 
     def _step(self, step: int, facts: list[str]) -> None:
@@ -59,9 +61,9 @@ class Lines:
         goal = next((name for name in _GOALS if _is_number(row.get(name))), None)
         facts = [f"{_GOALS[goal]} {row[goal]:.3f}"] if goal else []
         facts += [f"held-out {self.accuracy:.3f}"] if _is_number(self.accuracy) else []
-        facts += [f"{tokens_per_second(row):,.0f} tokens/s"] if row.get("seconds") else []
         facts += [f"{name} {count}" for name, count in self._trouble.items() if count]
-        return [*facts, f"elapsed {clock(time.perf_counter() - self._started)}", f"left {clock(left)}"]
+        facts += [f"elapsed {clock(time.perf_counter() - self._started)}", f"left {clock(left)}"]
+        return [*facts, *(_speed(row, phase) for phase in _SPEEDS if _is_number(row.get(f"{phase}_tokens_per_s")))]
 
 
 class Live(Lines):
@@ -91,17 +93,13 @@ class Live(Lines):
         """Leave the bar as it is."""
         self._progress.stop()
 
-    def _evaluation(self, line: str) -> None:
+    def note(self, line: str) -> None:
+        """Show a line above the bar."""
         self._progress.console.print(line, highlight=False, markup=False)
 
     def _step(self, step: int, facts: list[str]) -> None:
         description = f"{self._recipe} {step}/{self.steps}"
         self._progress.update(self._bar, completed=step, description=description, facts=" · ".join(facts))
-
-
-def tokens_per_second(row: dict) -> float:
-    """Trained tokens per second of a step, everything included."""
-    return row.get("tokens", 0) / row["seconds"]
 
 
 def clock(seconds: float) -> str:
@@ -117,6 +115,12 @@ def _evaluated(row: dict) -> str:
     tries = [name for name in row if name.startswith("pass@") and _is_number(row[name])]
     held += [f"{tries[-1]} {row[tries[-1]]:.3f}"] if tries else []
     return "  ".join(held) or "evaluated"
+
+
+def _speed(row: dict, phase: str) -> str:
+    """Tokens a second of a phase, and how much of the machine's best that is."""
+    share = f" ({row[f'{phase}_share']:.0%})" if _is_number(row.get(f"{phase}_share")) else ""
+    return f"{phase} {row[f'{phase}_tokens_per_s']:,.0f} tokens/s{share}"
 
 
 def _opening(config: Config, folder: Path, step: int) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fuserl import attention
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.kv_cache import PROMPT_BLOCK, KVCache, Rows
+from fuserl.engine.meter import span
 from fuserl.engine.prompts import Prompt
 from fuserl.engine.sampling import Sampling, stream_of
 from fuserl.kernels.tree_layout import common_prefix
@@ -165,9 +166,11 @@ class Decoder:
         while waiting or self.live:
             # Reading prompts costs whole passes: wait until a fair part of the slots is free.
             if waiting and (not self.live or 4 * len(self.free) >= self.cache.slots):
-                slots, logits = self._admit(waiting)
+                with span("prefill"):
+                    slots, logits = self._admit(waiting)
             else:
-                slots, logits = list(self.live), self._step()
+                with span("decode"):
+                    slots, logits = list(self.live), self._step()
             drawn = [self.live[slot] for slot in slots]
             names = torch.tensor([[r.stream for r in drawn], [len(r.tokens) for r in drawn]]).to(self.device)
             ids, logprobs = sampling.draw(logits, *names)

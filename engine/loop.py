@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuserl.engine import catalogue, ceiling, evaluation, learners, prompts, trackers
+from fuserl.engine import catalogue, ceiling, evaluation, learners, prompts, traces, trackers
 from fuserl.engine.batch import Rollouts, batch_of
 from fuserl.engine.config import Config
 from fuserl.engine.metrics import Run
@@ -38,6 +38,7 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
     for seeded in (torch.manual_seed, random.seed, np.random.seed):
         seeded(config.seed)
     trackers.check(config.trackers)
+    traces.chosen(config.profile, config.steps)  # refused before anything is loaded
     recipe, task = catalogue.recipe(config), prompts.configured(config)
     task.require(*recipe.learns_from)
     with contextlib.ExitStack() as stack:
@@ -59,12 +60,16 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
             state.require_room(run, config.keep)
         stack.enter_context(_failures_kept(run, state))
         judge = functools.partial(evaluated, policy, recipe, held_out, config.eval_samples)
+        run.note(best.words(config.dtype))
         if state.step == 0:
             run.evaluated(0, judge())
         saving = {}  # the time of a checkpoint is on the row of the step after it
+        profiled = traces.chosen(config.profile, config.steps, start=state.step)
         while state.step < config.steps:
             state.step += 1
-            run.log({"step": state.step, **step(policy, critic, recipe, run, state), **saving})
+            with run.traced(state.step) if state.step in profiled else contextlib.nullcontext():
+                row = step(policy, critic, recipe, run, state)
+            run.log({"step": state.step, **row, **saving})
             _refuse_skipping(state, config.max_skipped)
             if state.step == config.steps or _due(state.step, config.eval_every):
                 run.evaluated(state.step, judge())

@@ -3,6 +3,7 @@
 config.json           settings in force, reasons of the automatic ones, versions, machine, commit, when it was resumed
 metrics.jsonl         one JSON object a step, and one per evaluation (it has `accuracy`)
 samples.jsonl         some completions of every step
+trace-step-N.json     what ran when in a step, as Chrome and Perfetto show it
 failed-step-N.jsonl   all completions of a step whose reward failed
 checkpoints/          what a run resumes from
 reward.png            reward per step, and held-out accuracy
@@ -27,7 +28,7 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from fuserl.engine import atomic, display, machine, panels, report
+from fuserl.engine import atomic, display, machine, panels, report, traces
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.config import Config
 
@@ -65,7 +66,8 @@ class Run:
         self.folder, made = (_run_folder(resume), False) if resume is not None else _new_folder(config)
         with contextlib.ExitStack() as held:
             held.enter_context(_lock(self.folder))
-            atomic.remove_drafts(self.folder, _CONFIG)
+            for name in (_CONFIG, traces.NAME.format("*")):
+                atomic.remove_drafts(self.folder, name)
             self._described = _described(config) if resume is None else _read_described(self.folder)
             self._resumed, self._held = resume is not None, held
             if not self._resumed:
@@ -143,6 +145,18 @@ class Run:
             raise _unwritable("failed", path, error) from error
         self._measured = True
         return path
+
+    def note(self, text: str) -> None:
+        """Show a line."""
+        self._display.note(text)
+
+    @contextlib.contextmanager
+    def traced(self, step: int) -> Iterator[None]:
+        """Record what runs inside as the Chrome trace of a step, trace-step-N.json; raises as `traces.recorded`."""
+        path = self.folder / traces.NAME.format(step)
+        with traces.recorded(path, self.config.device):
+            yield
+        self.note(f"step {step}/{self.config.steps}  trace in {path}; ui.perfetto.dev shows it")
 
     def position(self) -> dict[str, float]:
         """Where the run stands: steps and seconds so far, and bytes of both files; a checkpoint keeps it."""

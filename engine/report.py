@@ -61,7 +61,7 @@ def facts(rows: list[dict]) -> list[Fact]:
             edge, first, last = ends
             found.append(Fact(f"{name}, first and last {_steps(edge)}", f"{first:.3f} to {last:.3f}"))
             break
-    return [*found, *_speed(rows, steps), *_memory(rows), *_trouble(steps)]
+    return [*found, *_speed(rows, steps), *_rates(steps), *_mismatch(steps), *_memory(rows), *_trouble(steps)]
 
 
 def summary(rows: list[dict]) -> list[tuple[str, str]]:
@@ -141,6 +141,34 @@ def _speed(rows: list[dict], steps: list[dict]) -> list[Fact]:
         Fact("tokens/s", f"{_sum(steps, 'tokens') / seconds:,.0f}"),
         Fact("time", display.clock(total), split),
     ]
+
+
+def _rates(steps: list[dict]) -> list[Fact]:
+    """Generating and updating, each over its own time."""
+    found = []
+    for phase, word in (("generate", "generating"), ("update", "updating")):
+        known = [row for row in steps if _has(row, f"{phase}_s") and _has(row, f"{phase}_tokens_per_s")]
+        seconds = _sum(known, f"{phase}_s")
+        if not seconds:
+            continue
+        rate = {
+            name: sum(row[f"{phase}_s"] * row[f"{phase}_{name}"] for row in known if _has(row, f"{phase}_{name}"))
+            for name in ("tokens_per_s", "tflops", "gb_per_s", "share")
+            if any(_has(row, f"{phase}_{name}") for row in known)
+        }
+        units = {"tflops": "{:.3g} TFLOP/s", "gb_per_s": "{:.3g} GB/s", "share": "{:.0%} of the machine's best"}
+        told = [unit.format(rate[name] / seconds) for name, unit in units.items() if name in rate]
+        found.append(Fact(word, f"{rate['tokens_per_s'] / seconds:,.0f} tokens/s", ", ".join(told)))
+    return found
+
+
+def _mismatch(steps: list[dict]) -> list[Fact]:
+    """How far the policy that drew the tokens was from the one that was updated, at worst."""
+    values = {name: [row[name] for row in steps if _has(row, name)] for name in ("mismatch_max", "mismatch_ess")}
+    if not all(values.values()):
+        return []
+    least = f"effective sample size {min(values['mismatch_ess']):.3g} of the tokens at least"
+    return [Fact("largest mismatch", f"{max(values['mismatch_max']):.2g} nats", least)]
 
 
 def _memory(rows: list[dict]) -> list[Fact]:

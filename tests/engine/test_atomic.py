@@ -128,3 +128,21 @@ def test_sha256_at_its_known_points(tmp_path):
     assert atomic.sha256(tmp_path / "file") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     (tmp_path / "file").write_bytes(b"abc")
     assert atomic.sha256(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_file_that_another_writes_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "trace"
+    path.write_text("old")
+    with pytest.raises(Stopped), atomic.draft_file(path) as draft:
+        draft.write_text("half")
+        raise Stopped
+    assert names(tmp_path) == ["trace"] and path.read_text() == "old"
+    with pytest.raises(FileNotFoundError), atomic.draft_file(path):
+        pass
+    synced, sync = [], atomic.sync
+    monkeypatch.setattr(atomic, "sync", lambda path: synced.append(path.name) or sync(path))
+    with atomic.draft_file(path) as draft:
+        draft.write_text("new")
+        assert path.read_text() == "old" and draft.name.startswith(".trace.")
+    assert names(tmp_path) == ["trace"] and path.read_text() == "new"
+    assert synced == [draft.name, tmp_path.name]

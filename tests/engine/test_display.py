@@ -45,8 +45,16 @@ def test_a_step_and_an_evaluation_are_a_line_each(capsys):
     evaluation = {"step": 0, "accuracy": 0.5, "correct": 100, "problems": 200, "pass@1": 0.4, "pass@8": 0.75}
     told = lines(capsys, [evaluation, row(1), row(2)])[2:]
     assert told[0] == "step 0/6  held-out accuracy 0.500 (100 of 200)  pass@8 0.750"
-    assert told[1].startswith("step 1/6  reward 0.100  held-out 0.500  25 tokens/s  elapsed 0:00  left 0:20")
+    assert told[1] == "step 1/6  reward 0.100  held-out 0.500  elapsed 0:00  left 0:20"
     assert told[2].endswith("left 0:16")
+
+
+def test_speeds_are_those_of_the_phases_and_shares_of_the_machine(capsys):
+    rates = {"generate_tokens_per_s": 310.4, "generate_share": 0.123, "update_tokens_per_s": 2900.0}
+    told = lines(capsys, [row(1, **rates, update_share=0.456), row(2, **rates, update_share=math.nan), row(3)])[2:]
+    assert told[0].endswith("left 0:20  generate 310 tokens/s (12%)  update 2,900 tokens/s (46%)")
+    assert told[1].endswith("left 0:16  generate 310 tokens/s (12%)  update 2,900 tokens/s")
+    assert told[2].endswith("left 0:12")
 
 
 def test_the_time_left_is_of_this_processs_steps(capsys):
@@ -88,10 +96,12 @@ def test_the_bar_shows_step_speed_and_time_and_starts_where_a_run_resumes(capsys
     live.show({"step": 1, "accuracy": 0.5, "correct": 100, "problems": 200})
     live.show(row(2, timeouts=1))
     assert task.percentage == pytest.approx(100 / 3)
-    live.show({"step": 3, "nll": 2.0, "seconds": 2.0})
+    live.show({"step": 3, "nll": 2.0, "seconds": 2.0, "update_tokens_per_s": 90.0, "update_share": 0.5})
+    live.note("trace in runs/[bold]a")
     live.stop()
     out = capsys.readouterr().out
-    for shown in ("grpo 3/6", "nll 2.000", "held-out 0.500", "timeouts 1", "left 0:09", "accuracy 0.500 (100 of 200)"):
+    for shown in ("grpo 3/6", "nll 2.000", "held-out 0.500", "timeouts 1", "left 0:09", "accuracy 0.500 (100 of 200)",
+                  "update 90 tokens/s (50%)", "trace in runs/[bold]a"):  # fmt: skip
         assert shown in out, shown
     assert "in runs/[bold]a, resumed at step 1" in out
 

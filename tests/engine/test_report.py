@@ -177,6 +177,24 @@ def test_summary_says_everything_that_a_run_came_to():
     assert sum(map(int, re.findall(r"(\d+)%", split))) == pytest.approx(100, abs=3)
 
 
+def test_rates_are_those_of_all_the_time_that_a_phase_took():
+    steps = [
+        {"step": 1, "generate_s": 3.0, "generate_tokens_per_s": 100.0, "generate_gb_per_s": 4.0, "generate_share": 0.2},
+        {"step": 2, "generate_s": 1.0, "generate_tokens_per_s": 500.0, "generate_gb_per_s": 8.0, "generate_share": 0.6},
+        {"step": 3, "generate_s": 9.0, "update_s": 2.0, "update_tokens_per_s": 7000.0, "update_tflops": 0.0456},
+    ]
+    table = dict(report.summary(steps))
+    assert table["generating"] == "200 tokens/s  (5 GB/s, 30% of the machine's best)"
+    assert table["updating"] == "7,000 tokens/s  (0.0456 TFLOP/s)"
+
+
+def test_the_mismatch_of_a_run_is_its_worst():
+    steps = [{"step": n, "mismatch_max": 1e-5 * n, "mismatch_ess": 1 - 0.125 * n} for n in (1, 2)]
+    table = dict(report.summary([*steps, {"step": 3, "mismatch_max": None, "mismatch_ess": None}]))
+    assert table["largest mismatch"] == "2e-05 nats  (effective sample size 0.75 of the tokens at least)"
+    assert "largest mismatch" not in dict(report.summary([{"step": 1, "mismatch_max": None}]))
+
+
 def test_summary_of_runs_without_rewards_or_evaluations():
     steps = [{"step": step, "nll": 3.0 - step, "seconds": 1.0, "tokens": 50} for step in (1, 2)]
     assert dict(report.summary(steps)) == {
