@@ -15,6 +15,7 @@ from pathlib import Path
 import api_page
 import code_tables
 import measured_tables
+import metrics_page
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = (
@@ -24,6 +25,7 @@ TABLES = (
 PAGES: dict[str, Callable[[], str]] = {
     "docs/api.md": api_page.page,
     "docs/settings.md": code_tables.settings_page,
+    "docs/metrics.md": metrics_page.page,
     "docs/numerics.md": measured_tables.numerics_page,
     "docs/benchmarks.md": measured_tables.benchmarks_page,
 }

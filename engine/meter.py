@@ -1,7 +1,13 @@
 """Where a step's time goes: seconds of each phase, what was computed in it, and how near that is to the machine's best.
 
-Within a phase may be another: its time is then its own, and no longer the outer one's. While a trace is recorded, a
-phase is a range of its name in it.
+Every moment of a step is in one phase; where one phase is inside of another, as the scoring of an update, it is in the
+inner one. In a trace each is a range of its name. The machine's best is measured when a run starts: a matrix product
+and a copy, the quickest of a few.
+
+    share = least time / time taken        least time = max(operations / product's rate, bytes / copy's rate)
+
+In generation the least time is that of reading the prompts plus that of drawing the tokens. An update's bytes do not
+count: its products are large.
 """
 
 from __future__ import annotations
@@ -56,13 +62,9 @@ class Meter:
             self.work[name] = self.work.get(name, Work()) + done
 
     def row(self, seconds: float) -> dict[str, float]:
-        """The metrics of a step that took `seconds`; rates are there for phases that did some work.
+        """The metrics of a step that took `seconds`: those of its phases, and rates of phases that did some work.
 
-        generate_s, reward_s, score_s, update_s, other_s: each moment in one of them. generate_tokens_per_s, of tokens
-        drawn, read_tokens_per_s, of prompts, over the same time; update_tokens_per_s, of tokens passed forward and
-        backward. generate_tflops, generate_gb_per_s and update_tflops: as of `work`, 1e12 and 1e9 a second.
-        generate_share, update_share: of the ceiling, the least time over the time taken; the least time is that of the
-        operations or that of the bytes, whichever is longer, first of reading, then of drawing.
+        docs/metrics.md says what each is.
         """
         found = {f"{name}_s": spent for name, spent in self.seconds.items()}
         found["other_s"] = max(0.0, seconds - sum(self.seconds.values()))

@@ -330,12 +330,12 @@ PANELS = (
         {"mismatch": "mean", "mismatch_max": "largest"}, log=True, zero=True,
     ),
     _policy(
-        "ess", "Effective sample size", "share of the samples that their importance weights leave",
-        {
-            "mismatch_ess": "update over rollout, tokens", "mismatch_rollout_ess": "rollouts",
-            "ess": "new over old, tokens",
-        },
-        share=True,
+        "ess", "Effective sample size", "share of the samples that importance weights leave",
+        {"mismatch_ess": "tokens", "mismatch_rollout_ess": "rollouts", "ess": "tokens, within the step"}, share=True,
+    ),
+    _policy(
+        "importance", "Importance correction", "weight of a token's loss, share of them at a bound",
+        {"importance": "mean weight", "importance_cut": "at a bound"}, zero=True,
     ),
     _policy("length", "Completion length", "tokens", {"length": ""}, zero=True),
     _policy("truncated", "Truncated", "share of completions cut for length", {"truncated": ""}, zero=True),
@@ -358,7 +358,7 @@ PANELS = (
     ),
     _machine(
         "compute", "Computed", "TFLOP a second of the phase",
-        {"generate_tflops": "generate", "update_tflops": "update"}, zero=True,
+        {"generate_tflops": "generate", "update_tflops": "update"}, log=True, zero=True,
     ),
     _machine("bandwidth", "Memory traffic", "GB a second of generation", {"generate_gb_per_s": ""}, zero=True),
     _machine(

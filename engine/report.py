@@ -145,7 +145,7 @@ def _speed(rows: list[dict], steps: list[dict]) -> list[Fact]:
 
 def _rates(steps: list[dict]) -> list[Fact]:
     """Generating and updating, each over its own time."""
-    found = []
+    found, units = [], {"tflops": "TFLOP", "gb_per_s": "GB"}
     for phase, word in (("generate", "generating"), ("update", "updating")):
         known = [row for row in steps if _has(row, f"{phase}_s") and _has(row, f"{phase}_tokens_per_s")]
         seconds = _sum(known, f"{phase}_s")
@@ -156,8 +156,8 @@ def _rates(steps: list[dict]) -> list[Fact]:
             for name in ("tokens_per_s", "tflops", "gb_per_s", "share")
             if any(_has(row, f"{phase}_{name}") for row in known)
         }
-        units = {"tflops": "{:.3g} TFLOP/s", "gb_per_s": "{:.3g} GB/s", "share": "{:.0%} of the machine's best"}
-        told = [unit.format(rate[name] / seconds) for name, unit in units.items() if name in rate]
+        told = [f"{_short(rate[name] / seconds)} {unit}/s" for name, unit in units.items() if name in rate]
+        told += [f"{rate['share'] / seconds:.0%} of the machine's best"] if "share" in rate else []
         found.append(Fact(word, f"{rate['tokens_per_s'] / seconds:,.0f} tokens/s", ", ".join(told)))
     return found
 
@@ -186,6 +186,10 @@ def _trouble(steps: list[dict]) -> list[Fact]:
     """What went wrong and did not stop the run: nothing to say of a run without it."""
     named = (("skipped", "skipped updates", "gradients were not finite"), ("timeouts", "reward time-outs", ""))
     return [Fact(says, f"{_sum(steps, name):g}", why) for name, says, why in named if _sum(steps, name)]
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _ends(steps: list[dict], name: str) -> tuple[int, float, float] | None:

@@ -70,6 +70,7 @@ def step(number, steps, noise):
         "lr": 2e-5 * min(1, number / 8) * (1 - 0.8 * done), "mismatch": 1e-4 * math.exp(6 * jitter),
         "mismatch_max": 4e-2 * math.exp(12 * jitter), "mismatch_ess": 0.99 - abs(jitter) / 20,
         "mismatch_rollout_ess": 0.93 - abs(jitter), "ess": 0.97 - abs(jitter) / 4,
+        "importance": 1 + jitter / 9, "importance_cut": abs(jitter) / 30,
         "skipped": int(broken), "timeouts": int(number in (7, 41)),
         "nll": 2.2 * math.exp(-done) + jitter / 4, "margin": 1.8 * done + jitter,
         "pair_accuracy": min(1.0, 0.5 + 0.4 * done + jitter), "format_reward": 0.9 * done + jitter,

@@ -237,3 +237,16 @@ def test_the_api_page_has_every_public_op_and_part():
         assert f"\n### `{name}`\n" in page, name
     for command in cli._COMMANDS:
         assert f"\n### `fuserl {command}`\n" in page
+
+
+def test_the_page_of_metrics_explains_every_number_that_a_run_writes():
+    import metrics_page
+    import recorded_run
+
+    from fuserl.engine import panels
+
+    series = {name for panel in panels.PANELS for name in panel.series} - {"tokens_per_second"}
+    written = {re.sub(r"pass@\d+", "pass@k", name) for row in recorded_run.rows(3) for name in row}
+    assert series | written == {*metrics_page.WHAT, "format_reward"}  # the last is of a reward that adds its own
+    shown = (ROOT / "docs" / "metrics.md").read_text()
+    assert all(f"| `{name}` |" in shown for name in metrics_page.WHAT)
