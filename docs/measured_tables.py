@@ -112,6 +112,33 @@ def baselines() -> str:
     return f"{table(heads, rows)}\n\n{ordered[0]['steps']} steps. {'; '.join(facts)}."
 
 
+def speed() -> str:
+    """Tokens a second and the time split of every recipe, by device and model, with the picture of the last rows."""
+    path = RESULTS / "recipes_speed.jsonl"
+    newest = _newest([path], "device", "model", "recipe")
+    if not newest:
+        return "Not measured yet: `python benchmarks/recipes_speed.py --save` takes the rows."
+    order, phases = list(catalogue.RECIPES), ("generate", "reward", "score", "update", "other")
+    rows = []
+    for row in sorted(newest, key=lambda row: (row["device"], row["model"], order.index(row["recipe"]))):
+        paces = [
+            f"{row[f'{phase}_tokens_per_s']:,.0f} ({row[f'{phase}_share']:.0%})" if f"{phase}_share" in row else ""
+            for phase in ("generate", "update")
+        ]
+        split = " / ".join(f"{row[f'{phase}_s'] / row['seconds']:.0%}" for phase in phases)
+        work = f"{row['groups']} x {row['group_size']} x {row['max_new_tokens']}"
+        memory = f"{row.get('gpu_gb', row.get('host_gb', 0.0)):.1f}"
+        step = f"{row['seconds']:.3g}"
+        rows.append([row["recipe"], row["model"], row["device"], work, *paces, step, split, memory, row["commit"]])
+    heads = [
+        "recipe", "model", "on", "prompts x completions x tokens", "generated tokens/s (of the machine's best)",
+        "updated tokens/s", "seconds a step", " / ".join(phases), "peak GB", "commit",
+    ]  # fmt: skip
+    image = path.with_suffix(".png")
+    drawn = f"\n\n![seconds of a step by phase](benchmarks/results/{image.name})" if image.is_file() else ""
+    return table(heads, rows) + drawn
+
+
 def _learned(row: dict) -> tuple[str, str]:
     return f"{statistics.mean(row['after']):.3f}", " ".join(f"{each:.2f}" for each in row["after"])
 
