@@ -114,10 +114,8 @@ def picture(rows: list[dict]):
         axes.invert_yaxis()
         first = rows[0]
         work = f"{first['groups']} prompts x {first['group_size']} completions x {first['max_new_tokens']} tokens"
-        axes.set_title(
-            f"Seconds of a step · {first['model']} · {work} · {first['device']}",
-            loc="left", fontsize=10.5, fontweight="bold", pad=24,
-        )  # fmt: skip
+        axes.set_title("Seconds of a step", loc="left", fontsize=11, fontweight="bold", pad=26)
+        axes.set_xlabel(f"{first['model']} · {work} · {first['device']}", loc="left")
         axes.legend(
             loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=len(PHASES), frameon=False, borderaxespad=0.2,
             handlelength=0.9, handletextpad=0.5, columnspacing=1.4,

@@ -53,7 +53,7 @@ def test_the_picture_has_a_bar_a_recipe_with_phase_on_phase():
     ]
     assert ends == pytest.approx([4.0, 2.0])
     assert [text.get_text() for text in axes.get_legend().get_texts()] == list(recipes_speed.PHASES)
-    assert "4 prompts x 8 completions x 8 tokens · a CPU" in axes.get_title(loc="left")
+    assert "4 prompts x 8 completions x 8 tokens · a CPU" in axes.get_xlabel()
     assert figures.png(figure, dots=20).startswith(b"\x89PNG")
 
 
