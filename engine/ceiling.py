@@ -47,10 +47,12 @@ def _measured(device: str, dtype: torch.dtype, threads: int) -> Ceiling:
     side, random = _SIDE[kind], torch.Generator(device).manual_seed(0)
     # Random numbers: a GPU multiplies zeros with less power, and so faster, than it multiplies anything else.
     x, weight = (torch.randn(side, side, generator=random, device=device).to(dtype) for _ in range(2))
-    product = _quickest(functools.partial(linear, x, weight), kind)
+    product = _quickest(functools.partial(linear, x, weight), device)
     del x, weight
     source = torch.zeros(_COPIED[kind], dtype=torch.uint8, device=device)
-    copy = _quickest(functools.partial(torch.empty_like(source).copy_, source), kind)
+    copy = _quickest(functools.partial(torch.empty_like(source).copy_, source), device)
+    if kind == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # the run's most memory is not that of its first second
     return Ceiling(2 * side**3 / product / 1e12, 2 * source.nbytes / copy / 1e9)
 
 
@@ -59,9 +61,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def _quickest(run: Callable, kind: str) -> float:
+def _quickest(run: Callable, device: str) -> float:
     """The shortest time of a few rounds: what else the machine does only adds to it."""
-    synchronize = torch.cuda.synchronize if kind == "cuda" else lambda: None
+    synchronize = (lambda: None) if device == "cpu" else functools.partial(torch.cuda.synchronize, device)
     taken, started = [], time.perf_counter()
     while len(taken) < _ROUNDS and (len(taken) < 2 or time.perf_counter() - started < _PATIENCE):
         synchronize()

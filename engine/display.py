@@ -13,7 +13,8 @@ from fuserl.engine.panels import is_evaluation
 
 _GOALS = {"reward": "reward", "pair_accuracy": "pair accuracy", "nll": "nll", "loss": "loss"}  # the first one there is
 _TROUBLE = ("skipped", "timeouts")
-_SPEEDS = ("generate", "update")  # last in a line, which a narrow terminal cuts
+_SPEEDS = ("generate", "update")  # last in a line, where a narrow terminal leaves them out
+_BESIDE = 14  # columns of a terminal for the spinner, a short bar and what is between
 
 
 def of(config: Config, folder: Path, *, step: int = 0) -> Lines | Live:
@@ -99,6 +100,9 @@ class Live(Lines):
 
     def _step(self, step: int, facts: list[str]) -> None:
         description = f"{self._recipe} {step}/{self.steps}"
+        room = self._progress.console.width - len(description) - _BESIDE
+        while len(" · ".join(facts)) > room and len(facts) > 1:
+            facts = facts[:-1]
         self._progress.update(self._bar, completed=step, description=description, facts=" · ".join(facts))
 
 

@@ -15,6 +15,8 @@ a prompt are read once for all its rollouts. That is the least there is to read,
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -54,11 +56,11 @@ class Costs:
         each = getattr(config, "head_dim", None) or config.hidden_size // heads
         self.width = heads * each  # of all queries of a token
         self.kept = 2 * each * (getattr(config, "num_key_value_heads", None) or heads)  # of its keys and values
-        self.windows = _windows(config)
+        self.windows = Counter(_windows(config))  # layers by the keys that a token of them sees at most
 
     def forward(self, position: Tensor, rows: int) -> Work:
         """A pass over tokens at `position` (L,) int64 of their own texts, with the head on `rows` of them."""
-        keys = sum(int((position + 1).clamp(max=window).sum()) for window in self.windows)
+        keys = sum(layers * int((position + 1).clamp(max=window).sum()) for window, layers in self.windows.items())
         return Work(len(position), 2.0 * self.weights * len(position) + self._attention(keys) + 2.0 * self.head * rows)
 
     def update(self, position: Tensor, rows: int) -> Work:
@@ -73,28 +75,25 @@ class Costs:
 
     def generation(self, rollouts: Rollouts) -> tuple[Work, Work]:
         """Reading the prompts of `rollouts`, what they all begin with once; and drawing their tokens."""
-        prompts, lengths = [len(each) for each in rollouts.prompt_tokens], rollouts.offsets.diff()
-        shared = common_prefix(rollouts.prompt_tokens)
-        prompt = torch.tensor(prompts)[rollouts.group]
-        longest = torch.zeros(len(prompts), dtype=torch.int64).scatter_reduce(0, rollouts.group, lengths, "amax")
+        prompts, lengths = torch.tensor([len(each) for each in rollouts.prompt_tokens]), rollouts.offsets.diff()
+        shared = torch.tensor(common_prefix(rollouts.prompt_tokens))
+        prompt = prompts[rollouts.group]
+        longest = torch.ones_like(prompts).scatter_reduce(0, rollouts.group, lengths, "amax")
         read = drawn = stored = 0
-        for window in self.windows:
-            read += int(_seen(torch.tensor(prompts), window).sum()) - (len(prompts) - 1) * int(
-                _seen(torch.tensor(shared), window)
-            )
+        for window, layers in self.windows.items():
+            seen = functools.partial(_seen, window=window)
+            read += layers * int(seen(prompts).sum() - (len(prompts) - 1) * seen(shared))
             # A rollout's last token is drawn and never read.
-            drawn += int((_seen(prompt + lengths - 1, window) - _seen(prompt, window)).sum())
-            own = int(_seen(lengths - 1, window).sum())
-            whole = torch.tensor(prompts) + (longest - 1).clamp(min=0)
-            of_prompts = _seen(whole, window) - _seen(torch.tensor(prompts), window) - _seen(longest - 1, window)
-            stored += own + int(of_prompts.sum())
-        tokens = sum(prompts) - (len(prompts) - 1) * shared
+            drawn += layers * int((seen(prompt + lengths - 1) - seen(prompt)).sum())
+            of_prompts = seen(prompts + longest - 1) - seen(prompts) - seen(longest - 1)
+            stored += layers * int(seen(lengths - 1).sum() + of_prompts.sum())
+        tokens = int(prompts.sum() - (len(prompts) - 1) * shared)
         weights, rows = self.size * (self.weights + self.head), len(rollouts.tokens) - len(rollouts)
         reading = 2.0 * self.weights * tokens + self._attention(read) + 2.0 * self.head * len(prompts)
         drawing = 2.0 * (self.weights + self.head) * rows + self._attention(drawn)
         passes = int(longest.max()) - 1
         return (
-            Work(tokens, reading, weights + self.size * self.kept * tokens * len(self.windows)),
+            Work(tokens, reading, weights + float(self.size * self.kept * tokens * self.windows.total())),
             Work(len(rollouts.tokens), drawing, weights * passes + self.size * self.kept * float(stored)),
         )
 

@@ -50,7 +50,7 @@ def test_the_rate_is_that_of_the_quickest_round(small, monkeypatch):
         clock.now += next(durations)
 
     assert ceiling._quickest(run, "cpu") == 0.25
-    monkeypatch.setattr(ceiling, "_quickest", lambda run, kind: 0.5)
+    monkeypatch.setattr(ceiling, "_quickest", lambda run, device: 0.5)
     assert ceiling.measured("cpu", torch.float32) == Ceiling(2 * 64**3 / 0.5 / 1e12, 2 * (1 << 16) / 0.5 / 1e9)
 
 

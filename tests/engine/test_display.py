@@ -106,6 +106,23 @@ def test_the_bar_shows_step_speed_and_time_and_starts_where_a_run_resumes(capsys
     assert "in runs/[bold]a, resumed at step 1" in out
 
 
+@pytest.mark.parametrize(
+    ("columns", "last"), [(60, "held-out 0.500"), (80, "left 0:16"), (110, "tokens/s (12%)"), (140, "tokens/s (46%)")]
+)
+def test_a_narrow_terminal_leaves_out_the_last_facts_and_cuts_none(monkeypatch, columns, last):
+    live = display.Live(config(), Path("runs/a"))
+    monkeypatch.setattr(live._progress.console, "_width", columns)  # the console is one for the process
+    live.show({"step": 0, "accuracy": 0.5})
+    rates = {"generate_tokens_per_s": 310.4, "generate_share": 0.123, "update_tokens_per_s": 2900.0}
+    live.show(row(2, **rates, update_share=0.456))
+    [task] = live._progress.tasks
+    assert task.fields["facts"].startswith("reward 0.200 · held-out 0.500") and task.fields["facts"].endswith(last)
+    with live._progress.console.capture() as shown:
+        live._progress.console.print(live._progress.get_renderable())
+    [line] = shown.get().splitlines()
+    assert "grpo 2/6" in line and task.fields["facts"] in line
+
+
 def test_the_display_is_what_standard_output_can_show(monkeypatch):
     assert type(display.of(config(), Path("a"))) is display.Lines
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)

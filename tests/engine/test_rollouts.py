@@ -9,6 +9,7 @@ from batches import made, steady
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fuserl.engine import meter
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.meter import Meter
 from fuserl.engine.prompts import Prompt
@@ -82,6 +83,20 @@ def test_mixed_goes_on_until_enough_groups_differ(prompts, kept, batches):
     assert facts == {"seen": 2 * sum(map(len, policy.asked))}
     assert rollouts.texts == [letter * (k + 1) for text in kept for k, letter in enumerate(text)]
     assert rollouts.group.tolist() == [group for group in range(len(kept)) for _ in range(2)]
+
+
+def test_the_time_of_rewards_that_mixed_asks_for_is_theirs(monkeypatch):
+    moment = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: moment.now)
+
+    def reward(rollouts):
+        moment.now += 3
+        return ones(rollouts)
+
+    policy = Letters()
+    with policy.meter.phase("generate"):
+        mixed(2, 1, reward)(policy, asked("11", "10"))
+    assert policy.meter.seconds["reward"] == 6 and policy.meter.seconds["generate"] == 0
 
 
 def test_mixed_of_single_completions_keeps_one_prompt():
