@@ -167,7 +167,7 @@ def _mismatch(steps: list[dict]) -> list[Fact]:
     values = {name: [row[name] for row in steps if _has(row, name)] for name in ("mismatch_max", "mismatch_ess")}
     if not all(values.values()):
         return []
-    least = f"effective sample size {min(values['mismatch_ess']):.3g} of the tokens at least"
+    least = f"effective sample size {min(values['mismatch_ess']):.1%} of the tokens at least"
     return [Fact("largest mismatch", f"{max(values['mismatch_max']):.2g} nats", least)]
 
 

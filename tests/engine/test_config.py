@@ -56,6 +56,7 @@ def test_every_recipe_resolves_once_and_for_all(recipe, cpu):
         "eval_problems",
         "reference",
         "chunk",
+        "profile",
         "out",
     }  # fmt: skip  nothing else stays open
     assert config.options == {name: option.default for name, option in catalogue.options(recipe).items()}

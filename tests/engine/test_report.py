@@ -191,7 +191,7 @@ def test_rates_are_those_of_all_the_time_that_a_phase_took():
 def test_the_mismatch_of_a_run_is_its_worst():
     steps = [{"step": n, "mismatch_max": 1e-5 * n, "mismatch_ess": 1 - 0.125 * n} for n in (1, 2)]
     table = dict(report.summary([*steps, {"step": 3, "mismatch_max": None, "mismatch_ess": None}]))
-    assert table["largest mismatch"] == "2e-05 nats  (effective sample size 0.75 of the tokens at least)"
+    assert table["largest mismatch"] == "2e-05 nats  (effective sample size 75.0% of the tokens at least)"
     assert "largest mismatch" not in dict(report.summary([{"step": 1, "mismatch_max": None}]))
 
 
