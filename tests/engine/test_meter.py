@@ -31,13 +31,15 @@ def test_a_moment_is_in_the_innermost_phase_only(clock):
             with taken.phase("score"):
                 clock.now += 8
         clock.now += 4
+        with taken.phase("reward"):
+            clock.now += 128
     clock.now += 16
     with taken.phase("update"), taken.phase("score"):
         clock.now += 32
     with taken.phase("update"):
         clock.now += 64
     found = seconds(taken.row(clock.now - 100))
-    assert found == {"generate_s": 6, "reward_s": 1, "score_s": 40, "update_s": 64, "other_s": 16}
+    assert found == {"generate_s": 6, "reward_s": 129, "score_s": 40, "update_s": 64, "other_s": 16}
 
 
 def test_a_phase_that_fails_counts_and_leaves_the_outer_one_as_it_was(clock):

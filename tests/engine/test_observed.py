@@ -5,6 +5,7 @@ import tiny_models
 import tiny_runs
 import torch
 
+from fuserl.engine import catalogue, learners
 from fuserl.engine.batch import batch_of
 from fuserl.engine.losses import clipped
 from fuserl.engine.policy import Policy, Sampling, Updating
@@ -34,6 +35,12 @@ def test_every_step_says_where_its_time_went(tmp_path, recipe, options):
             assert row["generate_tokens_per_s"] * row["generate_s"] >= row["tokens"] * (1 - 1e-5)
     assert all(row["save_s"] > 0 for row in steps[1:])
     assert all(row["eval_s"] > 0 for row in rows if "accuracy" in row)
+
+
+def test_the_critics_update_is_a_part_of_the_update(tmp_path):
+    config = tiny_runs.config(tmp_path, "run", recipe="ppo", separate_critic=True).resolved()
+    policy, critic = learners.of(config, catalogue.recipe(config))
+    assert critic is not policy and critic.meter is policy.meter
 
 
 def drawn(rewards, **settings):
