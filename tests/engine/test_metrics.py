@@ -190,7 +190,8 @@ def test_a_plot_that_cannot_be_written_hides_neither_table_nor_error(tmp_path, c
 
 def test_default_folder_is_named_after_the_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = Run(Config(recipe="sft", device="cpu").resolved())
+    with Run(Config(recipe="sft", device="cpu").resolved()) as run:
+        pass
     assert run.folder.parent.name == "runs" and run.folder.name.startswith("sft-2") and run.folder.is_dir()
 
 
