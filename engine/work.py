@@ -52,8 +52,8 @@ class Costs:
         experts = getattr(config, "num_experts_per_tok", None) or 0
         self.weights, self.trained = _weights(plain.get_decoder(), experts)
         self.head, self.head_trained = _weights(plain.get_output_embeddings(), 0)
-        heads = config.num_attention_heads
-        each = getattr(config, "head_dim", None) or config.hidden_size // heads
+        heads = getattr(config, "num_attention_heads", None) or 0
+        each = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
         self.width = heads * each  # of all queries of a token
         self.kept = 2 * each * (getattr(config, "num_key_value_heads", None) or heads)  # of its keys and values
         self.windows = Counter(_windows(config))  # layers by the keys that a token of them sees at most
@@ -117,13 +117,14 @@ def _weights(module: nn.Module, experts: int) -> tuple[float, float]:
 
 
 def _windows(config) -> list[int]:
-    """How many keys a token of each layer sees at most."""
+    """How many keys a token of each layer sees at most; none in a layer that is no attention."""
     every, window = 2**62, getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
     if types is None:
         used = window if getattr(config, "use_sliding_window", True) else None
         return [used or every] * config.num_hidden_layers
-    return [window if each == "sliding_attention" and window else every for each in types]
+    seen = {"full_attention": every, "sliding_attention": window or every}
+    return [seen.get(each, 0) for each in types]
 
 
 def _seen(count: Tensor, window: int) -> Tensor:

@@ -90,6 +90,18 @@ def test_a_token_is_multiplied_with_the_experts_that_it_uses():
     assert found == products(model, tokens, 9, backward=False) + 3 * 4 * 32 * 45
 
 
+def test_a_layer_that_is_no_attention_has_weights_alone():
+    import transformers
+
+    model = tiny_models.model()
+    whole, position = Costs(model, torch.float32).forward(torch.arange(9), 9).flops, torch.arange(9)
+    model.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
+    assert Costs(model, torch.float32).forward(position, 9).flops == whole - 4 * 32 * 45
+    sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
+    other = Costs(transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)), torch.float32)
+    assert other.weights > 0 and other.forward(position, 0).flops == 2 * 9 * other.weights
+
+
 def rollouts(prompts, lengths):
     """Rollouts of prompts of these tokens, with so many tokens each."""
     group = torch.tensor([g for g, several in enumerate(lengths) for _ in several])
