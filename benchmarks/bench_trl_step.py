@@ -62,6 +62,8 @@ def test_trl_step(benchmark, device, smoke, tmp_path, prompt, completion):
     sharing = trainer(importlib.import_module("fuserl.trainers.trl_grpo").FuserlGRPOTrainer, config, tmp_path)
     drop_in.unpatch()
     made = trainer(None, config, tmp_path)
+    with drop_in.patch():
+        patched = trainer(None, config, tmp_path)
     model, inputs = made.model, rollouts(config, prompt, completion, made.model.device)
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
 
@@ -82,7 +84,7 @@ def test_trl_step(benchmark, device, smoke, tmp_path, prompt, completion):
         benchmark,
         Provider("the backbone alone", backbone),
         Provider("fuserl, prompts once", lambda: update(drop_in.patch(), sharing), right),
-        Provider("fuserl", lambda: update(drop_in.patch()), right),
+        Provider("fuserl", lambda: update(drop_in.patch(), patched), right),
         Provider("trl", lambda: update(contextlib.nullcontext()), right),
         rounds=3,
         smoke=smoke,

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from fuserl.engine.work import Work
+from fuserl.kernels.matmul import linear
 
 _SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices: large enough for the library's full speed
 _COPIED = {"cpu": 1 << 27, "cuda": 1 << 29}  # bytes: beyond every cache
@@ -54,11 +53,6 @@ def _measured(device: str, dtype: torch.dtype, threads: int) -> Ceiling:
     if kind == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # the run's most memory is not that of its first second
     return Ceiling(2 * side**3 / product / 1e12, 2 * source.nbytes / copy / 1e9)
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """The product x @ weight.T that the ceiling is measured with: the one that models run."""
-    return F.linear(x, weight)
 
 
 def _quickest(run: Callable, device: str) -> float:

@@ -5,7 +5,8 @@
     print(fuserl.trainers.trl.report())
 
 GRPOTrainer, RLOOTrainer, DPOTrainer, KTOTrainer, SFTTrainer and the distillation trainers take their log-probs,
-entropies and divergences from what is replaced here; trainers that exist already take part. Two things differ:
+entropies and divergences from what is replaced here; trainers that exist already take part, but for their models'
+linear layers, which those made from now on have from `fuserl.layers`, for good. Two things differ:
 log-probs of bfloat16 and float16 logits are float32 on every device, which TRL's CPU path rounds to the logits' dtype,
 and a tie for the largest logit, which TRL gives to the first token, counts as top 1 for each.
 """
@@ -15,8 +16,9 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fuserl import layers
 from fuserl.kernels.linear_divergence import linear_divergence
 from fuserl.kernels.linear_logprob import linear_logprob
 from fuserl.kernels.token_logprob import token_logprob
@@ -27,6 +29,7 @@ from fuserl.trainers.patching import Host, Report
 __all__ = ["patch", "report", "unpatch"]
 
 _OPTIONAL = {"entropy": "entropy", "log_sum_sq_probs": "sum_sq_prob", "mean_logits": "mean_logit", "is_top1": "is_top1"}
+_HEAD = "trl.trainer.utils:add_fused_lm_head"
 _SELECTIVE = "trl.trainer.utils:selective_log_softmax"
 
 
@@ -177,6 +180,15 @@ def selective_log_softmax_and_entropy(
     return logprob, entropy if entropy_requires_grad else entropy.detach()
 
 
+def add_fused_lm_head(model: nn.Module, *arguments, **keywords) -> None:
+    """TRL's function, for a model whose linear layers are those of `fuserl.layers` from then on.
+
+    Args:
+        as of TRL's, which every trainer calls with its models when it is made.
+    """
+    _HOST.original(_HEAD)(layers.attach(model), *arguments, **keywords)
+
+
 def compacts(device: torch.device) -> bool:
     """Whether the rows that have labels are taken out before the head: wherever shapes may change from call to call."""
     return device.type in ("cpu", "cuda", "xpu")
@@ -189,6 +201,7 @@ _HOST = Host(
     replacements={
         "trl.kernels.chunked_logprob:ChunkedLogProbFunction": ChunkedLogProb,
         "trl.kernels.chunked_divergence:ChunkedDivergenceFunction": ChunkedDivergence,
+        _HEAD: add_fused_lm_head,
         _SELECTIVE: selective_log_softmax,
         "trl.trainer.utils:selective_log_softmax_and_entropy": selective_log_softmax_and_entropy,
         "trl.trainer.utils:entropy_from_logits": entropy_from_logits,
