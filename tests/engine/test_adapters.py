@@ -245,7 +245,8 @@ def test_gradients_equal_autograd_through_peft(tied):
     assert got.keys() == truth.keys() and {"lm_head.lora_A.default.weight"} < set(got)
     for name, gradient in got.items():
         assert truth[name].norm() > 0
-        check_rows(name, gradient, truth[name], plain[name], torch.float32)
+        # As one row: an adapter's own are of four numbers, whose rounding in float32 is a matter of luck.
+        check_rows(name, *(x.reshape(1, -1) for x in (gradient, truth[name], plain[name])), torch.float32)
 
 
 def test_the_head_in_effect():
