@@ -138,6 +138,19 @@ class Batch:
         if begin < len(index):
             yield index[begin:]
 
+    def balanced(self, index: Tensor, limit: int, *, of: int = 1, whole_groups: bool = False) -> list[Tensor]:
+        """Micro-batches of the rollouts `index` (b,), as few as `limit` allows, the largest as small as can be.
+
+        There are as many as `of` ranks share evenly, or fewer where rollouts, or groups with `whole_groups`, are few.
+        """
+        parts = list(self.micro_batches(index, limit, whole_groups=whole_groups))
+        most, below = -(-len(parts) // of) * of, 0
+        while limit - below > 1:
+            middle = (below + limit) // 2
+            closer = list(self.micro_batches(index, middle, whole_groups=whole_groups))
+            below, limit, parts = (below, middle, closer) if len(closer) <= most else (middle, limit, parts)
+        return parts
+
     def to(self, device: torch.device | str) -> Batch:
         """A copy whose per-token and per-rollout fields live on `device`; offsets stay on the host."""
         moved = {name: value.to(device) for name, value in self._token_fields()}

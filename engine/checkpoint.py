@@ -22,7 +22,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from fuserl.engine import atomic, lookup
+from fuserl.engine import atomic, lookup, sharding
 
 FORMAT = 1
 _FOLDER, _CHECKSUMS, _STATE = "checkpoints", "checksums.json", "state.json"
@@ -111,6 +111,13 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
     return path
 
 
+def attend(tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Take part in a save by the first rank, with this one's pieces of the tensors: whole, one at a time."""
+    for named in tensors.values():
+        for _, tensor in _ordered(named):
+            sharding.whole(tensor.detach())
+
+
 def newest(folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint of the run in `folder`, or None where it has none.
 
@@ -183,9 +190,7 @@ def _write(path: Path, named: dict[str, Tensor]) -> str:
 
     The library's own writer takes a second pass for the sum, twice the time, and hides the kind of an error.
     """
-    # Wide elements first, so that each tensor is aligned when the file is mapped.
-    ordered = sorted(named.items(), key=lambda item: -item[1].element_size())
-    header, end = {}, 0
+    ordered, header, end = _ordered(named), {}, 0
     for name, tensor in ordered:
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
@@ -195,9 +200,14 @@ def _write(path: Path, named: dict[str, Tensor]) -> str:
     with path.open("xb", buffering=0) as file:
         _put(file, sha, len(head).to_bytes(8, "little") + head)
         for _, tensor in ordered:
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            flat = sharding.whole(tensor.detach()).cpu().contiguous().reshape(-1)
             _put(file, sha, flat.view(torch.uint8).numpy())
     return sha.hexdigest()
+
+
+def _ordered(named: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """Wide elements first, so that each tensor is aligned when the file is mapped."""
+    return sorted(named.items(), key=lambda item: -item[1].element_size())
 
 
 def _put(file: BinaryIO, sha, data) -> None:

@@ -96,6 +96,10 @@ class Config:
     chunk: int | None = _update(None, doc="rows of logits that exist at once; default the op's own choice", least=1)
     checkpoint_activations: bool = _update(False, doc="recompute activations in the backward, to save memory")
     reference: str | None = _update(None, doc="the model that KL terms refer to; default the model as it starts")
+    shard: str = _update(
+        "none", doc="with several ranks: none copies the weights to each, full cuts them over all (FSDP2)",
+        choices=("none", "full"),
+    )  # fmt: skip
     freeze: tuple[str, ...] = _update((), doc="parameters to leave as they are, by name: model.embed_tokens.* ...")
     lora_rank: int = _update(0, doc="train low-rank adapters of this rank instead of the weights; 0 is none", least=0)
     lora_alpha: float = _update(32.0, doc="the adapters' products are scaled by alpha / rank", above=0.0)

@@ -50,5 +50,5 @@ def policy_of(
     compute = getattr(torch, config.dtype)
     return Policy(
         model, tokenizer, sampling, Updating(**settings), seed=config.seed, reference=reference, value=value,
-        compute=compute,
+        compute=compute, cut=config.shard == "full",
     )  # fmt: skip

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuserl.engine import catalogue, ceiling, evaluation, learners, prompts, traces, trackers
+from fuserl.engine import catalogue, ceiling, evaluation, learners, prompts, ranks, traces, trackers
 from fuserl.engine.batch import Rollouts, batch_of
 from fuserl.engine.config import Config
+from fuserl.engine.follower import Follower
 from fuserl.engine.metrics import Run
 from fuserl.engine.policy import Policy
 from fuserl.engine.recipe import Recipe
@@ -39,12 +40,14 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
         seeded(config.seed)
     trackers.check(config.trackers)
     traces.chosen(config.profile, config.steps)  # refused before anything is loaded
-    recipe, task = catalogue.recipe(config), prompts.configured(config)
-    task.require(*recipe.learns_from)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(ranks.joined(config.device))
+        recipe, task = catalogue.recipe(config), prompts.configured(config)
+        task.require(*recipe.learns_from)
         stack.callback(getattr(recipe.reward, "close", lambda: None))
         # What can be wrong is found in the order of what it costs to find: the folder, the reward, the model.
-        run = stack.enter_context(Run(config, resume=resume))
+        run = stack.enter_context(Run(config, resume=resume) if ranks.first() else Follower())
+        run.folder = Path(ranks.everyones(str(run.folder))[0])
         if config.reward:
             rehearse(recipe.reward, task)
         # Before the model takes its memory, and the highest mark of it is taken.
@@ -56,7 +59,7 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
         state = State(recipe.name, {"policy": policy} | ({"critic": critic} if critic else {}), recipe.state)
         if resume is not None:
             state.restore(run)
-        if state.step < config.steps:
+        if state.step < config.steps and ranks.first():
             state.require_room(run, config.keep)
         stack.enter_context(_failures_kept(run, state))
         judge = functools.partial(evaluated, policy, recipe, held_out, config.eval_samples)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.profiler import record_function
 
+from fuserl.engine import ranks
 from fuserl.engine.ceiling import Ceiling
 from fuserl.engine.work import Work
 
@@ -64,12 +65,13 @@ class Meter:
     def row(self, seconds: float) -> dict[str, float]:
         """The metrics of a step that took `seconds`: those of its phases, and rates of phases that did some work.
 
-        docs/metrics.md says what each is.
+        docs/metrics.md says what each is. Seconds are this rank's, rates those of all ranks together: all must ask.
         """
+        done, ranked = self._everyones(), ranks.world()
         found = {f"{name}_s": spent for name, spent in self.seconds.items()}
         found["other_s"] = max(0.0, seconds - sum(self.seconds.values()))
         for phase, rates in (("generate", {"drawn": "generate", "read": "read"}), ("update", {"update": "update"})):
-            parts = {name: self.work[kind] for kind, name in rates.items() if kind in self.work}
+            parts = {name: done[kind] for kind, name in rates.items() if kind in done}
             spent, whole = self.seconds[phase], sum(parts.values(), Work())
             if not spent or not whole.tokens:
                 continue
@@ -78,8 +80,13 @@ class Meter:
             if whole.bytes:
                 found[f"{phase}_gb_per_s"] = whole.bytes / spent / 1e9
             if self.ceiling is not None:
-                found[f"{phase}_share"] = sum(map(self.ceiling.seconds, parts.values())) / spent
+                found[f"{phase}_share"] = sum(map(self.ceiling.seconds, parts.values())) / spent / ranked
         return found
+
+    def _everyones(self) -> dict[str, Work]:
+        parts = ranks.everyones({kind: list(done) for kind, done in self.work.items()})
+        kinds = dict.fromkeys(kind for part in parts for kind in part)
+        return {kind: sum((Work(*part[kind]) for part in parts if kind in part), Work()) for kind in kinds}
 
 
 def phase(name: str) -> Callable:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from fuserl.engine import lookup
+from fuserl.engine import lookup, sharding
 
 _STATE = ("exp_avg", "exp_avg_sq", "step")
 _COURSES = {  # by steps done since the warm-up and steps from there to the end
@@ -111,7 +111,7 @@ class Optimizer:
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         if not gradients:
             raise RuntimeError("step: some parameter must have a gradient; got none. Call backward before")
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = sharding.whole(torch.nn.utils.get_total_norm(gradients))
         skipped = 1.0 - norm.isfinite().to(torch.float32)
         lr = self.lr * self.factor(self.count)
         for group in self._adam.param_groups:
@@ -152,7 +152,7 @@ class Optimizer:
                 )
         self.count = int(state["count"])
         for name in own.keys() - {"count"}:
-            own[name].copy_(state[name])
+            sharding.assign(own[name], state[name])
 
 
 def _check(pairs: list[tuple[str, Tensor]], *, lr: float, weight_decay: float, max_grad_norm: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fuserl import attention, layers
-from fuserl.engine import adapters, generation, prompts
+from fuserl.engine import adapters, generation, prompts, ranks, sharding
 from fuserl.engine.batch import Batch, Rollouts
 from fuserl.engine.losses import Loss
 from fuserl.engine.meter import Meter, phase, span
 from fuserl.engine.optimizer import Optimizer, schedule
 from fuserl.engine.prompts import Prompt, Task
+from fuserl.engine.rollouts import together
 from fuserl.engine.tally import Tally
 from fuserl.engine.work import Costs
 from fuserl.kernels import dispatch
@@ -64,6 +65,10 @@ class Policy:
             the weights without their adapters where there are some, else a frozen copy.
         value: put a value head on the model, for losses of the outputs "value" and "score"; it starts at 0.
         compute: dtype of the products; below float32 they run under autocast.
+        cut: over the ranks by FSDP2, where there are several, instead of held whole by each.
+
+    The ranks of a run call the same methods with the same arguments: each completes some of the prompts and runs some
+    of the micro-batches, and all of them return the same.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class Policy:
         reference=False,
         value=False,
         compute=torch.float32,
+        cut=False,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.sampling, self.updating, self.seed = sampling, updating, seed
@@ -99,6 +105,8 @@ class Policy:
             _check_vocabulary(model, self._frozen)
             attention.attach(self._frozen)
             layers.attach(self._frozen)
+        self._cut = cut and ranks.world() > 1
+        self._spread()
         # The parameters stay float32: a 16-bit one would round an update of 1e-5 away.
         self.optimizer = Optimizer(
             self.parameters().items(),
@@ -107,6 +115,13 @@ class Policy:
             max_grad_norm=updating.max_grad_norm,
             factor=schedule(updating.schedule, warmup=updating.warmup, total=updating.total),
         )
+
+    def _spread(self) -> None:
+        """Give every rank the first one's weights, or its piece of them."""
+        for each in filter(None, (adapters.base(self.model), self.value, self._frozen)):
+            sharding.align(each)
+            if self._cut:
+                sharding.cut(each, self.device)
 
     def parameters(self) -> dict[str, Tensor]:
         """What is trained, by name: what a checkpoint holds."""
@@ -156,11 +171,12 @@ class Policy:
         if stream is None and not greedy:
             self.calls += 1
             stream = self.calls
-        with self._autocast():
-            rollouts = generation.generate(
-                adapters.base(self.model),
+        model, own = adapters.base(self.model), ranks.share(len(prompts))
+        with self._autocast(), sharding.uncut(model):
+            completed = own and generation.generate(
+                model,
                 self.tokenizer,
-                prompts,
+                [prompts[number] for number in own],
                 group_size=group_size,
                 max_new_tokens=settings.max_new_tokens,
                 temperature=0.0 if greedy else settings.temperature,
@@ -169,23 +185,29 @@ class Policy:
                 min_p=settings.min_p,
                 stop=settings.stop,
                 seed=(self.seed << 32) + (stream or 0),
+                streams=own,
             )
-        read, drawn = self.costs.generation(rollouts)
-        self.meter.add(read=read, drawn=drawn)
-        return rollouts
+        if completed:
+            read, drawn = self.costs.generation(completed)
+            self.meter.add(read=read, drawn=drawn)
+        return together(completed or None, prompts)
 
     @phase("score")
     @torch.no_grad()
-    def score(self, batch: Batch, fields: Sequence[str]) -> Batch:
-        """The batch with those of `fields` that it lacks: old_logprobs and values as they are now, ref_logprobs."""
+    def score(self, batch: Batch, fields: Sequence[str], index: Tensor | None = None) -> Batch:
+        """The batch with those of `fields` that it lacks: old_logprobs and values as they are now, ref_logprobs.
+
+        With the rollouts `index` (b,) only theirs are found, and the others' are NaN.
+        """
+        index = torch.arange(len(batch.group)) if index is None else index
         fields = {field for field in fields if getattr(batch, field) is None}
         own = {"old_logprobs": "logprob", "values": "value"}
         wanted = tuple(output for field, output in own.items() if field in fields)
-        scored = self._scored(batch, wanted, self.model) if wanted else {}
+        scored = self._scored(batch, index, wanted, self.model) if wanted else {}
         found = {field: scored[output] for field, output in own.items() if field in fields}
         if "ref_logprobs" in fields:
             with self._reference() as model:
-                found["ref_logprobs"] = self._scored(batch, ("logprob",), model)["logprob"]
+                found["ref_logprobs"] = self._scored(batch, index, ("logprob",), model)["logprob"]
         return batch.replace(**found)
 
     @phase("update")
@@ -198,7 +220,7 @@ class Policy:
         settings, tally, reads = self.updating, Tally(), set(loss.reads)
         if settings.epochs * settings.minibatches > 1 and "logprob" in loss.outputs:
             reads.add("old_logprobs")
-        batch = self.score(batch, reads)
+        batch = self.score(batch, reads, _taught(batch, loss))
         self.model.train()
         for _ in range(settings.epochs):
             for part in batch.minibatches(settings.minibatches, whole_groups=loss.scope == "group"):
@@ -214,22 +236,24 @@ class Policy:
         tally, batch = Tally(), self.score(batch, loss.reads)
         self.model.eval()
         everyone = torch.arange(len(batch.group))
-        for micro in batch.micro_batches(everyone, self.updating.micro_tokens, whole_groups=loss.scope == "group"):
-            tally.observe(self._forward(batch.rollouts_at(micro), loss, self.model)[2])
+        for micro, counts in self._own(batch, everyone, whole_groups=loss.scope == "group"):
+            statistics = self._forward(batch.rollouts_at(micro), loss, self.model)[2]
+            if counts:
+                tally.observe(statistics)
         return tally.means()
 
     def _step(self, batch: Batch, loss: Loss, tally: Tally) -> None:
-        live, index = loss.live(batch), torch.arange(len(batch.group))
-        if live is not None:
-            index = index[batch.rollout_sum(live.float()) > 0]
-        tally.add(live=torch.tensor(len(index) / len(batch.group)))
+        index = _taught(batch, loss)
+        tally.agreed(live=torch.tensor(len(index) / len(batch.group)))
         tally.steps += 1
         if not len(index):
             return
-        for micro in batch.micro_batches(index, self.updating.micro_tokens, whole_groups=loss.scope == "group"):
+        for micro, counts in self._own(batch, index, whole_groups=loss.scope == "group"):
             part = batch.rollouts_at(micro)
             value, out, statistics = self._forward(part, loss, self.model)
-            value.backward()
+            (value if counts else 0.0 * value).backward()
+            if not counts:
+                continue
             tally.add(loss=value.detach())
             if "logprob" in loss.outputs:
                 tally.observe({**statistics, "entropy": out.entropy})
@@ -237,21 +261,41 @@ class Policy:
             else:
                 tally.observe(statistics)
         with span("optimizer"):
-            tally.add(**self.optimizer.step())
+            sharding.sum_gradients(self.optimizer.parameters.values())
+            tally.agreed(**self.optimizer.step())
 
-    def _scored(self, batch: Batch, outputs: tuple[str, ...], model) -> dict[str, Tensor]:
-        """Outputs at every token of the batch, (N,) float32 on the host."""
+    def _own(self, batch: Batch, index: Tensor, *, whole_groups: bool = False) -> Iterator[tuple[Tensor, bool]]:
+        """This rank's micro-batches of the rollouts `index`, and whether each counts.
+
+        One that does not count only keeps step with the other ranks, for which a cut model waits in every layer.
+        """
+        world = ranks.world()
+        parts = batch.balanced(index, self.updating.micro_tokens, of=world, whole_groups=whole_groups)
+        for first in range(0, len(parts), world):
+            at = first + ranks.rank()
+            if at < len(parts):
+                yield parts[at], True
+            elif self._cut:
+                yield min(parts, key=len), False
+
+    def _scored(self, batch: Batch, index: Tensor, outputs: tuple[str, ...], model) -> dict[str, Tensor]:
+        """Outputs at every token of the rollouts `index`, NaN at the others, (N,) float32 on the host."""
         model.eval()
-        scored = {name: torch.empty(len(batch.tokens)) for name in outputs}
+        scored = {name: torch.zeros(len(batch.tokens)) for name in outputs}
         zeros = Loss(lambda out, part: (torch.zeros(len(part.tokens), device=self.device), {}), outputs=outputs)
-        for index in batch.micro_batches(torch.arange(len(batch.group)), self.updating.micro_tokens):
-            rows, out = batch.rows_of(index), self._forward(batch.rollouts_at(index), zeros, model)[1]
-            for name in outputs:
+        for micro, counts in self._own(batch, index):
+            rows, out = batch.rows_of(micro), self._forward(batch.rollouts_at(micro), zeros, model)[1]
+            for name in outputs if counts else ():
                 scored[name][rows] = getattr(out, name).float().cpu()
-        return scored
+        found = torch.zeros(len(batch.tokens), dtype=torch.bool)
+        found[batch.rows_of(index)] = True
+        return {name: torch.where(found, ranks.summed(values), torch.nan) for name, values in scored.items()}
 
     def _forward(self, batch: Batch, loss: Loss, model) -> tuple[Tensor, SimpleNamespace, dict[str, Tensor]]:
         """The loss of a batch, the outputs it saw (detached), and its statistics."""
+        return sharding.inside(adapters.base(model), lambda: self._through(batch, loss, model))
+
+    def _through(self, batch: Batch, loss: Loss, model) -> tuple[Tensor, SimpleNamespace, dict[str, Tensor]]:
         whole = "score" in loss.outputs
         packed = attention.pack(batch.prompt_tokens, batch.group, batch.tokens, batch.offsets, whole=whole)
         live = loss.live(batch)
@@ -305,6 +349,12 @@ class Policy:
 
     def _autocast(self):
         return torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute != torch.float32)
+
+
+def _taught(batch: Batch, loss: Loss) -> Tensor:
+    """The rollouts with a token whose gradient is not known to be zero, (b,)."""
+    live, index = loss.live(batch), torch.arange(len(batch.group))
+    return index if live is None else index[batch.rollout_sum(live.float()) > 0]
 
 
 def _detached(outputs: dict[str, Tensor]) -> SimpleNamespace:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fuserl.engine import lookup, problems, prompts, reward_worker, wording
+from fuserl.engine import lookup, problems, prompts, ranks, reward_worker, wording
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.reward_pool import Pool
 from fuserl.engine.reward_worker import Failure, Outcome
@@ -89,19 +89,35 @@ class Scorer:
             RewardError: the function raised, returned something else than finite numbers, or took its worker down; the
                 message names the rollout, and the cause is the function's own error.
         """
-        calls = list(_calls(rollouts, self.names))
-        rewards, timeouts = [math.nan] * len(rollouts), 0
-        with contextlib.closing(self._outcomes([call.arguments for call in calls])) as outcomes:
+        calls, rewards = list(_calls(rollouts, self.names)), [math.nan] * len(rollouts)
+        timeouts, failure, at = self._score(calls, rewards)
+        told = ranks.everyones([rewards, timeouts, failure and [failure.says, failure.member, failure.trace, at]])
+        table = torch.tensor([each[0] for each in told], dtype=torch.float64)
+        rewards = torch.where(table.isnan().all(0), torch.nan, table.nansum(0)).float()
+        teller = next((number for number, each in enumerate(told) if each[2]), None)
+        if teller is not None:
+            *said, at = told[teller][2]
+            failure = failure if teller == ranks.rank() else Failure(*said)
+            raise _error(failure, None if at is None else calls[at], rollouts, rewards)
+        return rewards, {"timeouts": sum(each[1] for each in told)}
+
+    def _score(self, calls: list[_Call], rewards: list[float]) -> tuple[int, Failure | None, int | None]:
+        """Fill in the rewards of this rank's share of the calls.
+
+        Returns:
+            Rollouts stopped, the failure that ended it if one did, and the number of the call that failed if one did.
+        """
+        timeouts, own = 0, ranks.share(len(calls))
+        with contextlib.closing(self._outcomes([calls[number].arguments for number in own])) as outcomes:
             for number, outcome in outcomes:
-                call = None if number is None else calls[number]
+                at = None if number is None else own[number]
                 if isinstance(outcome, Failure):
-                    raise _error(outcome, call, rollouts, rewards)
-                if outcome is None:
-                    timeouts += len(call.members)
-                    outcome = [0.0] * len(call.members)
-                for member, reward in zip(call.members, outcome, strict=True):
+                    return timeouts, outcome, at
+                members = calls[at].members
+                timeouts += len(members) if outcome is None else 0
+                for member, reward in zip(members, outcome or [0.0] * len(members), strict=True):
                     rewards[member] = reward
-        return torch.tensor(rewards, dtype=torch.float32), {"timeouts": timeouts}
+        return timeouts, None, None
 
     def start(self) -> None:
         """Start the workers now, to be ready at the first call; without waiting."""
@@ -147,7 +163,7 @@ def scorer(config, *, required: bool = True) -> Scorer | None:
     """
     if not (required or config.reward) and prompts.configured(config).source.unverifiable:
         return None
-    return Scorer(configured(config), workers=config.reward_workers, timeout=config.reward_timeout)
+    return Scorer(configured(config), workers=-(-config.reward_workers // ranks.world()), timeout=config.reward_timeout)
 
 
 def score(function: Callable, rollouts: Rollouts) -> Tensor:
@@ -299,9 +315,9 @@ async def _together(function: Callable, calls: list[dict]) -> list[Outcome]:
     return await asyncio.gather(*map(one, calls))
 
 
-def _error(failure: Failure, call: _Call | None, rollouts: Rollouts, rewards: list[float]) -> RewardError:
+def _error(failure: Failure, call: _Call | None, rollouts: Rollouts, rewards: Tensor) -> RewardError:
     where = "" if call is None else f" for {_shown(rollouts, call, failure.member)}"
-    error = RewardError(f"reward: {failure.says}{where}.", rollouts, torch.tensor(rewards, dtype=torch.float32))
+    error = RewardError(f"reward: {failure.says}{where}.", rollouts, rewards)
     error.__cause__ = failure.cause or (WorkerTraceback(failure.trace) if failure.trace else None)
     return error
 

@@ -3,6 +3,9 @@
 policy, policy_optimizer      and critic, critic_optimizer: tensors
 random                        torch's streams
 state.json                    step, counters, Python's and NumPy's streams, where the files of metrics end, recipe state
+
+The first rank writes it; tensors are whole in it, and streams those of every rank, so that as many go on as before, or
+more, or fewer.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuserl.engine import checkpoint, metrics
+from fuserl.engine import checkpoint, metrics, ranks, sharding
 from fuserl.engine.metrics import Run
 from fuserl.engine.policy import Policy
 
@@ -55,9 +58,12 @@ class State:
             "calls": {name: learner.calls for name, learner in self.learners.items()},
             "position": run.position(),
             "parts": parts,
-            **_plain_streams(),
+            "random": ranks.everyones(_plain_streams()),
         }
-        checkpoint.save(run.folder, self.step, tensors, state, keep=keep)
+        if ranks.first():
+            checkpoint.save(run.folder, self.step, tensors, state, keep=keep)
+        else:
+            checkpoint.attend(tensors)
 
     def require_room(self, run: Run, keep: int) -> None:
         """Check before training that the disk takes the checkpoints: one more than are kept, and those there count.
@@ -94,7 +100,7 @@ class State:
         for name, part in self.parts.items():
             part.load_state_dict({**found.tensors(f"part_{name}"), **found.state["parts"][name]})
         self.step, self.skipped = found.state["step"], found.state["skipped"]
-        _set_streams(found.tensors("random"), found.state)
+        _set_streams(found.tensors("random"), found.state["random"])
         run.rewind(found.state["position"])  # last: a refused resume leaves the run as it is
 
 
@@ -121,28 +127,37 @@ def copy(into: dict[str, Tensor], values: dict[str, Tensor], where: str) -> None
                 "with the model, adapters and frozen parameters that the run was started with."
             )
     for name, tensor in into.items():
-        tensor.copy_(values[name])
+        sharding.assign(tensor, values[name])
 
 
 def _torch_streams() -> dict[str, Tensor]:
-    streams = {"cpu": torch.get_rng_state()}
+    """Those of this rank by name, and those of rank 1, 2, ... with its number after a point."""
+    own = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
-        streams |= {f"cuda_{index}": stream for index, stream in enumerate(torch.cuda.get_rng_state_all())}
-    return streams
+        # Of several ranks each has a GPU to itself, and would take memory on any other that it looked at.
+        cuda = torch.cuda.get_rng_state_all() if ranks.world() == 1 else [torch.cuda.get_rng_state()]
+        own |= {f"cuda_{index}": stream for index, stream in enumerate(cuda)}
+    every = {name: ranks.gathered(stream) for name, stream in own.items()}
+    return {f"{name}.{at}" if at else name: each for name, several in every.items() for at, each in enumerate(several)}
 
 
 def _plain_streams() -> dict:
     version, words, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
-    return {"python_random": [version, list(words), gauss], "numpy_random": [name, keys.tolist(), *rest]}
+    return {"python": [version, list(words), gauss], "numpy": [name, keys.tolist(), *rest]}
 
 
-def _set_streams(tensors: dict[str, Tensor], state: dict) -> None:
-    torch.set_rng_state(tensors["cpu"])
-    cuda = [tensors[f"cuda_{index}"] for index in range(len(tensors) - 1)]
-    if len(cuda) == torch.cuda.device_count() and cuda:
+def _set_streams(tensors: dict[str, Tensor], plain: list[dict]) -> None:
+    """Go on with this rank's streams; one that was not there begins with the first one's."""
+    own = ranks.rank() if ranks.rank() < len(plain) else 0
+    mark = f".{own}" if own else ""
+    torch.set_rng_state(tensors[f"cpu{mark}"])
+    cuda = [tensors[f"cuda_{index}{mark}"] for index in range(len(tensors)) if f"cuda_{index}{mark}" in tensors]
+    if cuda and ranks.world() > 1:
+        torch.cuda.set_rng_state(cuda[0])
+    elif cuda and len(cuda) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(cuda)
-    version, words, gauss = state["python_random"]
+    version, words, gauss = plain[own]["python"]
     random.setstate((version, tuple(words), gauss))
-    name, keys, *rest = state["numpy_random"]
+    name, keys, *rest = plain[own]["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fuserl.engine import mismatch
+from fuserl.engine import mismatch, ranks
 from fuserl.engine.batch import Batch
 from fuserl.kernels import policy_loss
 
@@ -26,6 +26,11 @@ class Tally:
         for name, value in totals.items():
             self._totals[name] = self._totals.get(name, 0) + value
 
+    def agreed(self, **totals: Tensor) -> None:
+        """Add scalars that every rank has alike: they count once."""
+        if ranks.first():
+            self.add(**totals)
+
     def observe(self, statistics: dict[str, Tensor]) -> None:
         """Add statistics: (n,), averaged over the rows that are not NaN; or policy_loss's own (chunks, K)."""
         for name, values in statistics.items():
@@ -42,8 +47,24 @@ class Tally:
         rollout = batch.rollout.to(logprobs.device)
         self._mismatch.append(mismatch.statistics(logprobs, drawn, rollout, len(batch.group)))
 
+    def _join(self) -> None:
+        """Bring in what the other ranks have, in place of what this one has alone."""
+        if ranks.world() == 1:
+            return
+        kinds = (self._totals, self._sums, self._counts)
+        own = [{name: float(value) for name, value in kind.items()} for kind in kinds]
+        rows = [torch.cat(self._policy).tolist() if self._policy else [], [x.tolist() for x in self._mismatch]]
+        *several, chunks, compared = zip(*ranks.everyones([*own, *rows]), strict=True)
+        for kind, parts in zip(kinds, several, strict=True):
+            kind.clear()
+            for name, value in (pair for part in parts for pair in part.items()):
+                kind[name] = kind.get(name, 0) + torch.tensor(value, dtype=torch.float64)
+        self._policy = [torch.tensor(part) for part in chunks if part]
+        self._mismatch = [torch.tensor(x, dtype=torch.float64) for part in compared for x in part]
+
     def means(self) -> dict[str, float]:
-        """Every statistic by name, NaN where nothing was counted; the one wait for the device."""
+        """Every statistic by name, of all ranks, NaN where nothing was counted; the one wait for the device."""
+        self._join()
         found = {name: total / max(self.steps, 1) for name, total in self._totals.items()}
         found |= {name: total / self._counts[name] for name, total in self._sums.items()}
         if self._mismatch:
