@@ -348,7 +348,9 @@ class Policy:
             yield self.model
 
     def _autocast(self):
-        return torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute != torch.float32)
+        # Weights cast once for all uses would outlive the pieces that FSDP2 frees.
+        options = {"dtype": self.compute, "enabled": self.compute != torch.float32, "cache_enabled": not self._cut}
+        return torch.autocast(self.device.type, **options)
 
 
 def _taught(batch: Batch, loss: Loss) -> Tensor:

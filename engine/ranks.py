@@ -110,22 +110,25 @@ def _joined() -> bool:
 
 
 def _ended(store: dist.Store, number: int, kind, error: BaseException | None, traceback) -> None:
-    """Leave word of the first failure; a later one is a consequence, and is replaced by it."""
+    """Leave word of the first failure; a later one is its consequence, and is replaced by it."""
     if error is None:
         return
+    chain = [error]  # an interrupt, by which torchrun stops the others, may come while an error is on its way
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
     own = f"rank {number}: {wording.sentence(error)}"
-    if isinstance(error, KeyboardInterrupt):  # torchrun's, which stops the others when one has failed
+    if isinstance(error, KeyboardInterrupt):
         said = store.get(_FAILURE).decode() if store.check([_FAILURE]) else own
     else:
         said = store.compare_set(_FAILURE, "", own).decode()
-    lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-    if said == own and lost:
+    if said == own:
+        if not any(isinstance(each, dist.DistError) or "gloo" in str(each) for each in chain):
+            return
         said = (
             "train: every rank must stay until the end; another one went without a word, and torchrun says how. Go on "
-            "with --resume."
+            "from the last checkpoint."
         )
-    if said != own:
-        raised = RuntimeError(said)
-        for note in getattr(error, "__notes__", ()):
-            raised.add_note(note)
-        raise raised from error
+    raised = RuntimeError(said)
+    for note in (note for each in chain for note in getattr(each, "__notes__", ())):
+        raised.add_note(note)
+    raise raised from error

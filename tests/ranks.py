@@ -22,7 +22,7 @@ _CONTEXT.set_forkserver_preload([
 ])  # fmt: skip
 
 
-def on_ranks(world, function, *arguments):
+def on_ranks(world, function, *arguments, seconds=TIMEOUT):
     """Run function(*arguments), of any file of tests, on ranks 0 to world - 1; the first failure is raised."""
     with tempfile.TemporaryDirectory() as folder:
         place = function.__code__.co_filename, function.__name__
@@ -33,7 +33,7 @@ def on_ranks(world, function, *arguments):
         try:
             for process in ranks:
                 process.start()
-            deadline, running = time.monotonic() + TIMEOUT, list(ranks)
+            deadline, running = time.monotonic() + seconds, list(ranks)
             while running and time.monotonic() < deadline:
                 multiprocessing.connection.wait([process.sentinel for process in running], timeout=1)
                 failed = any(process.exitcode for process in ranks)

@@ -130,6 +130,25 @@ def test_micro_batches_by_hand(whole, limit, parts):
 
 
 @steady
+@given(batches(), st.data(), st.integers(1, 30), st.integers(1, 3), st.booleans())
+def test_balanced_micro_batches_share_the_tokens_evenly(batch, data, limit, of, whole):
+    index = data.draw(st.permutations(range(len(batch.group))))
+    index = torch.tensor(index[: data.draw(st.integers(0, min(7, len(index))))], dtype=torch.int64)
+    parts = batch.balanced(index, limit, of=of, whole_groups=whole)
+    in_order = index[batch.group[index].argsort(stable=True)]
+    assert torch.cat([index[:0], *parts]).tolist() == in_order.tolist()
+    least = len(list(batch.micro_batches(index, limit, whole_groups=whole)))
+    most = -(-least // of) * of
+    assert least <= len(parts) <= most
+    places = [
+        at for at in range(1, len(index)) if not whole or batch.group[in_order[at]] != batch.group[in_order[at - 1]]
+    ]
+    cuts = [each for count in range(most) for each in itertools.combinations(places, count)]
+    largest = min((max(cost(batch, part) for part in in_order.tensor_split(cut)) for cut in cuts), default=0)
+    assert max((cost(batch, part) for part in parts), default=0) == largest
+
+
+@steady
 @given(batches(), st.integers(2, 8), st.booleans())
 def test_minibatches_have_every_rollout_once_and_their_own_counts(batch, count, whole):
     parts = batch.minibatches(count, whole_groups=whole)

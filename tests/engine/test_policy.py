@@ -115,6 +115,17 @@ def test_dropping_dead_rollouts_changes_nothing_and_costs_no_forward(monkeypatch
     assert seen == [4 + 3 + sum(int(batch.lengths[b]) - 1 for b in live)]
 
 
+def test_dead_rollouts_are_not_scored_before_an_update(monkeypatch):
+    """Their log-probs at its start are NaN, so that nobody takes them for any."""
+    batch, seen, scored = tiny_batch(), [], Policy._scored
+    monkeypatch.setattr(Policy, "_scored", lambda *arguments: seen.append(scored(*arguments)) or seen[-1])
+    found = gradients(batch, clipped(), minibatches=3)
+    assert [each["logprob"].isnan().tolist() for each in seen] == [(batch.advantages == 0).tolist()]
+    batch = policy().score(batch, ["old_logprobs"])
+    assert not batch.old_logprobs.isnan().any()
+    assert all(map(close, found, gradients(batch, clipped(), minibatches=3)))
+
+
 def test_nothing_live_takes_no_step():
     batch, actor = tiny_batch(), policy()
     before = [p.clone() for p in actor.model.parameters()]
