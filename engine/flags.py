@@ -29,6 +29,7 @@ SYNONYMS = {
     "kl-coef": "beta", "init-kl-coef": "beta", "kl-loss-coef": "beta", "entropy-coeff": "entropy-coef",
     "vf-coef": "value-coef", "cliprange-value": "value-clip", "apply-chat-template": "chat",
     "system-prompt": "system", "log-completions": "samples", "max-grad-value": "max-grad-norm",
+    "fsdp": "shard", "deepspeed": "shard",
 }  # fmt: skip
 
 

@@ -32,7 +32,8 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
         config: the settings.
         resume: the folder of a run to go on with, from its newest checkpoint.
 
-    Held-out problems are evaluated before and after, and every `eval_every` steps in between when that is set.
+    Held-out problems are evaluated before and after, and every `eval_every` steps in between when that is set. Started
+    by torchrun, this is one rank of a run: see `ranks`.
     """
     config = config.resolved()
     torch.set_num_threads(config.threads)
@@ -56,6 +57,7 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
         policy.meter.ceiling = best
         policy.check_lengths(task, recipe.learns_from)
         held_out = task.held_out()
+        ranks.require_same("held-out problems", [prompt.text for prompt in held_out])
         state = State(recipe.name, {"policy": policy} | ({"critic": critic} if critic else {}), recipe.state)
         if resume is not None:
             state.restore(run)
@@ -87,7 +89,9 @@ def step(policy: Policy, critic: Policy | None, recipe: Recipe, run: Run, state:
     """One turn of the loop; returns its metrics."""
     started = time.perf_counter()
     policy.meter.clear()
-    rollouts = recipe.rollout(policy, recipe.prompts(state.step))
+    asked = recipe.prompts(state.step)
+    ranks.require_same("prompts", [prompt.text for prompt in asked])
+    rollouts = recipe.rollout(policy, asked)
     with policy.meter.phase("reward"):
         rewards, facts = rollouts.scores or recipe.reward(rollouts)
     run.sampled(state.step, rollouts, rewards)

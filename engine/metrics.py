@@ -28,7 +28,7 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from fuserl.engine import atomic, display, machine, panels, report, traces
+from fuserl.engine import atomic, display, machine, panels, ranks, report, traces
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.config import Config
 
@@ -265,6 +265,7 @@ def _described(config: Config) -> dict:
         "reasons": config.reasons,
         "versions": machine.versions(),
         "machine": machine.machine(),
+        "ranks": ranks.world(),
         "commit": machine.commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

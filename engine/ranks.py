@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import hashlib
 import json
 from collections.abc import Iterator
 
@@ -103,6 +104,17 @@ def summed(tensor: Tensor) -> Tensor:
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def require_same(what: str, texts: list[str]) -> None:
+    """Raise RuntimeError where ranks, each of which has made its own, have different texts."""
+    sums = everyones(hashlib.sha256(json.dumps(texts).encode()).hexdigest())
+    if len(set(sums)) > 1:
+        odd = next(number for number, each in enumerate(sums) if each != sums[0])
+        raise RuntimeError(
+            f"train: {what} must be the same on every rank; rank {odd} has others than rank 0. Give all the same "
+            "files, packages and PYTHONHASHSEED."
+        )
 
 
 def _joined() -> bool:

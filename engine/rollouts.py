@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fuserl.engine import ranks
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.prompts import Prompt
 
@@ -118,31 +117,6 @@ def joined(several: list[Rollouts]) -> Rollouts:
         texts=[text for each in several for text in each.texts],
         finish=[finish for each in several for finish in each.finish],
         scores=(torch.cat([each.scores[0] for each in several]), {}),
-    )
-
-
-def together(own: Rollouts | None, prompts: list[Prompt]) -> Rollouts:
-    """Completions of all prompts, from those of each rank's `ranks.share` of them, None where it is empty."""
-    if ranks.world() == 1 and own is not None:
-        return own
-    none = torch.zeros(0, dtype=torch.int64)
-    own = own or Rollouts([], [], none, none, none.new_zeros(1), torch.zeros(0), [], [])
-    group = own.group + ranks.share(len(prompts)).start
-    told = ranks.everyones(
-        {"texts": own.texts, "finish": own.finish, "sizes": [len(each) for each in own.prompt_tokens]}
-    )
-    texts, finish, sizes = ([each for part in told for each in part[name]] for name in ("texts", "finish", "sizes"))
-    parts = (torch.cat([none, *own.prompt_tokens]), group, own.tokens, own.offsets.diff(), own.rollout_logprobs)
-    prompt_tokens, group, tokens, lengths, logprobs = (torch.cat(ranks.gathered(part)) for part in parts)
-    return Rollouts(
-        prompts=prompts,
-        prompt_tokens=list(prompt_tokens.split(sizes)),
-        group=group,
-        tokens=tokens,
-        offsets=_offsets(lengths),
-        rollout_logprobs=logprobs,
-        texts=texts,
-        finish=finish,
     )
 
 

@@ -50,7 +50,7 @@ def refused(parser, words, capsys):
 @EVERY
 @pytest.mark.parametrize("written", [flag, lambda name: f"--{name}"], ids=["dashes", "underscores"])
 def test_everything_is_a_flag(recipe, written):
-    special = {"device": "cpu", "dtype": "float32", "schedule": "cosine"}
+    special = {"device": "cpu", "dtype": "float32", "schedule": "cosine", "shard": "full"}
     words, expected = [], {}
     for name, wanted, _ in own(recipe):
         text, expected[name] = VALUES[wanted] if name not in special else (special[name], special[name])

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from fuserl.engine import loop, models, ranks
 from fuserl.engine.follower import Follower
 from fuserl.engine.metrics import Run
+from fuserl.engine.policy import Policy, Sampling, Updating
 
 RANKS, STEPS = 2, 3
 CASES = {
@@ -59,6 +60,20 @@ def trained(folder, name, case, *, resume=False, **changes):
     path.write_text(json.dumps(before + tiny_runs.numbers(rows)))
 
 
+def require_pieces():
+    """Of every weight and of what AdamW keeps of it, the ranks have the elements once."""
+    model = tiny_models.model()
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    actor = Policy(model, None, Sampling(), Updating(), value=True, cut=True)
+    for state in (actor.parameters(), actor.optimizer.state_dict()):
+        own = {name: piece.to_local().numel() for name, piece in state.items() if hasattr(piece, "to_local")}
+        every = ranks.everyones(own)
+        for name, size in own.items():
+            whole = sizes.get(name.removeprefix("exp_avg_sq.").removeprefix("exp_avg."), 32)  # or the value head
+            assert (sum(each[name] for each in every) == whole and size < whole) or whole == 32, name
+        assert len(own) >= len(sizes)
+
+
 def on_each(folder):
     """All cases; one with dropout, whose ranks draw their own, whole and in two parts; and one that one rank began."""
     for shard in ("none", "full"):
@@ -67,6 +82,7 @@ def on_each(folder):
         for part in ({}, {"steps": 2}, {"resume": True}):
             name = f"{'parts' if part else 'whole'} {shard}"
             trained(folder, name, "grpo adapters", shard=shard, lora_dropout=0.3, **part)
+    require_pieces()
     trained(folder, "handed over", "grpo", resume=True, shard="full", **STEADY)
 
 
