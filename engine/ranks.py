@@ -53,7 +53,7 @@ def joined(device: str) -> Iterator[None]:
         device: "cpu", or "cuda" for the GPU that has this rank's number on its machine.
 
     Raises:
-        ValueError: one GPU is named for all ranks.
+        ValueError: one GPU is named for all ranks, or there are fewer than ranks.
         RuntimeError: another rank failed.
     """
     if not dist.is_available() or dist.is_initialized() or not dist.is_torchelastic_launched():
@@ -62,7 +62,13 @@ def joined(device: str) -> Iterator[None]:
     if ":" in device:
         raise ValueError(f"joined: device must be cpu or cuda, of which each rank takes one; got {device}. Use cuda.")
     if device == "cuda":
-        torch.cuda.set_device(dist.get_node_local_rank())
+        local, seen = dist.get_node_local_rank(), torch.cuda.device_count()
+        if local >= seen:
+            raise ValueError(
+                f"joined: each rank must have a GPU of its own; torch sees {seen} here, and this is the rank number "
+                f"{local + 1}. Lower --nproc-per-node."
+            )
+        torch.cuda.set_device(local)
     store, number, count = next(dist.rendezvous("env://"))
     kind = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"  # tokens and texts travel between hosts
     dist.init_process_group(kind, store=store, rank=number, world_size=count, timeout=_PATIENCE)
@@ -133,7 +139,7 @@ def _ended(store: dist.Store, number: int, kind, error: BaseException | None, tr
         said = store.get(_FAILURE).decode() if store.check([_FAILURE]) else own
     else:
         said = store.compare_set(_FAILURE, "", own).decode()
-    if said == own:
+    if said.partition(": ")[2] == own.partition(": ")[2]:  # this one's, or what all ranks have found alike
         if not any(isinstance(each, dist.DistError) or "gloo" in str(each) for each in chain):
             return
         said = (
