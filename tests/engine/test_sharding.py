@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from batches import rollouts
 from ranks import on_ranks
 from torch import nn
 
 from fuserl.engine import ranks, sharding
+from fuserl.engine.rewards import RewardError, Scorer
 
 RANKS = 3
 
@@ -67,7 +69,32 @@ def align_and_cut():
     assert sharding.whole(piece.grad).unique().tolist() == [6]  # 1 + 2 + 3
 
 
-@pytest.mark.parametrize("task", [bring_together, sum_up, align_and_cut])
+def reward_alike():
+    """A call each: the same rewards everywhere, and the same failure, with what the other ranks know."""
+    asked, called = rollouts(), []
+
+    def place(completion):
+        called.append(completion)
+        return ord(completion) / 3  # no number of float32
+
+    expected = torch.tensor([ord(text) / 3 for text in asked.texts])
+    with Scorer(place) as scorer:
+        found, facts = scorer(asked)
+    assert called == [asked.texts[ranks.rank()]] and torch.equal(found, expected) and facts == {"timeouts": 0}
+
+    def failing(completion):
+        return place(completion) if completion != asked.texts[1] else math.nan
+
+    with (
+        Scorer(failing) as scorer,
+        pytest.raises(RewardError, match=r"finite number; got nan for rollout 1 \(") as failed,
+    ):
+        scorer(asked)
+    assert failed.value.rewards.isnan().tolist() == [False, True, False]
+    assert torch.equal(failed.value.rewards[::2], expected[::2])
+
+
+@pytest.mark.parametrize("task", [bring_together, sum_up, align_and_cut, reward_alike])
 def test_three_ranks(task):
     on_ranks(RANKS, task)
 
