@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fuserl import attention, layers
-from fuserl.engine import adapters, generation, prompts, ranks, sharding
+from fuserl.engine import adapters, gathered, generation, prompts, ranks, sharding
 from fuserl.engine.batch import Batch, Rollouts
 from fuserl.engine.losses import Loss
 from fuserl.engine.meter import Meter, phase, span
@@ -189,7 +189,7 @@ class Policy:
         if completed:
             read, drawn = self.costs.generation(completed)
             self.meter.add(read=read, drawn=drawn)
-        return _together(completed or None, prompts)
+        return gathered.rollouts(completed or None, prompts)
 
     @phase("score")
     @torch.no_grad()
@@ -350,31 +350,6 @@ class Policy:
         # Weights cast once for all uses would outlive the pieces that FSDP2 frees.
         options = {"dtype": self.compute, "enabled": self.compute != torch.float32, "cache_enabled": not self._cut}
         return torch.autocast(self.device.type, **options)
-
-
-def _together(own: Rollouts | None, prompts: list[Prompt]) -> Rollouts:
-    """Completions of all prompts, from those of each rank's `ranks.share` of them, None where it is empty."""
-    if ranks.world() == 1 and own is not None:
-        return own
-    none = torch.zeros(0, dtype=torch.int64)
-    own = own or Rollouts([], [], none, none, none.new_zeros(1), torch.zeros(0), [], [])
-    group = own.group + ranks.share(len(prompts)).start
-    told = ranks.everyones(
-        {"texts": own.texts, "finish": own.finish, "sizes": [len(each) for each in own.prompt_tokens]}
-    )
-    texts, finish, sizes = ([each for part in told for each in part[name]] for name in ("texts", "finish", "sizes"))
-    parts = (torch.cat([none, *own.prompt_tokens]), group, own.tokens, own.offsets.diff(), own.rollout_logprobs)
-    prompt_tokens, group, tokens, lengths, logprobs = (torch.cat(ranks.gathered(part)) for part in parts)
-    return Rollouts(
-        prompts=prompts,
-        prompt_tokens=list(prompt_tokens.split(sizes)),
-        group=group,
-        tokens=tokens,
-        offsets=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
-        rollout_logprobs=logprobs,
-        texts=texts,
-        finish=finish,
-    )
 
 
 def _taught(batch: Batch, loss: Loss) -> Tensor:
