@@ -7,13 +7,14 @@ import torch
 from batches import config, gradient, made, ragged, recipe
 
 from fuserl.engine import prompts
+from fuserl.engine.meter import Meter
 
 
 class Fixed:
     """A policy whose n-th prompt ever asked gets completions of the n-th row of texts."""
 
     def __init__(self, rows):
-        self.rows, self.calls = iter(rows), []
+        self.rows, self.calls, self.meter = iter(rows), [], Meter()
 
     def generate(self, asked, *, group_size):
         self.calls.append(len(asked))
