@@ -220,11 +220,12 @@ void tree_attention_backward(const Views& tree, const TensorView& q, const Tenso
                                        {tokens, window, scale, softcap}, threads);
 }
 
-void tree_decode(const Views& plan, const TensorView& q, const TensorView& k, const TensorView& v, std::int64_t window,
-                 double scale, double softcap, const TensorView& out, const TensorView& lse, int threads) {
+void tree_decode(const std::array<TensorView, 6>& plan, const TensorView& q, const TensorView& k, const TensorView& v,
+                 std::int64_t window, double scale, double softcap, const TensorView& out, const TensorView& lse,
+                 int threads) {
   share_torch_threads();
-  fuserl::cpu::tree_decode({plan[0], plan[1], plan[2], plan[3], plan[4]}, q, k, v, {window, scale, softcap}, out, lse,
-                           threads);
+  fuserl::cpu::tree_decode({plan[0], plan[1], plan[2], plan[3], plan[4], plan[5]}, q, k, v, {window, scale, softcap},
+                           out, lse, threads);
 }
 
 void matmul(const TensorView& a, const TensorView& b, const std::optional<TensorView>& bias, double alpha, bool add,

@@ -306,11 +306,12 @@ void tree_attention_backward(const TreeTensors& tree, const TreeGradients& tenso
 
 // Attention of one query per leaf of a forest; equations: kernels/tree_decode. I stretches of keys, P pairs of one and a
 // query that sees it, each pair with a partial result.
-//   item   (I, 5) i32: first row of the storage, keys, position of the first, and from and to in member
+//   item   (I, 5) i32: first row, keys, position of the first, and from and to in member
 //   member (P,) i32, queries;  slot (P,) i32, pairs by query from its root down;  bounds (Q + 1,) i32 in slot
 //   last   (Q,) i32, the position of each query in its text
+//   page   (M,) i32: row r of an item is row r % 64 of the storage's 64 rows number page[r / 64]; none where M is 0
 struct DecodePlan {
-  const TensorView &item, &member, &slot, &bounds, &last;
+  const TensorView &item, &member, &slot, &bounds, &last, &page;
 };
 struct DecodeRule {
   std::int64_t window;    // 2^31 - 1 for none

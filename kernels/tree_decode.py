@@ -1,18 +1,14 @@
-"""Attention of queries that come last: each sees the whole line of segments above it, whose shared parts are read once.
+"""Attention of queries over cached keys: each sees its line of segments up to itself; what lines share is read once.
 
-    s[b,j] = scale q[b].k[j],  or softcap tanh(scale q[b].k[j] / softcap),   j over segment leaf[b] and its ancestors
+    s[b,j] = scale q[b].k[j],  or softcap tanh(scale q[b].k[j] / softcap),   j <= position[b] in leaf[b] or above
     lse[b] = log sum_j exp s[b,j]           out[b] = sum_j exp(s[b,j] - lse[b]) v[j]
 
 Decoding waits for memory. With G rollouts of n tokens each behind a prompt of P it reads P + G n keys and values where
-one cache per rollout holds G (P + n). A segment is read in stretches of _SPLIT keys, each by all queries that descend
-from it; what a query found in its stretches is added from the root down.
+one cache per rollout holds G (P + n). A token of a prompt that is being read, a rollout's next one and a text put in
+between are the same thing to it, so that a token's numbers do not depend on how its text is cut into passes.
 """
 
 from __future__ import annotations
-
-import functools
-import itertools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,34 +16,20 @@ from torch import Tensor
 from fuserl.kernels import softmax_rows, tree_decode_tiles
 from fuserl.kernels.dispatch import choose
 from fuserl.kernels.registration import register
+from fuserl.kernels.tree_lines import NO_WINDOW, Lines, lines
 from fuserl.kernels.tree_segments import Rule
 
 _NAME = "tree_decode"
-_NO_WINDOW = 2**31 - 1
-_SPLIT = 512  # keys
 _WIDTH = 16  # the C++ takes head dimensions in multiples of this
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """Stretches of keys and who sees them: item, member, slot, bounds and last, int32, as `DecodePlan` of csrc/ops.h.
-
-    most: queries that see one stretch.
-    """
-
-    arrays: tuple[Tensor, ...]
-    most: int
-
-
-def reference(q: Tensor, k: Tensor, v: Tensor, segments: tuple[list[int], ...], rule: Rule) -> tuple[Tensor, Tensor]:
+def reference(q: Tensor, k: Tensor, v: Tensor, seen: Lines, rule: Rule) -> tuple[Tensor, Tensor]:
     """The definition, in plain torch: every query's keys and values laid end to end."""
-    parent, start, length, leaf = segments
     dtype, repeat = softmax_rows.accumulator(q.dtype), q.shape[1] // k.shape[1]
     out, lse = q.new_zeros(q.shape, dtype=dtype), q.new_full(q.shape[:2], -torch.inf, dtype=dtype)
-    for b, segment in enumerate(leaf):
-        line = _line(parent, segment)
-        rows = torch.cat([torch.arange(start[s], start[s] + length[s]) for s in line])[-(rule.window or _NO_WINDOW) :]
-        keys, values = (x[rows.to(x.device)].to(dtype).repeat_interleave(repeat, dim=1) for x in (k, v))
+    for b in range(len(q)):
+        rows = seen.rows(b, rule.window).to(k.device)
+        keys, values = (x[rows].to(dtype).repeat_interleave(repeat, dim=1) for x in (k, v))
         scores = torch.einsum("hd,jhd->hj", q[b].to(dtype), keys) * rule.scale
         if rule.softcap is not None:
             scores = rule.softcap * torch.tanh(scores / rule.softcap)
@@ -56,53 +38,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, segments: tuple[list[int], ...], 
     return out, lse
 
 
-def _line(parent: list[int], segment: int) -> list[int]:
-    """A segment and its ancestors, from the root down."""
-    line = []
-    while segment >= 0:
-        line.append(segment)
-        segment = parent[segment]
-        if len(line) > len(parent):
-            raise ValueError(
-                f"{_NAME}: parent must lead from every segment to a root; got a circle at {segment}. Use -1 for a root."
-            )
-    return line[::-1]
-
-
-@functools.lru_cache(maxsize=16)
-def _plan(parent, start, length, leaf, window: int | None) -> Plan:
-    """Every layer of a model asks for the same: those of the last few calls are kept."""
-    base: dict[int, int] = {}
-    members: dict[int, list[int]] = {}
-    last = []
-    for query, segment in enumerate(leaf):
-        place = 0
-        for s in _line(parent, segment):
-            base[s] = place
-            members.setdefault(s, []).append(query)
-            place += length[s]
-        last.append(place - 1)
-    stretches = [
-        (base[s] + at, start[s] + at, min(_SPLIT, length[s] - at), seeing)
-        for s, seeing in members.items()
-        for at in range(0, length[s], _SPLIT)
-    ]
-    items, member = [], []
-    seen: list[list[int]] = [[] for _ in leaf]
-    for place, first, keys, seeing in sorted(stretches, key=lambda stretch: stretch[:2]):
-        near = [query for query in seeing if window is None or last[query] - window < place + keys - 1]
-        if near:
-            items.append((first, keys, place, len(member), len(member) + len(near)))
-        for query in near:
-            seen[query].append(len(member))
-            member.append(query)
-    bounds = [0, *itertools.accumulate(map(len, seen))]
-    slot = [pair for pairs in seen for pair in pairs]
-    item, *others = (torch.tensor(x, dtype=torch.int32) for x in (items, member, slot, bounds, last))
-    return Plan((item.view(-1, 5), *others), max((to - from_ for *_, from_, to in items), default=0))
-
-
-def _cpu(q, k, v, segments, rule):
+def _cpu(q, k, v, seen, rule):
     from fuserl import _C
 
     dtype, spare = softmax_rows.accumulator(q.dtype), -q.shape[2] % _WIDTH
@@ -110,32 +46,41 @@ def _cpu(q, k, v, segments, rule):
     queries, keys, values = (x if x.stride(2) == 1 else x.contiguous() for x in given)
     queries = queries.contiguous()
     out, lse = torch.empty_like(queries), queries.new_empty(queries.shape[:2])
-    numbers = min(rule.window or _NO_WINDOW, _NO_WINDOW), rule.scale, rule.softcap or 0.0
-    _C.tree_decode(
-        _plan(*segments, rule.window).arrays, queries, keys, values, *numbers, out, lse, torch.get_num_threads()
-    )
+    numbers = min(rule.window or NO_WINDOW, NO_WINDOW), rule.scale, rule.softcap or 0.0
+    _C.tree_decode(seen.plan(rule.window).arrays, queries, keys, values, *numbers, out, lse, torch.get_num_threads())
     return out[..., : q.shape[2]], lse
 
 
-def _triton(q, k, v, segments, rule):
-    return tree_decode_tiles.attend(q, k, v, _plan(*segments, rule.window), rule)
+def _triton(q, k, v, seen, rule):
+    return tree_decode_tiles.attend(q, k, v, seen.plan(rule.window), rule)
 
 
 IMPLS = {"triton": _triton, "cpu": _cpu, "reference": reference}
 
 
-def _run(q, k, v, parent, start, length, leaf, *numbers_and_backend):
-    *numbers, backend = numbers_and_backend
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Lines, rule: Rule, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`tree_decode` of lines made beforehand, once for all layers of a model; nothing is checked."""
     double = q.dtype == torch.float64 and q.device.type != "cpu"
     backend = choose(_NAME, IMPLS, q.device, backend or ("reference" if double else None))
     if backend == "triton" and q.dtype == torch.float64:
         raise RuntimeError(f"{_NAME}: backend 'triton' cannot run on float64: its products have at most 32 bits.")
-    segments = tuple(tuple(x.tolist()) for x in (parent, start, length, leaf))
-    _check_segments(*segments, len(q), len(k))
     if q.numel() == 0:
         return _fake(q)
-    out, lse = IMPLS[backend](q, k, v, segments, Rule(*numbers))
+    out, lse = IMPLS[backend](q, k, v, seen, rule)
     return out.to(q.dtype).contiguous(), lse
+
+
+def _run(q, k, v, parent, start, length, leaf, *others):
+    position, page, *numbers, backend = others
+    arrays = [None if x is None else tuple(x.tolist()) for x in (parent, start, length, leaf, position, page)]
+    if len(leaf) != len(q):
+        raise ValueError(
+            f"{_NAME}: leaf must have one segment for each of {len(q)} queries; got {len(leaf)}. Name a segment "
+            "for every query."
+        )
+    return attend(q, k, v, lines(*arrays[:5], arrays[5] or (), len(k)), Rule(*numbers), backend)
 
 
 def _fake(q, *_):
@@ -143,8 +88,8 @@ def _fake(q, *_):
 
 
 _tree_decode = register(
-    "tree_decode(Tensor q, Tensor k, Tensor v, Tensor parent, Tensor start, Tensor length, Tensor leaf, float scale, "
-    "int? window, float? softcap, str? backend) -> (Tensor, Tensor)",
+    "tree_decode(Tensor q, Tensor k, Tensor v, Tensor parent, Tensor start, Tensor length, Tensor leaf, "
+    "Tensor? position, Tensor? page, float scale, int? window, float? softcap, str? backend) -> (Tensor, Tensor)",
     _run,
     _fake,
 )
@@ -157,23 +102,29 @@ def tree_decode(
     segments,
     leaf,
     *,
+    position=None,
+    page=None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one query per rollout over a key-value cache that holds each shared prompt once; forward only.
+    """Attention of queries over a key-value cache that holds each shared prompt once; forward only.
 
-        out[b] = sum_j softmax_j(scale q[b].k[j]) v[j],   j over segment leaf[b] and its ancestors
+        out[b] = sum_j softmax_j(scale q[b].k[j]) v[j],   j <= position[b] in segment leaf[b] and its ancestors
 
     Args:
-        q: (B, H, D) float32, bfloat16, float16 or float64, each the last token of its text; D up to 256.
+        q: (B, H, D) float32, bfloat16, float16 or float64; D up to 256.
         k, v: (T, Hkv, D) of q's dtype, the rows of a cache in any order of the segments, with room between them, and
             strided as long as D is in one stretch. Query head h reads key head h // (H / Hkv).
         segments: (parent, start, length), each (S,) integers on the host: the segment that each one continues, -1 for
-            none, its first row of the cache and its tokens so far. Of a rollout's own token as of its ancestors' the
-            key is there already. Several queries of a rollout (speculative decoding) are segments of a token each.
-        leaf: (B,) integers on the host, the segment whose last token each query is.
+            none, its
+            first row of the cache and its tokens so far. A query's own key is there already.
+        leaf: (B,) integers on the host, the segment at the end of each query's line.
+        position: (B,) integers on the host, the last token of its line that each query sees; all of them by default.
+            The tokens of a prompt that is being read stand at 0, 1, 2, ... of one line.
+        page: (M,) integers on the host, for a cache in pages of 64 rows: row r of a segment is row r % 64 of page
+            page[r // 64] of k and v, and segments begin at multiples of 64. By default row r is row r.
         scale: of the scores; D ** -0.5 by default.
         window: a query sees that many last tokens of its text, itself included.
         softcap: c makes each score c tanh(score / c).
@@ -186,19 +137,22 @@ def tree_decode(
     Raises:
         ValueError: on a wrong shape, dtype, device, number or segment, and on tensors that want a gradient.
 
-    On a CPU a query's bits depend on its own line of segments only, not on what is decoded beside it. Ten runs give the
-    same bits. A length compiles nothing anew. Memory: (D + 2) numbers per query, head and stretch of 512 keys.
+    On a CPU a query's bits depend on its position in its line only: not on what is beside it, nor where in the cache a
+    segment is. Ten runs give the same bits. A length compiles nothing anew. Memory: (D + 2) numbers per query, head and
+    stretch of 512 keys.
 
     Source: Hydragen (arXiv:2402.05099), here for trees of any depth. Sibling: `tree_attention`, for training.
     """
     if hasattr(segments, "parent"):
         segments = segments.parent, segments.start, segments.length
     _check(q, k, v, scale, window, softcap)
-    found = [torch.as_tensor(x, dtype=torch.int64) for x in (*segments, leaf)]
-    if len(found) != 4 or any(x.dim() != 1 or x.device.type != "cpu" for x in found):
+    given = (*segments, leaf, position, page)
+    found = [None if x is None else torch.as_tensor(x, dtype=torch.int64) for x in given]
+    shapes = [tuple(x.shape) for x in found if x is not None]
+    if len(found) != 6 or any(x is not None and (x.dim() != 1 or x.device.type != "cpu") for x in found):
         raise ValueError(
-            f"{_NAME}: segments must be (parent, start, length), three (S,) arrays on the host, and leaf one; got "
-            f"{[tuple(x.shape) for x in found]}. Keep the sizes where they were made."
+            f"{_NAME}: segments must be (parent, start, length), and leaf, position and page one each, all arrays on "
+            f"the host; got {shapes}. Keep the sizes where they were made."
         )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
@@ -225,19 +179,3 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale, window, softcap) -> None:
     for name, value in {"scale": scale, "softcap": softcap, "window": window}.items():
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{_NAME}: {name} must be positive and finite; got {value}. Use None for the default.")
-
-
-def _check_segments(parent, start, length, leaf, queries: int, rows: int) -> None:
-    if not len(parent) == len(start) == len(length) or len(leaf) != queries:
-        raise ValueError(
-            f"{_NAME}: segments must be three arrays of one length, and leaf one for {queries} queries; got "
-            f"{len(parent)}, {len(start)}, {len(length)} and {len(leaf)}. Name a segment for every query."
-        )
-    for segment, (up, first, size) in enumerate(zip(parent, start, length, strict=True)):
-        if not -1 <= up < len(parent) or first < 0 or size < 0 or first + size > rows:
-            raise ValueError(
-                f"{_NAME}: segments must continue one of {len(parent)}, or -1, in rows 0 to {rows}; got parent {up}, "
-                f"start {first} and length {size} for segment {segment}. Check the sizes of the cache."
-            )
-    if not all(0 <= segment < len(parent) for segment in leaf):
-        raise ValueError(f"{_NAME}: leaf must name segments 0 to {len(parent) - 1}; got {min(leaf)} to {max(leaf)}.")

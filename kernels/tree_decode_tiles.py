@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fuserl.kernels.jit import tl, triton
+from fuserl.kernels.tree_lines import NO_WINDOW, PAGE
 from fuserl.kernels.tree_segments import Rule
 from fuserl.kernels.tree_tiles import _power, _readable, _score
 
-_NO_WINDOW = 2**31 - 1
 MERGE_LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
 
 
@@ -23,7 +23,7 @@ def launch(dim: int, dtype: torch.dtype, rows: int) -> dict:
     """Tile sizes and options for stretches that at most so many rows ask for."""
     width = max(16, 1 << (dim - 1).bit_length())
     if dtype == torch.float32:
-        sizes = {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
+        sizes = {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 4 if width <= 128 else 8, "num_stages": 1}
     else:
         most = 64 if width <= 128 else 32
         tile = min(most, max(16, 1 << max(rows - 1, 0).bit_length()))
@@ -42,10 +42,10 @@ def _read(ptr, row, inside, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["window", "tiles"])
 def _attend_kernel(
-    q_ptr, k_ptr, v_ptr, sums_ptr, top_ptr, total_ptr, item_ptr, member_ptr, last_ptr, window, tiles, heads, repeat,
-    stride_k, stride_k_head, stride_v, stride_v_head, scale: tl.float32, softcap: tl.float32, D: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, sums_ptr, top_ptr, total_ptr, item_ptr, member_ptr, last_ptr, page_ptr, window, tiles, heads,
+    repeat, stride_k, stride_k_head, stride_v, stride_v_head, scale: tl.float32, softcap: tl.float32, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
-    EXACT: tl.constexpr,
+    PAGE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Sums, highest score and total weight of one tile of rows over one stretch of keys of one head."""
     kv_heads = heads // repeat
@@ -59,17 +59,22 @@ def _attend_kernel(
         inside, pair, head = row < rows, begin + row // repeat, kv_head * repeat + row % repeat
         query = tl.load(member_ptr + pair, inside, other=0).to(tl.int64)
         q = _read(q_ptr, query * heads + head, inside, D, D, BLOCK_D)
-        nearest = tl.load(last_ptr + query, inside, other=0) - window + 1 - place
+        own = tl.load(last_ptr + query, inside, other=0) - place
+        nearest, farthest = own - window + 1, tl.minimum(own, keys - 1)
         top, total = tl.full([BLOCK_Q], float("-inf"), tl.float32), tl.zeros([BLOCK_Q], tl.float32)
         sums = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         k_ptr += kv_head * stride_k_head
         v_ptr += kv_head * stride_v_head
         for at in range(0, keys, BLOCK_K):
             j = at + tl.arange(0, BLOCK_K)
-            there = j < keys
-            k = _read(k_ptr, first + j, there, stride_k, D, BLOCK_D)
+            there, stored = j < keys, first + at
+            if PAGE:
+                # BLOCK_K divides a page, and an item begins with one.
+                stored = tl.load(page_ptr + stored // PAGE) * PAGE + stored % PAGE
+            keyed = stored + tl.arange(0, BLOCK_K)
+            k = _read(k_ptr, keyed, there, stride_k, D, BLOCK_D)
             s, _ = _score(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, CAP, EXACT)
-            seen = there[None, :]
+            seen = j[None, :] <= farthest[:, None]
             if WINDOW:
                 seen = seen & (j[None, :] >= nearest[:, None])
             s = tl.where(seen, s, float("-inf"))
@@ -77,7 +82,7 @@ def _attend_kernel(
             # A row that has seen nothing yet: no infinity less infinity.
             shift = tl.where(higher == float("-inf"), 0.0, higher)
             p, factor = _power(s - shift[:, None], EXACT), _power(top - shift, EXACT)
-            v = _read(v_ptr, first + j, there, stride_v, D, BLOCK_D)
+            v = _read(v_ptr, keyed, there, stride_v, D, BLOCK_D)
             sums = tl.dot(p.to(v.dtype), v, sums * factor[:, None], input_precision="ieee")
             top, total = higher, total * factor + tl.sum(p, 1)
         d, to = tl.arange(0, BLOCK_D), pair.to(tl.int64) * heads + head
@@ -123,7 +128,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan, rule: Rule) -> tuple[Tensor, T
     q = _readable(q)
     k, v = (x if x.stride(2) == 1 and x.dtype == q.dtype else _readable(x) for x in (k, v))
     heads, dim = q.shape[1:]
-    item, member, slot, bounds, last = _on(plan, q.device)
+    item, member, slot, bounds, last, page = _on(plan, q.device)
     repeat, pairs = heads // k.shape[1], len(member)
     sums, (top, total) = (
         q.new_empty((pairs, heads, dim), dtype=torch.float32),
@@ -132,12 +137,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan, rule: Rule) -> tuple[Tensor, T
     settings, exact = launch(dim, q.dtype, plan.most * repeat), q.dtype == torch.float32
     tiles = triton.cdiv(plan.most * repeat, settings["BLOCK_Q"])
     strides = k.stride(0), k.stride(1), v.stride(0), v.stride(1)
-    window = _NO_WINDOW if rule.window is None else min(rule.window, _NO_WINDOW)
+    window = NO_WINDOW if rule.window is None else min(rule.window, NO_WINDOW)
     switches = {"CAP": rule.softcap is not None, "WINDOW": rule.window is not None, "EXACT": exact}
+    switches["PAGE"] = PAGE if len(page) else 0
     if pairs:
         _attend_kernel[(len(item) * tiles * k.shape[1],)](
-            q, k, v, sums, top, total, item, member, last, window, tiles, heads, repeat, *strides, rule.scale,
-            rule.softcap or 1.0, D=dim, **switches, **settings,
+            q, k, v, sums, top, total, item, member, last, page, window, tiles, heads, repeat, *strides,
+            rule.scale, rule.softcap or 1.0, D=dim, **switches, **settings,
         )  # fmt: skip
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
     sizes = {"D": dim, "BLOCK_D": settings["BLOCK_D"], "EXACT": exact, **MERGE_LAUNCH}

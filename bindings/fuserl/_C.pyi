@@ -210,7 +210,7 @@ def tree_attention_backward(
     threads: int,
 ) -> None: ...
 def tree_decode(
-    plan: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    plan: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,

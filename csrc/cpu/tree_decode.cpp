@@ -97,8 +97,8 @@ void run(const cpu::DecodePlan& plan, const TensorView& q, const TensorView& k, 
   const std::unique_ptr<T[]> room(new T[static_cast<std::size_t>(partials * heads * (dim + 2))]);
   T *sums = room.get(), *top = sums + partials * heads * dim, *total = top + partials * heads;
   Decode<T> all = {{rule.scale, rule.softcap},
-                   {heads / k.shape[1], dim, plan.member.as<std::int32_t>(), plan.last.as<std::int32_t>(), rule.window,
-                    q.as<T>(), k.data, v.data, k.stride[0], k.stride[1], v.stride[0], v.stride[1], sums, top, total},
+                   {heads / k.shape[1], dim, plan.member.as<std::int32_t>(), plan.last.as<std::int32_t>(),
+                    plan.page.size() ? plan.page.as<std::int32_t>() : nullptr, rule.window, q.as<T>(), k.data, v.data, k.stride[0], k.stride[1], v.stride[0], v.stride[1], sums, top, total},
                    plan.item.as<DecodeItem>(),
                    plan.slot.as<std::int32_t>(),
                    plan.bounds.as<std::int32_t>(),
@@ -143,6 +143,7 @@ void tree_decode(const DecodePlan& plan, const TensorView& q, const TensorView& 
   check_dense(function, "slot", plan.slot, DType::i32, Device::cpu, {plan.member.size()});
   check_dense(function, "bounds", plan.bounds, DType::i32, Device::cpu, {queries + 1});
   check_dense(function, "last", plan.last, DType::i32, Device::cpu, {queries});
+  check_dense(function, "page", plan.page, DType::i32, Device::cpu, {plan.page.size()});
   (wide ? run<double> : run<float>)(plan, q, k, v, rule, out, lse, threads);
 }
 

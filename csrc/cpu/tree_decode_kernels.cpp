@@ -72,20 +72,23 @@ void attend(const TreeScores& scores, const DecodeArrays<T>& x, const DecodeItem
   }
   for (std::int64_t at = 0; at < item.keys; at += side) {
     const std::int64_t count = item.keys - at < side ? item.keys - at : side;
-    const K* k = static_cast<const K*>(x.k) + (item.first + at) * x.k_token + kv_head * x.k_head;
-    const K* v = static_cast<const K*>(x.v) + (item.first + at) * x.v_token + kv_head * x.v_head;
+    // A tile of paged rows is one page: every item begins with a page.
+    const std::int64_t row = x.page ? side * x.page[(item.first + at) / side] : item.first + at;
+    const K* k = static_cast<const K*>(x.k) + row * x.k_token + kv_head * x.k_head;
+    const K* v = static_cast<const K*>(x.v) + row * x.v_token + kv_head * x.v_head;
     transpose<T>(k, x.k_token, count, dim, keys);
     product<T, false>(queries, dim, 1, keys, side, weights, side, height, side, dim);
     for (std::int64_t r = 0; r < height; ++r) {
-      // Of this tile the query sees the keys from `first` on: those nearer than the window.
+      // Of this tile the query sees the keys up to its own, and of those the ones nearer than the window.
       const std::int64_t query = x.member[item.begin + (r < rows ? r / x.repeat : 0)];
-      const std::int64_t first = x.last[query] - x.window + 1 - item.place - at;
-      const std::int32_t from = static_cast<std::int32_t>(first < 0 ? 0 : first < side ? first : side);
+      const std::int64_t own = x.last[query] - item.place - at, first = own - x.window + 1;
+      const auto from = static_cast<std::int32_t>(first < 0 ? 0 : first < side ? first : side);
+      const auto to = static_cast<std::int32_t>(own + 1 < 0 ? 0 : own + 1 < count ? own + 1 : count);
       Vector<T> row[vectors<T>];
       for (int n = 0; n < vectors<T>; ++n) {
         row[n] = score<T>(load(weights + r * side + n * size), scores, nullptr);
         const auto j = counted(type) + n * size;
-        row[n] = (j >= from) & (j < static_cast<std::int32_t>(count)) ? row[n] : Vector<T>{} - T(infinity);
+        row[n] = (j >= from) & (j < to) ? row[n] : Vector<T>{} - T(infinity);
       }
       weigh<T>(row, top[r], total[r], sums + r * dim, dim, weights + r * side);
     }

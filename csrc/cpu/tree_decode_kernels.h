@@ -6,7 +6,7 @@ namespace fuserl {
 
 // A stretch of one segment's keys, and the queries that see it.
 struct DecodeItem {
-  std::int32_t first, keys, place;  // its first row of the storage, how many, and the first one's position in its text
+  std::int32_t first, keys, place;  // its first row, how many, and the first one's position in its text
   std::int32_t begin, end;          // in `member`: one partial result each
 };
 
@@ -14,6 +14,7 @@ template <class T>
 struct DecodeArrays {
   std::int64_t repeat, dim;  // query heads per key head; `dim` a multiple of 16
   const std::int32_t *member, *last;  // the query of each partial result; the position of each query
+  const std::int32_t* page;           // which tree_tile rows of the storage rows 0..63, 64..127, ... are; or null
   std::int64_t window;
   const T* q;          // (queries, heads, dim)
   const void *k, *v;   // rows of `dim` numbers each, by token and key head

@@ -1,5 +1,7 @@
 """tree_decode: against one dense softmax in float64, alone and among others, and what it refuses."""
 
+import itertools
+
 import pytest
 import torch
 from backends import INTERPRETING, cpu_only, each_backend, run_interpreted
@@ -10,6 +12,7 @@ from tolerance import check
 
 from fuserl import tree_attention, tree_decode
 from fuserl.kernels.tree_decode import IMPLS
+from fuserl.kernels.tree_lines import Lines
 
 
 def cache(segments, gap=3):
@@ -33,7 +36,7 @@ def poisoned(x, segments):
     return torch.where(held.to(x.device)[:, None, None], x, torch.nan)
 
 
-def dense(q, k, v, segments, leaf, *, scale=None, window=None, softcap=None, weights=None):
+def dense(q, k, v, segments, leaf, *, position=None, scale=None, window=None, softcap=None, weights=None):
     """(out, lse) in the dtype of q, a query at a time; the weights rounded to the dtype `weights` if given."""
     parent, start, length = segments
     out, lse = torch.zeros_like(q), torch.full_like(q[..., 0], -torch.inf)
@@ -42,6 +45,7 @@ def dense(q, k, v, segments, leaf, *, scale=None, window=None, softcap=None, wei
         while segment >= 0:
             line = [*range(start[segment], start[segment] + length[segment]), *line]
             segment = parent[segment]
+        line = line if position is None else line[: position[b] + 1]
         line = line if window is None else line[-window:]
         keys, values = (x[line].repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         scores = torch.einsum("hd,jhd->hj", q[b], keys) * (q.shape[2] ** -0.5 if scale is None else scale)
@@ -139,6 +143,71 @@ def test_it_is_the_last_row_of_tree_attention(device, backend):
     torch.testing.assert_close(got[1], lse[-own:], rtol=1e-5, atol=1e-5)
 
 
+@each_backend
+@pytest.mark.parametrize("name", ["group", "any_order"])
+def test_queries_anywhere_in_their_lines(device, backend, name):
+    """Every token of every segment: a prompt being read, a rollout's tokens, a text put in between."""
+    segments, rows = cache(FORESTS[name])
+    parent, _, length = segments
+    leaf, position = [], []
+    for segment, size in enumerate(length):
+        above, up = 0, parent[segment]
+        while up >= 0:
+            above, up = above + length[up], parent[up]
+        leaf += [segment] * size
+        position += range(above, above + size)
+    for options in ({}, {"window": 9}, {"softcap": 2.0, "scale": 0.3}):
+        compare(inputs(rows, len(leaf), device=device), segments, leaf, backend, position=position, **options)
+
+
+def paged(x, segments):
+    """The cache in pages of 64 rows, in no order and with NaN between the segments; its segments and pages."""
+    parent, start, length = segments
+    counts = [-(-size // 64) for size in length]
+    ends = torch.tensor([0, *counts]).cumsum(0).tolist()
+    page = torch.randperm(ends[-1] + 2)[: ends[-1]].tolist()
+    stored = [torch.full((64 * (ends[-1] + 2), *each.shape[1:]), torch.nan).to(each) for each in x]
+    for first, size, begin in zip(start, length, ends, strict=False):
+        for at in range(size):
+            for to, each in zip(stored, x, strict=True):
+                to[64 * page[begin + at // 64] + at % 64] = each[first + at]
+    return stored, (parent, [64 * end for end in ends[:-1]], length), page
+
+
+@each_backend
+def test_pages(device, backend):
+    segments, rows = cache(([-1, 0, 0, 2], [150, 64, 0, 70]))
+    leaf, position = [1, 3, 3, 3, 0], [213, 219, 180, 151, 70]
+    q, *stored = inputs(rows, len(leaf), dim=64, device=device)
+    got = stored, segments, None
+    for options in ({}, {"window": 75}):
+        runs = []
+        for kept, forked, page in (got, paged(stored, segments)):
+            runs.append(tree_decode(q, *kept, forked, leaf, position=position, page=page, backend=backend, **options))
+        assert all(map(torch.equal, *runs))
+    compare((q, *stored), segments, leaf, backend, position=position)
+
+
+@cpu_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 90])
+def test_a_token_gets_the_same_bits_however_its_text_is_cut_into_passes(dtype, window):
+    """Prompt and rollout, at once or bit by bit, where what comes after a pass may be anything."""
+    sizes = [700, 0, 90]
+    segments, rows = cache(([-1, 0, 0], sizes))
+    q, k, v = inputs(rows, 790, heads=6, kv_heads=2, dim=32, dtype=dtype)
+    whole = tree_decode(q, k, v, segments, [0] * 700 + [2] * 90, position=range(790), window=window, backend="cpu")
+    for cuts in ([0, 1, 65, 512, 513, 700, 701, 790], [0, 300, 600, 650, 777, 790]):
+        for begin, end in itertools.pairwise(cuts):
+            sizes = [min(end, 700), 0, max(0, end - 700)]
+            so_far = segments[0], segments[1], sizes
+            known = [poisoned(x, so_far) for x in (k, v)]
+            leaf = [2 if at >= 700 else 0 for at in range(begin, end)]
+            span = range(begin, end)
+            found = tree_decode(q[begin:end], *known, so_far, leaf, position=span, window=window, backend="cpu")
+            assert all(torch.equal(some, all_[begin:end]) for some, all_ in zip(found, whole, strict=True))
+
+
 @cpu_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_query_gets_the_same_bits_alone_and_among_others(dtype):
@@ -187,7 +256,11 @@ def test_any_forest(seed, window):
     torch.manual_seed(seed)
     segments, rows = cache(forest(seed, segments=seed % 9 + 1, longest=100))
     leaf = torch.randint(len(segments[0]), (seed % 5 + 1,)).tolist()
-    compare(inputs(rows, len(leaf)), segments, leaf, "cpu", window=window)
+    ends = [sum(segments[2][s] for s in Lines(*segments, (), ()).line(segment)) for segment in leaf]
+    position = [seed % (end + 1) - 1 for end in ends]
+    tensors = inputs(rows, len(leaf))
+    compare(tensors, segments, leaf, "cpu", window=window)
+    compare(tensors, segments, leaf, "cpu", window=window, position=position)
 
 
 @cpu_only
@@ -219,7 +292,7 @@ def test_opcheck():
     segments, rows = cache(FORESTS["groups"])
     arrays = [torch.tensor(x) for x in (*segments, [1, 4])]
     for numbers in ((0.25, None, None), (0.25, 7, 3.0)):
-        given = (*inputs(rows, 2), *arrays, *numbers, "cpu")
+        given = (*inputs(rows, 2), *arrays, torch.tensor([0, 3]), None, *numbers, "cpu")
         torch.library.opcheck(torch.ops.fuserl.tree_decode, given, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -236,8 +309,12 @@ def test_opcheck():
         ({"segments": ([-1, 2], [0, 3], [3, 2])}, "got parent 2, start 0|got parent 2"),
         ({"segments": ([-1, 0], [0, 3], [3, 3])}, "start 3 and length 3 for segment 1"),
         ({"segments": ([1, 0], [0, 3], [3, 2])}, "got a circle"),
-        ({"leaf": [0]}, "leaf one for 2 queries"),
+        ({"leaf": [0]}, "leaf must have one segment for each of 2 queries"),
         ({"leaf": [0, 2]}, "leaf must name segments 0 to 1"),
+        ({"position": [0]}, "position must be one for each of 2 queries"),
+        ({"position": [3, 3]}, r"below the length of its line; got 2 for lines of \[3, 5\]"),
+        ({"page": [0]}, "page must number the 0 pages"),
+        ({"position": [[0, 1]]}, "all arrays on the host"),
         ({"scale": 0.0}, "scale must be positive"),
         ({"window": 0}, "window must be positive"),
     ],

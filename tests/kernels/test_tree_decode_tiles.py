@@ -18,17 +18,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STRIDES = ("stride_k", "stride_k_head", "stride_v", "stride_v_head")
 
 
-def kernels(dtype, dim, rows, cap=False, window=False):
+def kernels(dtype, dim, rows, cap=False, window=False, page=64):
     """(name, kernel, types of its run-time arguments, its settings) for heads of `dim` numbers of `dtype`."""
     launch = tree_decode_tiles.launch(dim, DTYPES[dtype], rows)
     partial = dict.fromkeys(("sums_ptr", "top_ptr", "total_ptr"), "*fp32")
     types = {**dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}"), **partial}
-    types |= dict.fromkeys(("item_ptr", "member_ptr", "last_ptr"), "*i32")
+    types |= dict.fromkeys(("item_ptr", "member_ptr", "last_ptr", "page_ptr"), "*i32")
     types |= dict.fromkeys(("window", "tiles", "heads", "repeat", *STRIDES), "i32") | dict.fromkeys(
         ("scale", "softcap"), "fp32"
     )
     switches = {"D": dim, "EXACT": dtype == "fp32"}
-    settings = {**switches, "CAP": cap, "WINDOW": window, **launch}
+    settings = {**switches, "CAP": cap, "WINDOW": window, "PAGE": page, **launch}
     yield "attend", tree_decode_tiles._attend_kernel, types, settings
     types = {**partial, "slot_ptr": "*i32", "bounds_ptr": "*i32", "out_ptr": f"*{dtype}", "lse_ptr": "*fp32"}
     settings = {**switches, "BLOCK_D": launch["BLOCK_D"], **tree_decode_tiles.MERGE_LAUNCH}
@@ -48,7 +48,7 @@ def test_nothing_is_spilled(target, dtype, dim):
 
 
 def test_caps_windows_and_the_other_dtypes_compile():
-    for name, kernel, types, settings in kernels("fp16", 80, 16, cap=True, window=True):
+    for name, kernel, types, settings in kernels("fp16", 80, 16, cap=True, window=True, page=0):
         assert compile_ahead(kernel, "sm_90", types, settings).asm["cubin"], name
 
 
