@@ -1,8 +1,7 @@
-"""Keys and values of the rollouts being decoded, in storage allocated once, and the layout that reads and writes it.
+"""Keys and values of texts that are being read, in pages of 64 tokens, and the layout that writes and reads them.
 
-A pass of the model always runs the same number of rows, whatever is in them (a GEMM's result for one row may change
-with the number of rows beside it); attention of one row reads a stretch of keys whose length depends on that row only.
-So a rollout gets the same bits alone and among others.
+A page belongs to every text that holds it: what several texts begin with stands once. Where a page lies, and which
+other texts are read in the same pass, changes no bit of what a token gets on a CPU: see `tree_decode`.
 """
 
 from __future__ import annotations
@@ -10,98 +9,119 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fuserl.kernels.tree_layout import Scores, dense, explicit
+from fuserl.kernels import tree_decode
+from fuserl.kernels.tree_layout import Scores
+from fuserl.kernels.tree_lines import PAGE, Lines
+from fuserl.kernels.tree_segments import Rule
 
-_STRETCH = 64  # keys are read in multiples of this many columns
-PROMPT_BLOCK = 16  # queries of a prompt answered together: positions 0..15, 16..31, ...
 
-
-class KVCache:
-    """Keys and values (slots, Hkv, columns, D) of every layer; a slot holds one text, column p its position p.
+class Pages:
+    """Pages by number, how many texts hold each, and their storage, which grows as they are taken.
 
     Args:
-        slots: texts held at once.
-        columns: tokens of the longest one.
+        most: pages there may ever be.
     """
 
-    def __init__(self, slots: int, columns: int):
-        self.slots = slots
-        self.columns = -(-columns // _STRETCH) * _STRETCH
+    def __init__(self, most: int):
+        self.most = most
+        self.holders: list[int] = []  # of every page that there is
+        self.free: list[int] = []
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
+    @property
+    def left(self) -> int:
+        """How many more can be taken."""
+        return self.most - len(self.holders) + len(self.free)
+
+    def take(self, count: int) -> list[int]:
+        """Pages that nobody holds; at most `left`."""
+        if count > len(self.free):
+            # A quarter more than there are, so that a cache that grows page by page is not copied each time.
+            there = len(self.holders)
+            grown = min(self.most, max(there + count - len(self.free), there + there // 4))
+            self.free += range(there, grown)
+            self.holders += [0] * (grown - there)
+        taken = [self.free.pop() for _ in range(count)]
+        self.share(taken)
+        return taken
+
+    def share(self, pages: list[int]) -> None:
+        """One more text holds these."""
+        for page in pages:
+            self.holders[page] += 1
+
+    def drop(self, pages: list[int]) -> None:
+        """One text fewer holds these."""
+        for page in pages:
+            self.holders[page] -= 1
+            if self.holders[page] == 0:
+                self.free.append(page)
+
+    def copy(self, page: int, to: int) -> None:
+        """Copies all that a page holds."""
+        for stored in self.layers.values():
+            for x in stored:
+                x[PAGE * to : PAGE * (to + 1)] = x[PAGE * page : PAGE * (page + 1)]
+
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Storage of one layer, allocated at first use in the dtype and on the device of `like` (1, Hkv, L, D)."""
-        if index not in self.layers:
-            shape = (self.slots, like.shape[1], self.columns, like.shape[3])
-            self.layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
+        """Keys and values (rows, Hkv, D) of one layer, in the dtype and on the device of `like` (1, Hkv, L, D)."""
+        before = self.layers.get(index)
+        if before is None or len(before[0]) < PAGE * len(self.holders):
+            grown = tuple(like.new_empty(PAGE * len(self.holders), like.shape[1], like.shape[3]) for _ in range(2))
+            for new, old in zip(grown, before or (), strict=False):
+                new[: len(old)] = old
+            self.layers[index] = grown
         return self.layers[index]
 
-    def copy(self, source: KVCache, slot: int, to: list[int], start: int, stop: int) -> None:
-        """Copies columns start..stop of one slot of `source` (this or another cache) into the slots `to` of this."""
-        for index, stored in source.layers.items():
-            for mine, other in zip(self.layer(index, stored[0]), stored, strict=True):
-                mine[to, :, start:stop] = other[slot, :, start:stop]
+
+def page_bytes(model) -> int:
+    """Bytes of one page in all layers of a transformers model."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    device = next(model.parameters()).device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    return 2 * PAGE * config.num_hidden_layers * heads * dim * dtype.itemsize
 
 
-class Rows:
-    """One pass over token rows: row i is the token of slot[i] at position[i]; rows beyond these are padding.
+def free_bytes(device: torch.device) -> int:
+    """What a cache may take where nobody said: nine tenths of a GPU's free memory, half of a host's."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + kept) * 9 // 10
+    try:
+        with open("/proc/meminfo") as lines:
+            found = dict(line.split(":") for line in lines)
+        return int(found["MemAvailable"].split()[0]) * 1024 // 2
+    except (OSError, KeyError):  # not Linux: such a machine pages
+        return 2**62
+
+
+class Pass:
+    """One pass of the model over token rows; rows beyond these are padding.
 
     Args:
-        cache: where keys and values are kept.
-        slot: (n,) int64 on the host; rows of one slot stand together.
-        position: (n,) int64 on the host, rising within a slot.
-        block: rows of one slot answered together, from multiples of it on: 1 to decode, `PROMPT_BLOCK` for prompts.
-        device: of the model.
+        pages: where keys and values are kept.
+        stored: (n,) int64 on the device of the model, the row of the storage of each token.
+        lines: what each of the n tokens sees.
     """
 
-    def __init__(self, cache: KVCache, slot: Tensor, position: Tensor, block: int, device: torch.device):
-        self.cache = cache
-        self.slot, self.position = slot.to(device), position.to(device)
+    def __init__(self, pages: Pages, stored: Tensor, lines: Lines):
+        self.pages, self.stored, self.lines = pages, stored, lines
         self.served: set[int] = set()
-        self._masks: dict[tuple[int, int | None], Tensor] = {}
-        self._stretches = list(self._plan(slot, position, block, device))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        """Stores the rows' keys and values, then lets each row see its slot up to its own position."""
+        """Stores the rows' keys and values, then lets each row see its line up to itself."""
         if query.shape[0] != 1:
             raise ValueError(f"attend: query must have batch 1; got {tuple(query.shape)}. Give input_ids (1, rows)")
         self.served.add(layer)
-        keys, values = self.cache.layer(layer, key)
-        n = len(self.slot)
-        keys[self.slot, :, self.position] = key[0, :, :n].transpose(0, 1)
-        values[self.slot, :, self.position] = value[0, :, :n].transpose(0, 1)
-        out = torch.zeros_like(query)
-        for stretch, (width, slots, row, filled) in enumerate(self._stretches):
-            answer = self._answer(query, keys[slots, :, :width], values[slots, :, :width], stretch, scores)
-            out[0, :, row[filled]] = answer[filled].transpose(0, 1)
-        return out
-
-    def _answer(self, query: Tensor, keys: Tensor, values: Tensor, stretch: int, scores: Scores) -> Tensor:
-        """Attention of one stretch's blocks, (U, block, H, D); query heads are folded into rows of their key head."""
-        width, _, row, _ = self._stretches[stretch]
-        (blocks, block), heads, kv_heads = row.shape, query.shape[1], keys.shape[1]
-        asked = query[0][:, row].transpose(0, 1).reshape(blocks, kv_heads, -1, query.shape[3])
-        mask = self._masks.get((stretch, scores.window))
-        if mask is None:
-            behind = self.position[row][:, None, :, None] - torch.arange(width, device=row.device)
-            mask = behind >= 0 if scores.window is None else (behind >= 0) & (behind < scores.window)
-            mask = self._masks[stretch, scores.window] = mask.repeat(1, 1, heads // kv_heads, 1)
-        # torch's CPU attention gives a batch element other bits beside others than alone; the plain products do not.
-        attend = explicit if query.device.type == "cpu" else dense
-        return attend(asked, keys, values, mask, scores).view(blocks, heads, block, -1).transpose(1, 2)
-
-    def _plan(self, slot: Tensor, position: Tensor, block: int, device: torch.device):
-        """Per stretch of keys: (width, slots (U,) or all of them, rows (U, block), which of these are of this pass)."""
-        unit = slot * self.cache.columns + position // block
-        units, member = torch.unique_consecutive(unit, return_inverse=True)
-        row = torch.zeros(len(units), block, dtype=torch.int64)
-        filled = torch.zeros(len(units), block, dtype=torch.bool)
-        row[member, position % block] = torch.arange(len(slot))
-        filled[member, position % block] = True
-        holder = units // self.cache.columns
-        width = ((units % self.cache.columns) * block // _STRETCH + 1) * _STRETCH
-        for w in width.unique().tolist():
-            here = (width == w).nonzero()[:, 0]
-            every = torch.equal(holder[here], torch.arange(self.cache.slots))
-            slots = slice(None) if every else holder[here].to(device)
-            yield w, slots, row[here].to(device), filled[here].to(device)
+        n = len(self.stored)
+        asked, *given = (x[0, :, :n].transpose(0, 1) for x in (query, key, value))
+        kept = self.pages.layer(layer, key)
+        for to, x in zip(kept, given, strict=True):
+            to[self.stored] = x
+        rule = Rule(scores.scaling, scores.window, scores.softcap)
+        found, _ = tree_decode.attend(asked, *kept, self.lines, rule)
+        out = query.new_zeros(query.shape[2], *found.shape[1:])
+        out[:n] = found
+        return out.transpose(0, 1)[None]

@@ -118,11 +118,9 @@ def tree_decode(
         k, v: (T, Hkv, D) of q's dtype, the rows of a cache in any order of the segments, with room between them, and
             strided as long as D is in one stretch. Query head h reads key head h // (H / Hkv).
         segments: (parent, start, length), each (S,) integers on the host: the segment that each one continues, -1 for
-            none, its
-            first row of the cache and its tokens so far. A query's own key is there already.
+            none, its first row of the cache and its tokens so far. A query's own key is there already.
         leaf: (B,) integers on the host, the segment at the end of each query's line.
-        position: (B,) integers on the host, the last token of its line that each query sees; all of them by default.
-            The tokens of a prompt that is being read stand at 0, 1, 2, ... of one line.
+        position: (B,) integers on the host, the last token of its line that each query sees; by default all of them.
         page: (M,) integers on the host, for a cache in pages of 64 rows: row r of a segment is row r % 64 of page
             page[r // 64] of k and v, and segments begin at multiples of 64. By default row r is row r.
         scale: of the scores; D ** -0.5 by default.

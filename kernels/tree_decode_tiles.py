@@ -71,8 +71,8 @@ def _attend_kernel(
             if PAGE:
                 # BLOCK_K divides a page, and an item begins with one.
                 stored = tl.load(page_ptr + stored // PAGE) * PAGE + stored % PAGE
-            keyed = stored + tl.arange(0, BLOCK_K)
-            k = _read(k_ptr, keyed, there, stride_k, D, BLOCK_D)
+            stored = stored.to(tl.int64)
+            k = _read(k_ptr + stored * stride_k, tl.arange(0, BLOCK_K), there, stride_k, D, BLOCK_D)
             s, _ = _score(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, CAP, EXACT)
             seen = j[None, :] <= farthest[:, None]
             if WINDOW:
@@ -82,7 +82,7 @@ def _attend_kernel(
             # A row that has seen nothing yet: no infinity less infinity.
             shift = tl.where(higher == float("-inf"), 0.0, higher)
             p, factor = _power(s - shift[:, None], EXACT), _power(top - shift, EXACT)
-            v = _read(v_ptr, keyed, there, stride_v, D, BLOCK_D)
+            v = _read(v_ptr + stored * stride_v, tl.arange(0, BLOCK_K), there, stride_v, D, BLOCK_D)
             sums = tl.dot(p.to(v.dtype), v, sums * factor[:, None], input_precision="ieee")
             top, total = higher, total * factor + tl.sum(p, 1)
         d, to = tl.arange(0, BLOCK_D), pair.to(tl.int64) * heads + head

@@ -6,9 +6,10 @@ import tiny_models
 import torch
 from tiny_models import Letters
 
-from fuserl.engine import generation
+from fuserl.engine import decoding
 from fuserl.engine.generation import generate
 from fuserl.engine.prompts import Prompt
+from fuserl.engine.scheduling import Source
 
 FAMILIES = pytest.mark.parametrize("family", list(tiny_models.FAMILIES))
 RAGGED = [Prompt(text) for text in ("ABC", "Z", "K:Q3TTRLA4BCC<Y", "abcdabcdabcdefabcdbacdacd", "9876543210")]
@@ -97,18 +98,18 @@ def test_rollouts_wait_for_slots(group_size):
 
 
 def test_each_prompt_token_is_read_once(monkeypatch):
-    fed, forward = [], generation.Decoder._forward
+    read, forward = [], decoding.Decoder._forward
 
-    def counting(self, cache, tokens, slot, position, block, keep):
-        fed.append(len(tokens) if keep is not None else 0)
-        return forward(self, cache, tokens, slot, position, block, keep)
+    def counting(self, spans):
+        read.extend(stop - start for text, start, stop in spans if isinstance(text, Source))
+        return forward(self, spans)
 
-    monkeypatch.setattr(generation.Decoder, "_forward", counting)
+    monkeypatch.setattr(decoding.Decoder, "_forward", counting)
     generate(tiny_models.model(), Letters(), RAGGED, group_size=21, max_new_tokens=3, rows=8)
-    assert sum(fed) == sum(len(prompt.text) for prompt in RAGGED)
-    fed.clear()
+    assert sum(read) == sum(len(prompt.text) for prompt in RAGGED)
+    read.clear()
     generate(tiny_models.model(), Letters(), ALIKE, group_size=4, max_new_tokens=3, rows=8)
-    assert sum(fed) == 21 + sum(len(prompt.text) - 21 for prompt in ALIKE)
+    assert sum(read) == 21 + sum(len(prompt.text) - 21 for prompt in ALIKE)
 
 
 def test_seeds_and_members_differ_and_repeat():

@@ -1,0 +1,207 @@
+"""Which tokens the next pass of the model reads: continuous batching over a cache of so many pages.
+
+A prompt is read once, by pieces, and kept for all its rollouts; what it begins with alike another prompt is taken from
+there. A rollout holds pages for its own tokens alone. Where pages run out, prompts that nobody uses go first, then the
+rollout that came last: it waits again with what it has drawn, which is read anew later.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fuserl.engine.kv_cache import Pages
+from fuserl.kernels.tree_lines import PAGE
+
+
+@dataclass(eq=False)
+class Text:
+    """Tokens, the first `read` of which have their keys and values in `pages`."""
+
+    tokens: list[int]
+    read: int = 0
+    pages: list[int] = field(default_factory=list)
+
+    @property
+    def missing(self) -> int:
+        """Pages wanting for all tokens."""
+        return -(-len(self.tokens) // PAGE) - len(self.pages)
+
+
+@dataclass(eq=False)
+class Source(Text):
+    """A prompt."""
+
+    logits: Tensor | None = None  # (V,) after its last token
+    like: Source | None = None  # another one that will have read the common beginning
+    live: int = 0  # rollouts
+    unfinished: int = 0  # rollouts
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of it is read."""
+        return self.read == len(self.tokens)
+
+
+@dataclass(eq=False, kw_only=True)
+class Rollout(Text):
+    """One completion in the making; its tokens stand behind its prompt's."""
+
+    source: Source
+    number: int  # its prompt's
+    stream: int  # with the seed, names its random numbers
+    turn: int = 0  # tokens before those that the policy is drawing now
+    trained: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: str | None = None
+
+    def draw(self, token: int, logprob: float) -> None:
+        """Appends a token of the policy."""
+        self.tokens.append(token)
+        self.trained.append(True)
+        self.logprobs.append(logprob)
+
+    def insert(self, tokens: list[int]) -> None:
+        """Appends tokens of somebody else, behind which a new turn begins."""
+        self.tokens += tokens
+        self.trained += [False] * len(tokens)
+        self.logprobs += [math.nan] * len(tokens)
+        self.turn = len(self.tokens)
+
+
+class Span(NamedTuple):
+    """Tokens of a text that a pass reads."""
+
+    text: Text
+    start: int
+    stop: int
+
+
+class Scheduler:
+    """What is read when.
+
+    Args:
+        rollouts: in the order in which they begin, those of a prompt together.
+        pages: enough for any one of them.
+        slots: rollouts at once.
+        rows: tokens of one pass.
+        shared: tokens that all prompts begin with, fewer than the shortest has.
+    """
+
+    def __init__(self, rollouts: list[Rollout], pages: Pages, slots: int, rows: int, shared: int = 0):
+        self.pages, self.slots, self.rows, self.shared = pages, slots, rows, shared
+        self.waiting = deque(rollouts)
+        self.live: dict[Rollout, None] = {}  # in the order of their coming
+        self.turns: list[Rollout] = []  # the same, those first that were read longest ago
+        self.resident: dict[Source, None] = {}  # prompts with pages
+        self.closed = False  # to newcomers: pages ran out, and nobody has finished since
+        for rollout in rollouts:
+            rollout.source.unfinished += 1
+
+    def plan(self) -> list[Span]:
+        """What the next pass reads; nothing where no more is to be read before tokens are drawn."""
+        for rollout in list(self.live):
+            while rollout in self.live and not self._hold(rollout, rollout.source):
+                self._preempt(next(reversed(self.live)))
+        while self.waiting and len(self.live) < self.slots and not (self.closed and self.live):
+            if not self._admit(self.waiting[0]):
+                break
+        return self._spans()
+
+    def ready(self) -> list[Rollout]:
+        """Live rollouts all of whose tokens are read, their prompts' too: their next token can be drawn."""
+        return [each for each in self.turns if each.source.complete and each.read == len(each.tokens)]
+
+    def done(self, rollout: Rollout) -> None:
+        """Takes a finished rollout out."""
+        self._leave(rollout)
+        self.closed = False
+        rollout.source.unfinished -= 1
+        for source in [each for each in self.resident if not each.unfinished]:
+            # One stays, so that the next prompt finds the common beginning.
+            if source is not rollout.source or not self.shared:
+                self._forget(source)
+
+    def _spans(self) -> list[Span]:
+        """Prompts first, for rollouts wait for them; then the rollouts that were read longest ago."""
+        spans, left = [], self.rows
+        for source in dict.fromkeys(each.source for each in self.live):
+            if left and not source.complete and self._begun(source):
+                spans.append(Span(source, source.read, min(len(source.tokens), source.read + left)))
+                left -= spans[-1].stop - source.read
+        served = set()
+        for rollout in self.turns:
+            if left and rollout.source.complete and rollout.read < len(rollout.tokens):
+                spans.append(Span(rollout, rollout.read, min(len(rollout.tokens), rollout.read + left)))
+                left -= spans[-1].stop - rollout.read
+                served.add(rollout)
+        self.turns.sort(key=served.__contains__)
+        return spans
+
+    def _admit(self, rollout: Rollout) -> bool:
+        """Makes a waiting rollout live, if there are pages for it and its prompt."""
+        source = rollout.source
+        if source not in self.resident:
+            self.resident[source] = None
+            like = next((each for each in self.resident if each is not source), None)
+            if self.shared and like:
+                source.like, source.pages = like, like.pages[: self.shared // PAGE]
+                self.pages.share(source.pages)
+        if not (self._hold(source, source) and self._hold(rollout, source)):
+            return False
+        self.waiting.popleft()
+        self.live[rollout] = None
+        self.turns.append(rollout)
+        source.live += 1
+        return True
+
+    def _begun(self, source: Source) -> bool:
+        """Whether a prompt can be read from `source.read` on: not while another one's reading saves it a part."""
+        like = source.like
+        if source.read == 0 and like is not None:
+            if like.read >= self.shared:
+                whole = self.shared // PAGE
+                if self.shared % PAGE:
+                    self.pages.copy(like.pages[whole], source.pages[whole])
+                source.read = self.shared
+            elif like.live and not like.like:
+                return False
+            source.like = None
+        return True
+
+    def _hold(self, text: Text, source: Source) -> bool:
+        """Takes the pages that a text still wants, if need be from prompts that nobody uses, other than `source`."""
+        for idle in [each for each in self.resident if not each.live and each is not source]:
+            if text.missing <= self.pages.left:
+                break
+            self._forget(idle)
+        if text.missing > self.pages.left:
+            return False
+        text.pages += self.pages.take(text.missing)
+        return True
+
+    def _preempt(self, rollout: Rollout) -> None:
+        self._leave(rollout)
+        self.waiting.appendleft(rollout)
+        self.closed = True
+
+    def _leave(self, rollout: Rollout) -> None:
+        del self.live[rollout]
+        self.turns.remove(rollout)
+        rollout.source.live -= 1
+        self._drop(rollout)
+
+    def _forget(self, source: Source) -> None:
+        del self.resident[source]
+        for each in self.resident:
+            each.like = None if each.like is source else each.like
+        source.logits = source.like = None
+        self._drop(source)
+
+    def _drop(self, text: Text) -> None:
+        self.pages.drop(text.pages)
+        text.pages, text.read = [], 0
