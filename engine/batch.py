@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fuserl.engine.prompts import Prompt
+from fuserl.kernels.tree_layout import Packed, pack
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Rollouts:
     texts: list[str]  # B completions, without the stop text
     finish: list[str]  # B, "stop" or "length"
     scores: tuple[Tensor, dict] | None = None  # rewards (B,) and their statistics, where making them took the reward
+    trained: Tensor | None = None  # (N,) bool, False for what others put in, which is context only; all True by default
+
+    def __post_init__(self):
+        if self.trained is None:
+            object.__setattr__(self, "trained", torch.ones_like(self.tokens, dtype=torch.bool))
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -64,6 +70,8 @@ class Batch:
     rollout_logprobs: Tensor  # (N,) float32, as sampled
     counts: Counts
     prompt_tokens: list[Tensor] = field(default_factory=list)  # G ragged int64, each prompt once
+    completions: list[Tensor] | None = None  # B ragged int64, where not all of their tokens are trained
+    place: Tensor | None = None  # (N,) int64, where each token stands in its completion, given `completions`
     advantages: Tensor | None = None  # (N,) float32
     old_logprobs: Tensor | None = None  # (N,) float32, at the start of the update
     ref_logprobs: Tensor | None = None  # (N,) float32
@@ -96,10 +104,21 @@ class Batch:
         return dataclasses.replace(
             self.take(self.rows_of(index)),
             rollout=torch.arange(len(index)).repeat_interleave(lengths),
-            offsets=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+            offsets=_offsets(lengths),
             group=self.group[index],
             rewards=self.rewards[index],
+            completions=self.completions and [self.completions[b] for b in index.tolist()],
         )
+
+    def packed(self, *, whole: bool = False) -> Packed:
+        """What one forward needs to score every trained token, on the host; `whole` as in `pack`."""
+        if self.completions is None:
+            return pack(self.prompt_tokens, self.group, self.tokens, self.offsets, whole=whole)
+        starts = _offsets(torch.tensor([len(each) for each in self.completions]))
+        found = pack(self.prompt_tokens, self.group, torch.cat(self.completions), starts, whole=whole)
+        rows = starts[self.rollout] + self.place
+        reader = None if found.reader is None else found.reader[rows]
+        return dataclasses.replace(found, predictor=found.predictor[rows], reader=reader)
 
     def minibatches(self, count: int, *, whole_groups: bool = False) -> list[Batch]:
         """This batch cut into `count` of whole groups, or of rollouts where groups are too few: one per optimizer step.
@@ -123,7 +142,8 @@ class Batch:
         A group's prompt counts once in each part. With `whole_groups` no group is cut.
         """
         index = index[self.group[index].argsort(stable=True)]
-        lengths, groups = self.offsets.diff()[index].tolist(), self.group[index].tolist()
+        whole = self.offsets.diff() if self.completions is None else torch.tensor([*map(len, self.completions)])
+        lengths, groups = whole[index].tolist(), self.group[index].tolist()
         begin = start = total = 0  # of the part, of the group
         for at, group in enumerate(groups):
             if at and group != groups[at - 1]:
@@ -216,6 +236,7 @@ class Batch:
         names = (
             "tokens",
             "rollout",
+            "place",
             "rollout_logprobs",
             "advantages",
             "old_logprobs",
@@ -227,20 +248,31 @@ class Batch:
 
 
 def batch_of(rollouts: Rollouts, rewards: Tensor) -> Batch:
-    """Pack `rollouts` with their `rewards` (B,) into a batch whose every completion token is trained."""
-    lengths = rollouts.offsets.diff()
+    """Pack `rollouts` with their `rewards` (B,) into a batch of those of their tokens that are trained."""
     if rewards.shape != (len(rollouts),):
         raise ValueError(
             f"batch_of: rewards must have shape ({len(rollouts)},), one per rollout; got {tuple(rewards.shape)}. "
             "Return one number per rollout from the recipe's reward."
         )
+    trained, lengths = rollouts.trained, rollouts.offsets.diff()
+    rollout = torch.repeat_interleave(torch.arange(len(rollouts)), lengths)[trained]
+    partly = {}
+    if not trained.all():
+        place = torch.arange(len(trained))[trained] - rollouts.offsets[rollout]
+        partly = {"completions": list(rollouts.tokens.split(lengths.tolist())), "place": place}
     return Batch(
-        tokens=rollouts.tokens,
-        rollout=torch.repeat_interleave(torch.arange(len(rollouts)), lengths),
-        offsets=rollouts.offsets,
+        tokens=rollouts.tokens[trained],
+        rollout=rollout,
+        offsets=_offsets(rollout.bincount(minlength=len(rollouts))),
         group=rollouts.group,
         rewards=rewards.float(),
-        rollout_logprobs=rollouts.rollout_logprobs,
-        counts=Counts(tokens=len(rollouts.tokens), rollouts=len(rollouts), groups=len(rollouts.prompts)),
+        rollout_logprobs=rollouts.rollout_logprobs[trained],
+        counts=Counts(tokens=len(rollout), rollouts=len(rollouts), groups=len(rollouts.prompts)),
         prompt_tokens=rollouts.prompt_tokens,
+        **partly,
     )
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    """(B,) lengths as (B + 1,) offsets."""
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

@@ -56,8 +56,8 @@ def generate(
         streams: one integer of 32 bits per prompt, naming its random stream; None is 0, 1, 2, ...
         forced: (B,) token ids that each completion begins with, not drawn and not trained; fewer than max_new_tokens.
         reply: called with a prompt and its completion so far, the text that ended it included, whenever one ends by
-            itself. What it returns (a tool's output, the next turn of a talk) is put behind it, neither drawn nor trained,
-            and the completion goes on; with None it ends. A reply without room to go on is left out ("length").
+            itself. What it returns (a tool's output, the next turn of a talk) is put behind it, neither drawn nor
+            trained, and the completion goes on; with None it ends. One without room behind it is left out ("length").
         rows: rollouts decoded at once; None is 64 on a CPU and 256 on a GPU. Part of what fixes the bits of a rollout.
         kv_gb: 1e9 bytes that keys and values may take; None is what fits. Where they run out, the rollouts that came
             last wait and are read again later, which changes none of them.
@@ -191,4 +191,5 @@ def _collected(prompts: list[Prompt], prompt_tokens: list[Tensor], rollouts: lis
         rollout_logprobs=torch.tensor([logprob for r in rollouts for logprob in r.logprobs], dtype=torch.float32),
         texts=[ending.text(r) for r in rollouts],
         finish=[r.finish for r in rollouts],
+        trained=torch.tensor([trained for r in rollouts for trained in r.trained], dtype=torch.bool),
     )

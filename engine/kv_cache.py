@@ -59,8 +59,8 @@ class Pages:
 
     def copy(self, page: int, to: int) -> None:
         """Copies all that a page holds."""
-        for stored in self.layers.values():
-            for x in stored:
+        for index, (keys, _) in list(self.layers.items()):
+            for x in self.layer(index, keys.transpose(0, 1)[None]):
                 x[PAGE * to : PAGE * (to + 1)] = x[PAGE * page : PAGE * (page + 1)]
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -296,7 +296,7 @@ class Policy:
 
     def _through(self, batch: Batch, loss: Loss, model) -> tuple[Tensor, SimpleNamespace, dict[str, Tensor]]:
         whole = "score" in loss.outputs
-        packed = attention.pack(batch.prompt_tokens, batch.group, batch.tokens, batch.offsets, whole=whole)
+        packed = batch.packed(whole=whole)
         live = loss.live(batch)
         if torch.is_grad_enabled():
             rows = 0 if "logprob" not in loss.outputs else len(batch.tokens) if live is None else int(live.sum())

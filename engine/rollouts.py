@@ -100,6 +100,7 @@ def selected(rollouts: Rollouts, groups: Tensor, rewards: Tensor) -> Rollouts:
         texts=[rollouts.texts[b] for b in index.tolist()],
         finish=[rollouts.finish[b] for b in index.tolist()],
         scores=(rewards[index], {}),
+        trained=rollouts.trained[rows],
     )
 
 
@@ -117,6 +118,7 @@ def joined(several: list[Rollouts]) -> Rollouts:
         texts=[text for each in several for text in each.texts],
         finish=[finish for each in several for finish in each.finish],
         scores=(torch.cat([each.scores[0] for each in several]), {}),
+        trained=torch.cat([each.trained for each in several]),
     )
 
 

@@ -37,7 +37,6 @@ class Source(Text):
     """A prompt."""
 
     logits: Tensor | None = None  # (V,) after its last token
-    like: Source | None = None  # another one that will have read the common beginning
     live: int = 0  # rollouts
     unfinished: int = 0  # rollouts
 
@@ -96,9 +95,7 @@ class Scheduler:
         self.pages, self.slots, self.rows, self.shared = pages, slots, rows, shared
         self.waiting = deque(rollouts)
         self.live: dict[Rollout, None] = {}  # in the order of their coming
-        self.turns: list[Rollout] = []  # the same, those first that were read longest ago
         self.resident: dict[Source, None] = {}  # prompts with pages
-        self.closed = False  # to newcomers: pages ran out, and nobody has finished since
         for rollout in rollouts:
             rollout.source.unfinished += 1
 
@@ -107,19 +104,17 @@ class Scheduler:
         for rollout in list(self.live):
             while rollout in self.live and not self._hold(rollout, rollout.source):
                 self._preempt(next(reversed(self.live)))
-        while self.waiting and len(self.live) < self.slots and not (self.closed and self.live):
-            if not self._admit(self.waiting[0]):
-                break
+        while self.waiting and len(self.live) < self.slots and self._admit(self.waiting[0]):
+            pass
         return self._spans()
 
     def ready(self) -> list[Rollout]:
         """Live rollouts all of whose tokens are read, their prompts' too: their next token can be drawn."""
-        return [each for each in self.turns if each.source.complete and each.read == len(each.tokens)]
+        return [each for each in self.live if each.source.complete and each.read == len(each.tokens)]
 
     def done(self, rollout: Rollout) -> None:
         """Takes a finished rollout out."""
         self._leave(rollout)
-        self.closed = False
         rollout.source.unfinished -= 1
         for source in [each for each in self.resident if not each.unfinished]:
             # One stays, so that the next prompt finds the common beginning.
@@ -127,51 +122,46 @@ class Scheduler:
                 self._forget(source)
 
     def _spans(self) -> list[Span]:
-        """Prompts first, for rollouts wait for them; then the rollouts that were read longest ago."""
+        """Prompts first, for rollouts wait for them; then rollouts, the oldest first."""
         spans, left = [], self.rows
         for source in dict.fromkeys(each.source for each in self.live):
-            if left and not source.complete and self._begun(source):
+            if left and not source.complete:
                 spans.append(Span(source, source.read, min(len(source.tokens), source.read + left)))
                 left -= spans[-1].stop - source.read
-        served = set()
-        for rollout in self.turns:
+        for rollout in self.live:
             if left and rollout.source.complete and rollout.read < len(rollout.tokens):
                 spans.append(Span(rollout, rollout.read, min(len(rollout.tokens), rollout.read + left)))
                 left -= spans[-1].stop - rollout.read
-                served.add(rollout)
-        self.turns.sort(key=served.__contains__)
         return spans
 
     def _admit(self, rollout: Rollout) -> bool:
         """Makes a waiting rollout live, if there are pages for it and its prompt."""
         source = rollout.source
-        if source not in self.resident:
-            self.resident[source] = None
-            like = next((each for each in self.resident if each is not source), None)
-            if self.shared and like:
-                source.like, source.pages = like, like.pages[: self.shared // PAGE]
-                self.pages.share(source.pages)
-        if not (self._hold(source, source) and self._hold(rollout, source)):
+        if (source not in self.resident and not self._enter(source)) or not self._hold(rollout, source):
             return False
         self.waiting.popleft()
         self.live[rollout] = None
-        self.turns.append(rollout)
         source.live += 1
         return True
 
-    def _begun(self, source: Source) -> bool:
-        """Whether a prompt can be read from `source.read` on: not while another one's reading saves it a part."""
-        like = source.like
-        if source.read == 0 and like is not None:
-            if like.read >= self.shared:
-                whole = self.shared // PAGE
-                if self.shared % PAGE:
-                    self.pages.copy(like.pages[whole], source.pages[whole])
-                source.read = self.shared
-            elif like.live and not like.like:
-                return False
-            source.like = None
-        return True
+    def _enter(self, source: Source) -> bool:
+        """Gives a prompt its pages, with what another one has read of it; not while that is being read."""
+        like = max(self.resident, key=lambda each: each.read, default=None) if self.shared else None
+        known = self.shared if like and like.read >= self.shared else 0
+        if like and not known and any(each.live for each in self.resident):
+            return False
+        whole, held = known // PAGE, like.pages[: -(-known // PAGE)] if known else []
+        self.pages.share(held)
+        source.pages = held[:whole]
+        entered = self._hold(source, source)
+        if entered:
+            self.resident[source], source.read = None, known
+            if held[whole:]:
+                self.pages.copy(held[whole], source.pages[whole])
+        else:
+            self._drop(source)
+        self.pages.drop(held[whole:])
+        return entered
 
     def _hold(self, text: Text, source: Source) -> bool:
         """Takes the pages that a text still wants, if need be from prompts that nobody uses, other than `source`."""
@@ -187,19 +177,15 @@ class Scheduler:
     def _preempt(self, rollout: Rollout) -> None:
         self._leave(rollout)
         self.waiting.appendleft(rollout)
-        self.closed = True
 
     def _leave(self, rollout: Rollout) -> None:
         del self.live[rollout]
-        self.turns.remove(rollout)
         rollout.source.live -= 1
         self._drop(rollout)
 
     def _forget(self, source: Source) -> None:
         del self.resident[source]
-        for each in self.resident:
-            each.like = None if each.like is source else each.like
-        source.logits = source.like = None
+        source.logits = None
         self._drop(source)
 
     def _drop(self, text: Text) -> None:

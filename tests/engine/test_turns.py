@@ -1,0 +1,194 @@
+"""Completions that are not all the policy's own: begun by others, answered where they end, trained on their own part."""
+
+import dataclasses
+
+import pytest
+import tiny_models
+import torch
+from tiny_models import Letters
+
+from fuserl.engine.batch import Rollouts, batch_of
+from fuserl.engine.generation import generate
+from fuserl.engine.losses import Loss
+from fuserl.engine.policy import Policy, Sampling, Updating
+from fuserl.engine.prompts import Prompt
+from fuserl.engine.rollouts import joined, selected
+
+PROMPTS = [Prompt(text) for text in ("ABC", "K:Q3TTRLA4BCC<Y", "9876543210")]
+
+
+class Talker(Letters):
+    """Letters that also encode a reply."""
+
+    def __call__(self, text, add_special_tokens=True):
+        return super().__call__(text)
+
+
+def spans(rollouts):
+    return [slice(*pair) for pair in zip(rollouts.offsets.tolist(), rollouts.offsets.tolist()[1:], strict=False)]
+
+
+def plain_logprobs(model, rollouts, b, temperature=1.0):
+    """Log-probs (n,) of every token of a completion, from one ordinary forward."""
+    prompt, tokens = rollouts.prompt_tokens[rollouts.group[b]], rollouts.tokens[spans(rollouts)[b]]
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        logits = model(torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
+    return (logits / temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+
+
+def check(model, rollouts):
+    """Drawn tokens have the log-probs of an ordinary forward over all that stands before them; the others have none."""
+    assert rollouts.rollout_logprobs.isnan().tolist() == (~rollouts.trained).tolist()
+    for b, span in enumerate(spans(rollouts)):
+        own = rollouts.trained[span]
+        expected = plain_logprobs(model, rollouts, b)[own]
+        assert torch.allclose(rollouts.rollout_logprobs[span][own], expected, atol=2e-5)
+
+
+def test_completions_begin_as_they_are_told_to():
+    model = tiny_models.model()
+    forced = [[], [5, 6, 7], [9] * 70, [1], [], [8, 8]]
+    rollouts = generate(model, Talker(), PROMPTS, group_size=2, max_new_tokens=75, stop_ids=(), forced=forced)
+    check(model, rollouts)
+    for ids, span, text in zip(forced, spans(rollouts), rollouts.texts, strict=True):
+        assert rollouts.tokens[span].tolist()[: len(ids)] == ids and text.startswith(Talker().decode(ids, False, False))
+        assert rollouts.trained[span].tolist() == [at >= len(ids) for at in range(75)]
+
+
+def test_what_a_policy_drew_itself_may_be_put_before_it_again():
+    """A forced beginning continues as the completion that it was taken from."""
+    model, settings = tiny_models.model("gemma3"), dict(group_size=2, max_new_tokens=70, stop_ids=(), rows=16)
+    whole = generate(model, Talker(), PROMPTS, **settings)
+    forced = [whole.tokens[span][:at].tolist() for at, span in zip((0, 1, 5, 40, 64, 69), spans(whole), strict=True)]
+    again = generate(model, Talker(), PROMPTS, forced=forced, **settings)
+    assert torch.equal(whole.tokens, again.tokens)
+    assert torch.equal(whole.rollout_logprobs[again.trained], again.rollout_logprobs[again.trained])
+
+
+def answered(model, **settings):
+    """Three replies to each completion, each when the policy has written a '9' or ended its text."""
+    calls = []
+
+    def reply(prompt, text):
+        calls.append((prompt.text, text))
+        said = sum(each == prompt.text for each, _ in calls)
+        return None if said > 3 else "9AB" if said == 2 else "QRS"
+
+    chosen = dict(max_new_tokens=90, stop=("9", "A"), reply=reply, rows=16)
+    return generate(model, Talker(), PROMPTS, **{**chosen, **settings}), calls
+
+
+def test_replies_are_read_and_not_drawn():
+    model = tiny_models.model()
+    rollouts, calls = answered(model)
+    check(model, rollouts)
+    for b, span in enumerate(spans(rollouts)):
+        mine = [text for prompt, text in calls if prompt == PROMPTS[b].text]
+        whole = Talker().decode(rollouts.tokens[span].tolist(), True, False)
+        assert all(whole.startswith(text) for text in mine) and len(mine) <= 4
+        given = rollouts.trained[span].logical_not().sum()
+        assert given == 3 * min(3, len(mine)) or given == 3 * (len(mine) - 1) and rollouts.finish[b] == "length"
+        if rollouts.finish[b] == "stop":
+            assert len(mine) == 4 and mine[-1] == whole
+            ended = whole[-1] in "9A" and rollouts.tokens[span][-1] != 2
+            assert rollouts.texts[b] == (whole[:-1] if ended else whole)
+    assert "stop" in rollouts.finish
+    # The reply's own '9' and 'A' end nothing, and what comes before them is shown.
+    assert any("9AB" in text for text in rollouts.texts)
+
+
+def test_a_continued_rollout_reads_nothing_twice(monkeypatch):
+    from fuserl.engine import decoding
+
+    read, forward = [], decoding.Decoder._forward
+
+    def counting(self, spans):
+        read.extend(stop - start for _, start, stop in spans)
+        return forward(self, spans)
+
+    monkeypatch.setattr(decoding.Decoder, "_forward", counting)
+    rollouts, _ = answered(tiny_models.model())
+    # All but each completion's last token.
+    assert sum(read) == sum(map(len, rollouts.prompt_tokens)) + len(rollouts.tokens) - len(rollouts)
+
+
+def test_replies_change_no_bit_whatever_is_beside_and_however_little_room_there_is():
+    model = tiny_models.model()
+    together, _ = answered(model)
+    tight, _ = answered(model, kv_gb=3 * 24576 / 1e9)
+    assert torch.equal(together.tokens, tight.tokens) and together.texts == tight.texts
+    assert torch.equal(together.rollout_logprobs.nan_to_num(1), tight.rollout_logprobs.nan_to_num(1))
+
+
+def test_a_reply_without_room_is_left_out():
+    rollouts = generate(
+        tiny_models.model(), Talker(), PROMPTS, max_new_tokens=20, stop=tuple("0123456789ABCDEFGHIJ"),
+        reply=lambda prompt, text: "n" * 7,
+    )  # fmt: skip
+    assert all(len(rollouts.tokens[span]) <= 20 for span in spans(rollouts))
+    assert set(rollouts.finish) == {"length"} and all(rollouts.trained[span][-1] for span in spans(rollouts))
+
+
+@pytest.mark.parametrize("forced", [[[1]], [[1] * 9, [], []]])
+def test_forced_tokens_that_do_not_fit_are_refused(forced):
+    with pytest.raises(ValueError, match="forced must hold fewer than 9"):
+        generate(tiny_models.model(), Talker(), PROMPTS, max_new_tokens=9, forced=forced)
+
+
+def given():
+    """Two rollouts of 4 and 5 tokens with tokens of others at the beginning, in the middle and at the end."""
+    return Rollouts(
+        prompts=PROMPTS[:2],
+        prompt_tokens=[torch.tensor([3, 4, 5]), torch.tensor([6, 7])],
+        group=torch.tensor([0, 1]),
+        tokens=torch.tensor([11, 12, 13, 14, 21, 22, 23, 24, 25]),
+        offsets=torch.tensor([0, 4, 9]),
+        rollout_logprobs=torch.tensor([torch.nan, -1, -2, -3, -4, torch.nan, torch.nan, -5, torch.nan]),
+        texts=["a", "b"],
+        finish=["stop", "stop"],
+        scores=(torch.tensor([1.0, 2.0]), {}),
+        trained=torch.tensor([0, 1, 1, 1, 1, 0, 0, 1, 0]).bool(),
+    )
+
+
+def test_a_batch_holds_trained_tokens_and_their_whole_completions():
+    batch = batch_of(given(), torch.tensor([1.0, 2.0]))
+    assert batch.tokens.tolist() == [12, 13, 14, 21, 24] and batch.rollout.tolist() == [0, 0, 0, 1, 1]
+    assert batch.offsets.tolist() == [0, 3, 5] and batch.place.tolist() == [1, 2, 3, 0, 3]
+    assert batch.counts.tokens == 5 and not batch.rollout_logprobs.isnan().any()
+    part = batch.rollouts_at(torch.tensor([1]))
+    assert part.place.tolist() == [0, 3] and part.completions[0].tolist() == [21, 22, 23, 24, 25]
+    both = [index.tolist() for index in batch.micro_batches(torch.arange(2), 14)]
+    assert both == [[0, 1]] and len(list(batch.micro_batches(torch.arange(2), 13))) == 2
+    assert batch_of(dataclasses.replace(given(), trained=None), torch.ones(2)).place is None
+
+
+def test_rollouts_taken_apart_and_together_keep_what_is_trained():
+    apart = [selected(given(), torch.tensor([group]), torch.tensor([1.0, 2.0])) for group in (0, 1)]
+    assert torch.equal(joined(apart).trained, given().trained)
+
+
+@pytest.mark.parametrize("micro_tokens", [4096, 8])
+def test_an_update_learns_the_trained_tokens_behind_all_that_was_said(micro_tokens):
+    """The gradient is that of the trained tokens' log-probs under ordinary forwards, however the batch is cut."""
+    rollouts, batch = given(), batch_of(given(), torch.ones(2))
+    model = tiny_models.model()
+    loss = sum(-plain(model, rollouts, b)[rollouts.trained[span]].sum() for b, span in enumerate(spans(rollouts)))
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model = tiny_models.model()
+    policy = Policy(model, Talker(), Sampling(), Updating(lr=0.0, micro_tokens=micro_tokens, max_grad_norm=1e9))
+    found = {}
+    policy.optimizer.step = lambda: found.update({n: p.grad.clone() for n, p in model.named_parameters()}) or {}
+    policy.update(batch, Loss(lambda out, part: (-out.logprob, {})))
+    largest = max(each.abs().max() for each in expected.values())
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).abs().max() <= 1e-5 * largest, name
+
+
+def plain(model, rollouts, b):
+    prompt, tokens = rollouts.prompt_tokens[rollouts.group[b]], rollouts.tokens[spans(rollouts)[b]]
+    model.set_attn_implementation("eager")
+    logits = model(torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
