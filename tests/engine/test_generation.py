@@ -8,8 +8,9 @@ from tiny_models import Letters
 
 from fuserl.engine import decoding
 from fuserl.engine.generation import generate
+from fuserl.engine.kv_cache import page_bytes
 from fuserl.engine.prompts import Prompt
-from fuserl.engine.scheduling import Source
+from fuserl.engine.scheduling import Scheduler, Source
 
 FAMILIES = pytest.mark.parametrize("family", list(tiny_models.FAMILIES))
 RAGGED = [Prompt(text) for text in ("ABC", "Z", "K:Q3TTRLA4BCC<Y", "abcdabcdabcdefabcdbacdacd", "9876543210")]
@@ -95,6 +96,27 @@ def test_rollouts_wait_for_slots(group_size):
         alone = generate(model, Letters(), [prompt], streams=[i], **settings)
         for member in range(group_size):
             assert completion(alone, member) == completion(rollouts, i * group_size + member)
+
+
+@pytest.mark.parametrize("prompts", [RAGGED, ALIKE], ids=["ragged", "alike"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_rollout_that_had_to_give_way_gets_the_same_bits(family, prompts, monkeypatch):
+    """As many pages as two rollouts and a half need: others wait with what they have drawn, and are read again."""
+    sent, preempt = [], Scheduler._preempt
+
+    def counted(self, rollout):
+        sent.append(len(rollout.tokens))
+        preempt(self, rollout)
+
+    monkeypatch.setattr(Scheduler, "_preempt", counted)
+    model, settings = tiny_models.model(family), dict(group_size=3, max_new_tokens=140, stop_ids=(), rows=16)
+    roomy = generate(model, Letters(), prompts, **settings)
+    assert not sent
+    tight = generate(model, Letters(), prompts, kv_gb=9 * page_bytes(model) / 1e9, **settings)
+    assert sum(drawn > 60 for drawn in sent) > 3
+    assert torch.equal(roomy.tokens, tight.tokens) and torch.equal(roomy.rollout_logprobs, tight.rollout_logprobs)
+    with pytest.raises(RuntimeError, match="kv_gb must have room for a rollout"):
+        generate(model, Letters(), prompts, kv_gb=3 * page_bytes(model) / 1e9, **settings)
 
 
 def test_each_prompt_token_is_read_once(monkeypatch):
