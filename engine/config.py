@@ -79,6 +79,7 @@ class Config:
     top_k: int = _rollout(0, doc="sample among the k likeliest tokens; 0 is all", least=0)
     top_p: float = _rollout(1.0, doc="sample among the likeliest tokens of this total probability", above=0.0, most=1.0)
     min_p: float = _rollout(0.0, doc="sample among tokens this likely relative to the likeliest", least=0.0, most=1.0)
+    kv_gb: float | None = _rollout(None, doc="gigabytes of keys and values at most; default what fits", above=0.0)
 
     lr: float | None = _update(None, doc="learning rate of AdamW", above=0.0)
     schedule: str = _update("constant", doc="of the learning rate", choices=("constant", "linear", "cosine"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +40,8 @@ class Decoder:
         shared = common_prefix([torch.tensor(tokens) for tokens in prompts])
         self.scheduler = Scheduler(rollouts, self.pages, slots, self.rows or _CHUNK * slots, shared)
 
-    def drawn(self, sampling: Sampling) -> Iterator[Rollout]:
-        """Every rollout each time it has drawn a token, until all have a `finish`, which is the caller's to set."""
+    def run(self, sampling: Sampling, drew: Callable[[Rollout], None]) -> None:
+        """Draws until all rollouts have a `finish`, which `drew`, called with each behind each token, is to set."""
         scheduler = self.scheduler
         while scheduler.live or scheduler.waiting:
             spans = scheduler.plan()
@@ -52,7 +52,7 @@ class Decoder:
             ids, logprobs = sampling.draw(rows, *names)
             for rollout, token, logprob in zip(ready, ids.tolist(), logprobs.tolist(), strict=True):
                 rollout.draw(token, logprob)
-                yield rollout
+                drew(rollout)
                 if rollout.finish:
                     scheduler.done(rollout)
 

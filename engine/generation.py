@@ -7,13 +7,16 @@ on how its tokens fall into passes (shown for float32 on CPUs).
 from __future__ import annotations
 
 import contextlib
+import functools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fuserl import attention
+from fuserl import attention, families
+from fuserl.engine import plain_decoding
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.decoding import Decoder
 from fuserl.engine.prompts import Prompt
@@ -73,14 +76,10 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
     prompt_tokens = [torch.tensor(tokenizer(p.text).input_ids, dtype=torch.int64) for p in prompts]
     stop_ids = _eos_ids(model) if stop_ids is None else frozenset(stop_ids)
-    ending = Ending(tokenizer, tuple(stop), stop_ids, max_new_tokens)
+    ending = Ending(tokenizer, tuple(stop), stop_ids, max_new_tokens, prompts, reply)
     rollouts = _begun(prompt_tokens, streams or range(len(prompts)), group_size, forced, max_new_tokens)
-    with _evaluating(model):
-        decoder = Decoder(model, rollouts, max_new_tokens, rows, kv_gb)
-        for rollout in decoder.drawn(sampling):
-            rollout.finish = ending.reason(rollout)
-            if rollout.finish == "stop" and reply is not None:
-                ending.answer(rollout, reply(prompts[rollout.number], ending.seen(rollout.tokens)))
+    with _decoding(model, rollouts, max_new_tokens, rows, kv_gb) as run:
+        run(sampling, ending.drew)
     return _collected(list(prompts), prompt_tokens, rollouts, ending)
 
 
@@ -126,6 +125,21 @@ class Ending:
     stop: tuple[str, ...]
     stop_ids: frozenset[int]
     max_new_tokens: int
+    prompts: Sequence[Prompt]
+    reply: Callable[[Prompt, str], str | None] | None
+
+    def drew(self, rollout: Rollout) -> None:
+        """Ends a rollout that has drawn a token, if that is its last, or answers it."""
+        rollout.finish = self.reason(rollout)
+        if rollout.finish != "stop" or self.reply is None:
+            return
+        text = self.reply(self.prompts[rollout.number], self.seen(rollout.tokens))
+        if text is not None:
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+            room = len(rollout.tokens) + len(ids) < self.max_new_tokens
+            rollout.finish = None if room else "length"
+            if room:
+                rollout.insert(ids)
 
     def reason(self, rollout: Rollout) -> str | None:
         """ "stop", "length", or None while the completion goes on."""
@@ -148,15 +162,6 @@ class Ending:
         cuts = [at for at in (text.find(stop, begin) for stop in self.stop) if at >= 0]
         return text[: min(cuts)] if cuts else text
 
-    def answer(self, rollout: Rollout, text: str | None) -> None:
-        """Puts a reply behind a rollout that has ended, which then goes on if there is room."""
-        if text is not None:
-            ids = self.tokenizer(text, add_special_tokens=False).input_ids
-            room = len(rollout.tokens) + len(ids) < self.max_new_tokens
-            rollout.finish = None if room else "length"
-            if room:
-                rollout.insert(ids)
-
     def seen(self, tokens: list[int]) -> str:
         """Tokens as text."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -168,16 +173,29 @@ def _eos_ids(model: nn.Module) -> frozenset[int]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module):
-    """Eval mode and "fuserl" attention for a while; both as before afterwards."""
-    training, before = model.training, model.config._attn_implementation
-    model.eval()
-    attention.attach(model)
+def _decoding(model: nn.Module, rollouts: list[Rollout], most: int, rows: int | None, kv_gb: float | None):
+    """How tokens are drawn with a model: the `run` of `Decoder`, or transformers' `generate` where that cannot be.
+
+    Meanwhile the model is in eval mode and has "fuserl" attention; both are as before afterwards.
+    """
+    reason, training, before = families.unsupported(model), model.training, model.config._attn_implementation
     try:
-        yield
+        model.eval()
+        if reason is not None and not families.bidirectional(model):
+            _warned(reason)
+            yield functools.partial(plain_decoding.run, model, rollouts, most)
+        else:
+            attention.attach(model)
+            yield Decoder(model, rollouts, most, rows, kv_gb).run
     finally:
         model.train(training)
         model.set_attn_implementation(before)
+
+
+@functools.cache
+def _warned(reason: str) -> None:
+    """Says so once."""
+    warnings.warn(f"generate: transformers' own generate is used, prompt by prompt, for {reason}.", stacklevel=3)
 
 
 def _collected(prompts: list[Prompt], prompt_tokens: list[Tensor], rollouts: list[Rollout], ending: Ending) -> Rollouts:

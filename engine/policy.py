@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -11,12 +12,13 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from fuserl import attention, layers
+from fuserl import attention, families, layers
 from fuserl.engine import adapters, gathered, generation, prompts, ranks, sharding
 from fuserl.engine.batch import Batch, Rollouts
 from fuserl.engine.losses import Loss
 from fuserl.engine.meter import Meter, phase, span
 from fuserl.engine.optimizer import Optimizer, schedule
+from fuserl.engine.padded import padded
 from fuserl.engine.prompts import Prompt, Task
 from fuserl.engine.tally import Tally
 from fuserl.engine.work import Costs
@@ -34,6 +36,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
+    kv_gb: float | None = None  # 1e9 bytes of keys and values at most; None is what fits
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Policy:
         self.model, self.tokenizer = model, tokenizer
         self.sampling, self.updating, self.seed = sampling, updating, seed
         self.calls = 0  # of generate: numbers the random streams
-        attention.attach(adapters.base(model))
+        _attach(adapters.base(model))
         layers.attach(model)
         weight = adapters.head_weight(model)
         adapters.head_terms(model)  # one that cannot be honoured is refused now, not after a rollout
@@ -102,7 +105,7 @@ class Policy:
         self._frozen = reference.requires_grad_(False).eval() if isinstance(reference, nn.Module) else None
         if self._frozen is not None:
             _check_vocabulary(model, self._frozen)
-            attention.attach(self._frozen)
+            _attach(self._frozen)
             layers.attach(self._frozen)
         self._cut = cut and ranks.world() > 1
         self._spread()
@@ -183,6 +186,7 @@ class Policy:
                 top_p=settings.top_p,
                 min_p=settings.min_p,
                 stop=settings.stop,
+                kv_gb=settings.kv_gb,
                 seed=(self.seed << 32) + (stream or 0),
                 streams=own,
             )
@@ -296,14 +300,16 @@ class Policy:
 
     def _through(self, batch: Batch, loss: Loss, model) -> tuple[Tensor, SimpleNamespace, dict[str, Tensor]]:
         whole = "score" in loss.outputs
-        packed = batch.packed(whole=whole)
+        own = adapters.base(model)
+        packs = own.config._attn_implementation == attention.NAME
+        packed = batch.packed(whole=whole) if packs else padded(batch)
         live = loss.live(batch)
         if torch.is_grad_enabled():
             rows = 0 if "logprob" not in loss.outputs else len(batch.tokens) if live is None else int(live.sum())
-            self.meter.add(update=self.costs.update(packed.segments.position, rows))
+            self.meter.add(update=self.costs.update(packed.position_ids.flatten(), rows))
         part, packed = batch.to(self.device), packed.to(self.device)
         with self._autocast():
-            states = adapters.base(model).get_decoder()(**packed.inputs()).last_hidden_state[0]
+            states = own.get_decoder()(**packed.inputs()).last_hidden_state.flatten(0, 1)
         places = {"value": packed.predictor, "score": packed.reader}
         heads = {name: self._valued(states[places[name]]) for name in places if name in loss.outputs}
         if "logprob" not in loss.outputs:
@@ -360,6 +366,15 @@ def _taught(batch: Batch, loss: Loss) -> Tensor:
 
 def _detached(outputs: dict[str, Tensor]) -> SimpleNamespace:
     return SimpleNamespace(**{name: value.detach() for name, value in outputs.items()})
+
+
+def _attach(model) -> None:
+    """Lets a model read packed rollouts, or warns that it cannot; one that sees what comes is refused."""
+    reason = families.unsupported(model)
+    if reason is None or families.bidirectional(model):
+        attention.attach(model)
+    else:
+        warnings.warn(f"Policy: updates read each rollout behind a prompt of its own, for {reason}.", stacklevel=3)
 
 
 def _check_vocabulary(model, reference) -> None:

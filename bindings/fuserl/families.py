@@ -38,9 +38,14 @@ def unsupported(model: nn.Module) -> str | None:
         return f"{name} does not call attention through transformers' AttentionInterface"
     if getattr(config, "num_kv_shared_layers", 0):
         return f"{name} shares keys and values between layers"
-    encodes = any(getattr(module, "is_causal", True) is False for module in model.get_decoder().modules())
-    if encodes or getattr(config, "use_bidirectional_attention", False):
+    if bidirectional(model):
         return f"{name} attends in both directions"
     if config.model_type not in TESTED:
         return f"{name} is of the family {config.model_type}, in which packed rollouts were never tried"
     return None
+
+
+def bidirectional(model: nn.Module) -> bool:
+    """Whether a token's state depends on what comes after it, so that the model is no language model to draw from."""
+    encodes = any(getattr(module, "is_causal", True) is False for module in model.get_decoder().modules())
+    return encodes or getattr(model.config.get_text_config(), "use_bidirectional_attention", False)

@@ -116,7 +116,8 @@ def test_a_rollout_that_had_to_give_way_gets_the_same_bits(family, prompts, monk
     assert sum(drawn > 60 for drawn in sent) > 3
     assert torch.equal(roomy.tokens, tight.tokens) and torch.equal(roomy.rollout_logprobs, tight.rollout_logprobs)
     with pytest.raises(RuntimeError, match="kv_gb must have room for a rollout"):
-        generate(model, Letters(), prompts, kv_gb=3 * page_bytes(model) / 1e9, **settings)
+        generate(model.train(), Letters(), prompts, kv_gb=3 * page_bytes(model) / 1e9, **settings)
+    assert model.training
 
 
 def test_each_prompt_token_is_read_once(monkeypatch):

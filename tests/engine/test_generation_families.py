@@ -56,12 +56,17 @@ def partings(model, tokenizer, prompts, length):
     """How many of the greedy completions leave transformers' at a tie."""
     rollouts = generate(model, tokenizer, prompts, max_new_tokens=length, temperature=0, stop_ids=())
     model.generation_config.eos_token_id = None
-    found = []
+    by_length: dict[int, list[int]] = {}
     for b, ids in enumerate(rollouts.prompt_tokens):
+        by_length.setdefault(len(ids), []).append(b)
+    found = []
+    for size, members in by_length.items():
+        ids = torch.stack([rollouts.prompt_tokens[b] for b in members])
         model.set_attn_implementation("sdpa")
-        mask = torch.ones(1, len(ids), dtype=torch.int64)
-        theirs = model.generate(ids[None], attention_mask=mask, max_new_tokens=length, do_sample=False)
-        found.append(parting(model, rollouts, b, theirs[0, len(ids) :]))
+        theirs = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False, pad_token_id=0
+        )
+        found += [parting(model, rollouts, b, row[size:]) for b, row in zip(members, theirs, strict=True)]
     return len(found) - found.count(None)
 
 
