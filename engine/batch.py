@@ -33,9 +33,15 @@ class Rollouts:
     scores: tuple[Tensor, dict] | None = None  # rewards (B,) and their statistics, where making them took the reward
     trained: Tensor | None = None  # (N,) bool, False for what others put in, which is context only; all True by default
 
+    chunks: list[list[int]] | None = (
+        None  # B lists of tokens, each so many read right behind the prompt; one by default
+    )
+
     def __post_init__(self):
         if self.trained is None:
             object.__setattr__(self, "trained", torch.ones_like(self.tokens, dtype=torch.bool))
+        if self.chunks is None:
+            object.__setattr__(self, "chunks", [[length] for length in self.offsets.diff().tolist()])
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -70,7 +76,8 @@ class Batch:
     rollout_logprobs: Tensor  # (N,) float32, as sampled
     counts: Counts
     prompt_tokens: list[Tensor] = field(default_factory=list)  # G ragged int64, each prompt once
-    completions: list[Tensor] | None = None  # B ragged int64, where not all of their tokens are trained
+    # B lists of chunks, ragged int64, each read right behind its prompt, where not all of their tokens are trained.
+    completions: list[list[Tensor]] | None = None
     place: Tensor | None = None  # (N,) int64, where each token stands in its completion, given `completions`
     advantages: Tensor | None = None  # (N,) float32
     old_logprobs: Tensor | None = None  # (N,) float32, at the start of the update
@@ -110,13 +117,22 @@ class Batch:
             completions=self.completions and [self.completions[b] for b in index.tolist()],
         )
 
+    @property
+    def sizes(self) -> Tensor:
+        """Tokens of each rollout, the untrained ones too, (B,) int64 on the host."""
+        if self.completions is None:
+            return self.offsets.diff()
+        return torch.tensor([sum(map(len, chunks)) for chunks in self.completions])
+
     def packed(self, *, whole: bool = False) -> Packed:
         """What one forward needs to score every trained token, on the host; `whole` as in `pack`."""
         if self.completions is None:
             return pack(self.prompt_tokens, self.group, self.tokens, self.offsets, whole=whole)
-        starts = _offsets(torch.tensor([len(each) for each in self.completions]))
-        found = pack(self.prompt_tokens, self.group, torch.cat(self.completions), starts, whole=whole)
-        rows = starts[self.rollout] + self.place
+        chunks = [chunk for chunks in self.completions for chunk in chunks]
+        group = self.group.repeat_interleave(torch.tensor([*map(len, self.completions)]))
+        bounds = _offsets(torch.tensor([*map(len, chunks)]))
+        found = pack(self.prompt_tokens, group, torch.cat(chunks), bounds, whole=whole)
+        rows = _offsets(self.sizes)[self.rollout] + self.place
         reader = None if found.reader is None else found.reader[rows]
         return dataclasses.replace(found, predictor=found.predictor[rows], reader=reader)
 
@@ -142,8 +158,7 @@ class Batch:
         A group's prompt counts once in each part. With `whole_groups` no group is cut.
         """
         index = index[self.group[index].argsort(stable=True)]
-        whole = self.offsets.diff() if self.completions is None else torch.tensor([*map(len, self.completions)])
-        lengths, groups = whole[index].tolist(), self.group[index].tolist()
+        lengths, groups = self.sizes[index].tolist(), self.group[index].tolist()
         begin = start = total = 0  # of the part, of the group
         for at, group in enumerate(groups):
             if at and group != groups[at - 1]:
@@ -257,9 +272,10 @@ def batch_of(rollouts: Rollouts, rewards: Tensor) -> Batch:
     trained, lengths = rollouts.trained, rollouts.offsets.diff()
     rollout = torch.repeat_interleave(torch.arange(len(rollouts)), lengths)[trained]
     partly = {}
-    if not trained.all():
+    if not trained.all() or any(len(chunks) > 1 for chunks in rollouts.chunks):
         place = torch.arange(len(trained))[trained] - rollouts.offsets[rollout]
-        partly = {"completions": list(rollouts.tokens.split(lengths.tolist())), "place": place}
+        each = zip(rollouts.tokens.split(lengths.tolist()), rollouts.chunks, strict=True)
+        partly = {"completions": [list(tokens.split(chunks)) for tokens, chunks in each], "place": place}
     return Batch(
         tokens=rollouts.tokens[trained],
         rollout=rollout,

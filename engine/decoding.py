@@ -48,7 +48,7 @@ class Decoder:
             ready, rows = self._ready(spans, self._forward(spans) if spans else None)
             if not ready:
                 continue
-            names = torch.tensor([[r.stream for r in ready], [len(r.tokens) for r in ready]]).to(self.device)
+            names = torch.tensor([[r.stream for r in ready], [r.count for r in ready]]).to(self.device)
             ids, logprobs = sampling.draw(rows, *names)
             for rollout, token, logprob in zip(ready, ids.tolist(), logprobs.tolist(), strict=True):
                 rollout.draw(token, logprob)

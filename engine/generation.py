@@ -42,13 +42,15 @@ def generate(
     streams: Sequence[int] | None = None,
     forced: Sequence[Sequence[int]] | None = None,
     reply: Callable[[Prompt, str], str | None] | None = None,
+    chunk: tuple[int, int] | None = None,
     rows: int | None = None,
     kv_gb: float | None = None,
 ) -> Rollouts:
     """Completions of `prompts`, `group_size` each, rollout b belonging to prompt b // group_size.
 
     Args:
-        model: a transformers causal language model; it is put in eval mode meanwhile.
+        model: a transformers causal language model; it is put in eval mode meanwhile. Where it cannot be given our
+            attention, transformers' own `generate` runs it, prompt by prompt, and a warning says why.
         tokenizer: its tokenizer.
         group_size: completions of each prompt.
         max_new_tokens: tokens after which a completion is cut ("length"), those not drawn included.
@@ -61,6 +63,8 @@ def generate(
         reply: called with a prompt and its completion so far, the text that ended it included, whenever one ends by
             itself. What it returns (a tool's output, the next turn of a talk) is put behind it, neither drawn nor
             trained, and the completion goes on; with None it ends. One without room behind it is left out ("length").
+        chunk: (size, carry): whenever that many tokens stand behind its prompt, a completion goes on anew behind the
+            prompt and its last `carry` tokens, which are then context, not trained, and not counted again.
         rows: rollouts decoded at once; None is 64 on a CPU and 256 on a GPU. Part of what fixes the bits of a rollout.
         kv_gb: 1e9 bytes that keys and values may take; None is what fits. Where they run out, the rollouts that came
             last wait and are read again later, which changes none of them.
@@ -69,27 +73,33 @@ def generate(
         `Rollouts`, with the log-probability of every token as it was drawn; NaN for those that were not.
 
     Raises:
-        ValueError: an empty prompt, an argument out of range, or a model that cannot take the layout.
+        ValueError: an empty prompt, an argument out of range, or a model that sees what comes.
         RuntimeError: no room for a single rollout.
     """
-    _check(group_size=group_size, max_new_tokens=max_new_tokens, streams=streams, prompts=prompts, stop=stop)
+    _check(prompts, streams, group_size=group_size, max_new_tokens=max_new_tokens, stop=stop, chunk=chunk)
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
     prompt_tokens = [torch.tensor(tokenizer(p.text).input_ids, dtype=torch.int64) for p in prompts]
     stop_ids = _eos_ids(model) if stop_ids is None else frozenset(stop_ids)
-    ending = Ending(tokenizer, tuple(stop), stop_ids, max_new_tokens, prompts, reply)
+    ending = Ending(tokenizer, tuple(stop), stop_ids, max_new_tokens, prompts, reply, chunk)
     rollouts = _begun(prompt_tokens, streams or range(len(prompts)), group_size, forced, max_new_tokens)
     with _decoding(model, rollouts, max_new_tokens, rows, kv_gb) as run:
         run(sampling, ending.drew)
     return _collected(list(prompts), prompt_tokens, rollouts, ending)
 
 
-def _check(*, group_size: int, max_new_tokens: int, streams, prompts: Sequence[Prompt], stop) -> None:
+def _check(prompts: Sequence[Prompt], streams, *, group_size: int, max_new_tokens: int, stop, chunk) -> None:
     named = len(prompts if streams is None else streams)
     for name, given, good, contract in (
         ("group_size", group_size, group_size >= 1, "be at least 1"),
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "be at least 1"),
         ("streams", named, named == len(prompts), f"hold one integer per prompt ({len(prompts)})"),
         ("stop", stop, not isinstance(stop, str) and all(stop), "be a sequence of texts that are not empty"),
+        (
+            "chunk",
+            chunk,
+            chunk is None or 0 <= chunk[1] < chunk[0],
+            "be (size, carry), carry at least 0 and below size",
+        ),
     ):
         if not good:
             raise ValueError(f"generate: {name} must {contract}; got {given!r}. Change the argument")
@@ -127,19 +137,21 @@ class Ending:
     max_new_tokens: int
     prompts: Sequence[Prompt]
     reply: Callable[[Prompt, str], str | None] | None
+    chunk: tuple[int, int] | None
 
     def drew(self, rollout: Rollout) -> None:
-        """Ends a rollout that has drawn a token, if that is its last, or answers it."""
+        """Ends a rollout that has drawn a token, if that is its last, answers it, or begins its next chunk."""
         rollout.finish = self.reason(rollout)
-        if rollout.finish != "stop" or self.reply is None:
-            return
-        text = self.reply(self.prompts[rollout.number], self.seen(rollout.tokens))
-        if text is not None:
-            ids = self.tokenizer(text, add_special_tokens=False).input_ids
-            room = len(rollout.tokens) + len(ids) < self.max_new_tokens
-            rollout.finish = None if room else "length"
-            if room:
-                rollout.insert(ids)
+        if rollout.finish == "stop" and self.reply is not None:
+            text = self.reply(self.prompts[rollout.number], self.seen(rollout.said))
+            if text is not None:
+                ids = self.tokenizer(text, add_special_tokens=False).input_ids
+                room = rollout.count + len(ids) < self.max_new_tokens
+                rollout.finish = None if room else "length"
+                if room:
+                    rollout.insert(ids)
+        if not rollout.finish and self.chunk is not None and len(rollout.tokens) >= self.chunk[0]:
+            rollout.begin_anew(self.chunk[1])
 
     def reason(self, rollout: Rollout) -> str | None:
         """ "stop", "length", or None while the completion goes on."""
@@ -152,13 +164,14 @@ class Ending:
             text = self.seen(tokens[max(begin, rollout.turn) :])
             if any(stop in text for stop in self.stop):
                 return "stop"
-        return "length" if len(tokens) == self.max_new_tokens else None
+        return "length" if rollout.count == self.max_new_tokens else None
 
     def text(self, rollout: Rollout) -> str:
         """The completion without the token or text that ended it."""
-        tokens = rollout.tokens
+        tokens = rollout.said
         text = self.seen(tokens[:-1] if tokens[-1] in self.stop_ids else tokens)
-        begin = len(self.seen(tokens[: rollout.turn])) if rollout.turn else 0
+        turn = rollout.turn + len(tokens) - len(rollout.tokens)
+        begin = len(self.seen(tokens[:turn])) if turn else 0
         cuts = [at for at in (text.find(stop, begin) for stop in self.stop) if at >= 0]
         return text[: min(cuts)] if cuts else text
 
@@ -199,15 +212,16 @@ def _warned(reason: str) -> None:
 
 
 def _collected(prompts: list[Prompt], prompt_tokens: list[Tensor], rollouts: list[Rollout], ending: Ending) -> Rollouts:
-    offsets = torch.tensor([0, *(len(r.tokens) for r in rollouts)]).cumsum(0)
+    chunks = [[*r.chunks, r.tokens] for r in rollouts]
     return Rollouts(
         prompts=prompts,
         prompt_tokens=prompt_tokens,
         group=torch.tensor([r.number for r in rollouts], dtype=torch.int64),
-        tokens=torch.tensor([token for r in rollouts for token in r.tokens], dtype=torch.int64),
-        offsets=offsets,
+        tokens=torch.tensor([token for each in chunks for chunk in each for token in chunk], dtype=torch.int64),
+        offsets=torch.tensor([0, *(len(r.trained) for r in rollouts)]).cumsum(0),
         rollout_logprobs=torch.tensor([logprob for r in rollouts for logprob in r.logprobs], dtype=torch.float32),
         texts=[ending.text(r) for r in rollouts],
         finish=[r.finish for r in rollouts],
         trained=torch.tensor([trained for r in rollouts for trained in r.trained], dtype=torch.bool),
+        chunks=[[len(chunk) for chunk in each] for each in chunks],
     )

@@ -42,15 +42,17 @@ class Padded:
 
 
 def padded(batch: Batch) -> Padded:
-    """Lays out the rollouts of a batch, each behind its prompt."""
-    completions = batch.completions or batch.tokens.split(batch.offsets.diff().tolist())
-    place = batch.place
-    if place is None:
-        place = torch.arange(len(batch.tokens)) - batch.offsets[batch.rollout]
-    prompts = [batch.prompt_tokens[group] for group in batch.group.tolist()]
-    texts = [torch.cat(pair) for pair in zip(prompts, completions, strict=True)]
+    """Lays out the rollouts of a batch, each chunk of theirs behind its prompt."""
+    completions = batch.completions or [[each] for each in batch.tokens.split(batch.sizes.tolist())]
+    chunks = [
+        (batch.prompt_tokens[g], x) for g, each in zip(batch.group.tolist(), completions, strict=True) for x in each
+    ]
+    texts = [torch.cat(pair) for pair in chunks]
     ids = pad_sequence(texts, batch_first=True)
     mask = pad_sequence([torch.ones_like(text, dtype=torch.bool) for text in texts], batch_first=True)
-    begin = torch.tensor([row * ids.shape[1] + len(prompt) for row, prompt in enumerate(prompts)])
-    reader = begin[batch.rollout] + place
+    begins = [row * ids.shape[1] + len(prompt) for row, (prompt, _) in enumerate(chunks)]
+    reader = torch.cat([torch.arange(at, at + len(x)) for at, (_, x) in zip(begins, chunks, strict=True)])
+    if batch.place is not None:
+        starts = batch.sizes.cumsum(0) - batch.sizes
+        reader = reader[starts[batch.rollout] + batch.place]
     return Padded(ids, mask, reader - 1, reader)

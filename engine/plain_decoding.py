@@ -36,7 +36,7 @@ def run(
             text = torch.tensor([first.source.tokens + first.tokens], device=device).expand(len(alike), -1)
             drawing = _Drawing(alike, sampling, drew)
             model.generate(
-                text, attention_mask=torch.ones_like(text), max_new_tokens=most - len(first.tokens),
+                text, attention_mask=torch.ones_like(text), max_new_tokens=most - first.count,
                 logits_processor=LogitsProcessorList([drawing]),
                 stopping_criteria=StoppingCriteriaList([drawing.ended]),
             )  # fmt: skip
@@ -55,7 +55,7 @@ class _Drawing(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         rows, rollouts = list(self.going), list(self.going.values())
-        names = torch.tensor([[each.stream for each in rollouts], [len(each.tokens) for each in rollouts]])
+        names = torch.tensor([[each.stream for each in rollouts], [each.count for each in rollouts]])
         ids, logprobs = self.sampling.draw(scores[rows], *names.to(scores.device))
         chosen = torch.full_like(scores, -torch.inf)
         chosen[:, 0] = 0.0
@@ -65,7 +65,7 @@ class _Drawing(LogitsProcessor):
             rollout.draw(token, logprob)
             size = len(rollout.tokens)
             self.drew(rollout)
-            if rollout.finish or len(rollout.tokens) > size:
+            if rollout.finish or len(rollout.tokens) != size:
                 del self.going[row]
         return chosen
 

@@ -160,7 +160,13 @@ class Policy:
 
     @phase("generate")
     def generate(
-        self, prompts: list[Prompt], *, group_size: int = 1, greedy: bool = False, stream: int | None = None
+        self,
+        prompts: list[Prompt],
+        *,
+        group_size: int = 1,
+        greedy: bool = False,
+        stream: int | None = None,
+        **turns,
     ) -> Rollouts:
         """Complete every prompt `group_size` times; each completion is a function of (seed, call, its number).
 
@@ -168,6 +174,7 @@ class Policy:
             prompts: G of them.
             greedy: take the likeliest token each time.
             stream: a number instead of the call's own, which then is not counted: for draws beside the training's.
+            turns: forced, reply and chunk, as in `generation.generate`.
         """
         settings = self.sampling
         if stream is None and not greedy:
@@ -187,6 +194,7 @@ class Policy:
                 min_p=settings.min_p,
                 stop=settings.stop,
                 kv_gb=settings.kv_gb,
+                **turns,
                 seed=(self.seed << 32) + (stream or 0),
                 streams=own,
             )

@@ -101,6 +101,7 @@ def selected(rollouts: Rollouts, groups: Tensor, rewards: Tensor) -> Rollouts:
         finish=[rollouts.finish[b] for b in index.tolist()],
         scores=(rewards[index], {}),
         trained=rollouts.trained[rows],
+        chunks=[rollouts.chunks[b] for b in index.tolist()],
     )
 
 
@@ -119,6 +120,7 @@ def joined(several: list[Rollouts]) -> Rollouts:
         finish=[finish for each in several for finish in each.finish],
         scores=(torch.cat([each.scores[0] for each in several]), {}),
         trained=torch.cat([each.trained for each in several]),
+        chunks=[chunks for each in several for chunks in each.chunks],
     )
 
 

@@ -57,6 +57,19 @@ class Rollout(Text):
     trained: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: str | None = None
+    chunks: list[list[int]] = field(default_factory=list)  # earlier ones, each behind the prompt
+    carried: int = 0  # tokens of a later chunk that are the last ones of the chunk before it
+
+    @property
+    def said(self) -> list[int]:
+        """All its tokens, what was carried over once."""
+        chunks = [*self.chunks, self.tokens]
+        return chunks[0] + [token for chunk in chunks[1:] for token in chunk[self.carried :]]
+
+    @property
+    def count(self) -> int:
+        """How many those are."""
+        return sum(map(len, self.chunks)) - self.carried * len(self.chunks) + len(self.tokens)
 
     def draw(self, token: int, logprob: float) -> None:
         """Appends a token of the policy."""
@@ -70,6 +83,15 @@ class Rollout(Text):
         self.trained += [False] * len(tokens)
         self.logprobs += [math.nan] * len(tokens)
         self.turn = len(self.tokens)
+
+    def begin_anew(self, carry: int) -> None:
+        """Begins a new chunk behind the prompt, with the last tokens of this one."""
+        kept = len(self.tokens) - carry
+        self.chunks.append(self.tokens)
+        self.carried, self.tokens, self.read = carry, self.tokens[kept:], 0
+        self.trained += [False] * carry
+        self.logprobs += [math.nan] * carry
+        self.turn = max(0, self.turn - kept)
 
 
 class Span(NamedTuple):

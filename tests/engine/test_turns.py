@@ -1,6 +1,7 @@
 """Completions that are not all the policy's own: begun by others, or answered where they end, and trained in part."""
 
 import dataclasses
+import itertools
 
 import pytest
 import tiny_models
@@ -28,13 +29,14 @@ def spans(rollouts):
     return [slice(*pair) for pair in zip(rollouts.offsets.tolist(), rollouts.offsets.tolist()[1:], strict=False)]
 
 
-def plain_logprobs(model, rollouts, b, temperature=1.0):
-    """Log-probs (n,) of every token of a completion, from one ordinary forward."""
-    prompt, tokens = rollouts.prompt_tokens[rollouts.group[b]], rollouts.tokens[spans(rollouts)[b]]
+def plain(model, rollouts, b):
+    """Log-probs (n,) of every token of a completion, from one ordinary forward of each of its chunks."""
+    prompt, found = rollouts.prompt_tokens[rollouts.group[b]], []
     model.set_attn_implementation("eager")
-    with torch.no_grad():
+    for tokens in rollouts.tokens[spans(rollouts)[b]].split(rollouts.chunks[b]):
         logits = model(torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
-    return (logits / temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        found.append(logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
+    return torch.cat(found)
 
 
 def check(model, rollouts):
@@ -42,7 +44,8 @@ def check(model, rollouts):
     assert rollouts.rollout_logprobs.isnan().tolist() == (~rollouts.trained).tolist()
     for b, span in enumerate(spans(rollouts)):
         own = rollouts.trained[span]
-        expected = plain_logprobs(model, rollouts, b)[own]
+        with torch.no_grad():
+            expected = plain(model, rollouts, b)[own]
         assert torch.allclose(rollouts.rollout_logprobs[span][own], expected, atol=2e-5)
 
 
@@ -137,8 +140,47 @@ def test_forced_tokens_that_do_not_fit_are_refused(forced):
         generate(tiny_models.model(), Talker(), PROMPTS, max_new_tokens=9, forced=forced)
 
 
+@pytest.mark.parametrize("carry", [0, 5, 15])
+def test_chunks_of_bounded_context(carry):
+    """Each chunk sees the prompt and itself; the text is that of all tokens, what was carried over once."""
+    model, settings = tiny_models.model("gemma3"), dict(group_size=3, max_new_tokens=50, chunk=(16, carry), rows=16)
+    rollouts = generate(model, Talker(), PROMPTS, **settings)
+    check(model, rollouts)
+    for b, span in enumerate(spans(rollouts)):
+        pieces = rollouts.tokens[span].split(rollouts.chunks[b])
+        assert all(len(piece) == 16 for piece in pieces[:-1]) and len(pieces[-1]) <= 16
+        assert all(one[16 - carry :].tolist() == other[:carry].tolist() for one, other in itertools.pairwise(pieces))
+        own = [at >= carry or not number for number, piece in enumerate(pieces) for at in range(len(piece))]
+        assert rollouts.trained[span].tolist() == own
+        said = rollouts.tokens[span][torch.tensor(own)].tolist()
+        assert rollouts.texts[b] == Talker().decode(said, True, False)
+        assert len(said) == 50 if rollouts.finish[b] == "length" else said[-1] == 2
+    tight = generate(model, Talker(), PROMPTS, kv_gb=3 * 24576 / 1e9, **settings)
+    assert torch.equal(rollouts.tokens, tight.tokens)
+    assert torch.equal(rollouts.rollout_logprobs.nan_to_num(1), tight.rollout_logprobs.nan_to_num(1))
+
+
+def test_a_chunk_that_holds_all_changes_nothing():
+    model = tiny_models.model()
+    whole, chunked = (generate(model, Talker(), PROMPTS, max_new_tokens=20, chunk=each) for each in (None, (21, 3)))
+    assert torch.equal(whole.tokens, chunked.tokens) and whole.chunks == chunked.chunks
+
+
+def test_replies_within_chunks():
+    model = tiny_models.model()
+    rollouts, _ = answered(model, chunk=(9, 4))
+    check(model, rollouts)
+    assert any(len(chunks) > 2 for chunks in rollouts.chunks) and any("9AB" in text for text in rollouts.texts)
+
+
+@pytest.mark.parametrize("chunk", [(4, 4), (4, -1), (0, 0)])
+def test_chunks_that_do_not_move_on_are_refused(chunk):
+    with pytest.raises(ValueError, match="chunk must be"):
+        generate(tiny_models.model(), Talker(), PROMPTS, max_new_tokens=9, chunk=chunk)
+
+
 def given():
-    """Two rollouts of 4 and 5 tokens with tokens of others at the beginning, in the middle and at the end."""
+    """Two rollouts of 4 and 5 tokens with tokens of others in every place, the second in two chunks."""
     return Rollouts(
         prompts=PROMPTS[:2],
         prompt_tokens=[torch.tensor([3, 4, 5]), torch.tensor([6, 7])],
@@ -150,6 +192,7 @@ def given():
         finish=["stop", "stop"],
         scores=(torch.tensor([1.0, 2.0]), {}),
         trained=torch.tensor([0, 1, 1, 1, 1, 0, 0, 1, 0]).bool(),
+        chunks=[[4], [2, 3]],
     )
 
 
@@ -159,15 +202,26 @@ def test_a_batch_holds_trained_tokens_and_their_whole_completions():
     assert batch.offsets.tolist() == [0, 3, 5] and batch.place.tolist() == [1, 2, 3, 0, 3]
     assert batch.counts.tokens == 5 and not batch.rollout_logprobs.isnan().any()
     part = batch.rollouts_at(torch.tensor([1]))
-    assert part.place.tolist() == [0, 3] and part.completions[0].tolist() == [21, 22, 23, 24, 25]
+    assert part.place.tolist() == [0, 3] and [x.tolist() for x in part.completions[0]] == [[21, 22], [23, 24, 25]]
     both = [index.tolist() for index in batch.micro_batches(torch.arange(2), 14)]
     assert both == [[0, 1]] and len(list(batch.micro_batches(torch.arange(2), 13))) == 2
-    assert batch_of(dataclasses.replace(given(), trained=None), torch.ones(2)).place is None
+    whole = dataclasses.replace(given(), trained=None, chunks=None)
+    assert batch_of(whole, torch.ones(2)).place is None and whole.chunks == [[4], [5]]
+    assert batch_of(dataclasses.replace(given(), trained=None), torch.ones(2)).place is not None
 
 
 def test_rollouts_taken_apart_and_together_keep_what_is_trained():
     apart = [selected(given(), torch.tensor([group]), torch.tensor([1.0, 2.0])) for group in (0, 1)]
-    assert torch.equal(joined(apart).trained, given().trained)
+    assert torch.equal(joined(apart).trained, given().trained) and joined(apart).chunks == given().chunks
+
+
+def test_a_policy_passes_turns_on():
+    policy = Policy(tiny_models.model(), Talker(), Sampling(max_new_tokens=20, stop=("9", "A")), Updating())
+    rollouts = policy.generate(PROMPTS, forced=[[5], [6], [7]], chunk=(8, 2), reply=lambda *_: "Q")
+    assert rollouts.tokens[rollouts.offsets[:-1]].tolist() == [5, 6, 7] and max(map(len, rollouts.chunks)) > 1
+    out, batch = [], batch_of(rollouts, torch.ones(3))
+    policy.update(batch, Loss(lambda seen, part: (out.append(seen.logprob.detach()) or -seen.logprob, {})))
+    assert (torch.cat(out) - batch.rollout_logprobs).abs().max() < 2e-5
 
 
 @pytest.mark.parametrize("micro_tokens", [4096, 8])
@@ -186,10 +240,3 @@ def test_an_update_learns_the_trained_tokens_behind_all_that_was_said(micro_toke
     largest = max(each.abs().max() for each in expected.values())
     for name, gradient in found.items():
         assert (gradient - expected[name]).abs().max() <= 1e-5 * largest, name
-
-
-def plain(model, rollouts, b):
-    prompt, tokens = rollouts.prompt_tokens[rollouts.group[b]], rollouts.tokens[spans(rollouts)[b]]
-    model.set_attn_implementation("eager")
-    logits = model(torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
