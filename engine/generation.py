@@ -164,7 +164,7 @@ class Ending:
             text = self.seen(tokens[max(begin, rollout.turn) :])
             if any(stop in text for stop in self.stop):
                 return "stop"
-        return "length" if rollout.count == self.max_new_tokens else None
+        return "length" if rollout.count >= self.max_new_tokens else None
 
     def text(self, rollout: Rollout) -> str:
         """The completion without the token or text that ended it."""

@@ -8,6 +8,7 @@ import tiny_models
 import torch
 from tiny_models import Letters
 
+from fuserl.engine import generation
 from fuserl.engine.batch import Rollouts, batch_of
 from fuserl.engine.generation import generate
 from fuserl.engine.losses import Loss
@@ -125,6 +126,15 @@ def test_replies_change_no_bit_whatever_is_beside_and_however_little_room_there_
     assert torch.equal(together.rollout_logprobs.nan_to_num(1), tight.rollout_logprobs.nan_to_num(1))
 
 
+def test_what_a_reply_says_ends_nothing():
+    calls = []
+    generate(
+        tiny_models.model(), Talker(), PROMPTS, max_new_tokens=90, stop=("9", "A"), stop_ids=(),
+        reply=lambda prompt, text: calls.append(text) or "9AB",
+    )  # fmt: skip
+    assert len(calls) > 9 and all(text[-1] in "9A" for text in calls)
+
+
 def test_a_reply_without_room_is_left_out():
     rollouts = generate(
         tiny_models.model(), Talker(), PROMPTS, max_new_tokens=20, stop=tuple("0123456789ABCDEFGHIJ"),
@@ -158,6 +168,26 @@ def test_chunks_of_bounded_context(carry):
     tight = generate(model, Talker(), PROMPTS, kv_gb=3 * 24576 / 1e9, **settings)
     assert torch.equal(rollouts.tokens, tight.tokens)
     assert torch.equal(rollouts.rollout_logprobs.nan_to_num(1), tight.rollout_logprobs.nan_to_num(1))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_no_random_number_is_used_twice(own, monkeypatch):
+    """Of each rollout one for each token that it says, over chunks, replies and waits for room."""
+    draw, names = generation.Sampling.draw, []
+
+    def named(self, logits, streams, positions):
+        names.extend(zip(streams.tolist(), positions.tolist(), strict=True))
+        return draw(self, logits, streams, positions)
+
+    monkeypatch.setattr(generation.Sampling, "draw", named)
+    if not own:
+        monkeypatch.setattr(generation.families, "unsupported", lambda model: "a test")
+    rollouts, _ = answered(tiny_models.model(), chunk=(9, 4), kv_gb=4 * 24576 / 1e9)
+    assert len(names) == len(set(names)) == rollouts.trained.sum()
+    for number in range(3):
+        places = sorted(place for stream, place in names if stream == number << 32)
+        said = len(rollouts.tokens[spans(rollouts)[number]]) - 4 * (len(rollouts.chunks[number]) - 1)
+        assert places[0] == 0 and places[-1] == said - 1
 
 
 def test_a_chunk_that_holds_all_changes_nothing():

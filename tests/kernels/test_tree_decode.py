@@ -160,6 +160,26 @@ def test_queries_anywhere_in_their_lines(device, backend, name):
         compare(inputs(rows, len(leaf), device=device), segments, leaf, backend, position=position, **options)
 
 
+@each_backend
+def test_what_no_query_sees_may_be_anything(device, backend):
+    """Room behind a text's last token, and with a window what is far before it, is not read."""
+    segments, (q, *stored) = ([-1], [0], [1400]), inputs(1400, 2, device=device)
+    for window, position in ((None, [700, 30]), (100, [1390, 1300])):
+        known = torch.zeros(1400, dtype=torch.bool)
+        known[0 if window is None else 1024 : max(position) + 1] = True
+        kept = [torch.where(known.to(device)[:, None, None], x, torch.nan) for x in stored]
+        got = tree_decode(q, *kept, segments, [0, 0], position=position, window=window, backend=backend)
+        want = tree_decode(q, *stored, segments, [0, 0], position=position, window=window, backend=backend)
+        assert all(map(torch.equal, got, want))
+
+
+def test_a_stretch_is_read_by_those_who_see_it():
+    plan = Lines((-1,), (0,), (2000,), (0,) * 130, tuple(range(130))).plan(None)
+    assert plan.arrays[0].tolist() == [[0, 64, 0, 0, 64], [0, 128, 0, 64, 128], [0, 130, 0, 128, 130]]
+    plan = Lines((-1,), (0,), (2000,), (0,) * 2, (1900, 602)).plan(90)
+    assert plan.arrays[0].tolist() == [[512, 91, 512, 0, 1], [1536, 365, 1536, 1, 2]]
+
+
 def paged(x, segments):
     """The cache in pages of 64 rows, in no order and with NaN between the segments; its segments and pages."""
     parent, start, length = segments
