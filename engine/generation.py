@@ -196,7 +196,11 @@ def _decoding(model: nn.Module, rollouts: list[Rollout], most: int, rows: int | 
         model.eval()
         if reason is not None and not families.bidirectional(model):
             _warned(reason)
-            yield functools.partial(plain_decoding.run, model, rollouts, most)
+            if kv_gb is not None:
+                raise ValueError(
+                    f"generate: kv_gb must be None for {reason}; got {kv_gb}. Its cache is transformers' own"
+                )
+            yield functools.partial(plain_decoding.run, model, rollouts, most, rows)
         else:
             attention.attach(model)
             yield Decoder(model, rollouts, most, rows, kv_gb).run

@@ -17,7 +17,12 @@ from fuserl.engine.scheduling import Rollout
 
 
 def run(
-    model: nn.Module, rollouts: list[Rollout], most: int, sampling: Sampling, drew: Callable[[Rollout], None]
+    model: nn.Module,
+    rollouts: list[Rollout],
+    most: int,
+    rows: int | None,
+    sampling: Sampling,
+    drew: Callable[[Rollout], None],
 ) -> None:
     """Draws until all rollouts have a `finish`, which `drew`, called with each behind each token, is to set.
 
@@ -25,6 +30,7 @@ def run(
         model: in eval mode.
         rollouts: of any prompts.
         most: tokens of any of them.
+        rows: rollouts decoded at once, None for all of a text.
     """
     device, waiting, before = next(model.parameters()).device, list(rollouts), model.generation_config
     # What the model's own settings say of penalties and ends is not what was asked for.
@@ -32,7 +38,7 @@ def run(
     try:
         while waiting:
             first = waiting[0]
-            alike = [each for each in waiting if each.source is first.source and each.tokens == first.tokens]
+            alike = [each for each in waiting if each.source is first.source and each.tokens == first.tokens][:rows]
             text = torch.tensor([first.source.tokens + first.tokens], device=device).expand(len(alike), -1)
             drawing = _Drawing(alike, sampling, drew)
             model.generate(

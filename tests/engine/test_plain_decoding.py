@@ -44,11 +44,14 @@ def other(family):
 @pytest.mark.filterwarnings("ignore:generate")
 def test_it_draws_what_our_own_decoding_draws(borrowed, monkeypatch):
     settings = dict(group_size=4, max_new_tokens=30, top_k=20, stop=("9",), seed=4)
-    found = generate(tiny_models.model(), Talker(), PROMPTS, **settings)
+    found, few = (generate(tiny_models.model(), Talker(), PROMPTS, rows=rows, **settings) for rows in (None, 3))
+    with pytest.raises(ValueError, match="kv_gb must be None"):
+        generate(tiny_models.model(), Talker(), PROMPTS, kv_gb=1.0, **settings)
     monkeypatch.undo()
     mine = generate(tiny_models.model(), Talker(), PROMPTS, **settings)
     assert torch.equal(found.tokens, mine.tokens) and found.texts == mine.texts and found.finish == mine.finish
     assert torch.allclose(found.rollout_logprobs, mine.rollout_logprobs, atol=2e-5)
+    assert torch.equal(found.tokens, few.tokens)
     assert set(mine.finish) == {"stop", "length"}
 
 
