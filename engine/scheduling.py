@@ -187,13 +187,13 @@ class Scheduler:
 
     def _hold(self, text: Text, source: Source) -> bool:
         """Takes the pages that a text still wants, if need be from prompts that nobody uses, other than `source`."""
-        for idle in [each for each in self.resident if not each.live and each is not source]:
-            if text.missing <= self.pages.left:
-                break
-            self._forget(idle)
-        if text.missing > self.pages.left:
-            return False
-        text.pages += self.pages.take(text.missing)
+        wanted, idle = text.missing, (each for each in list(self.resident) if not each.live and each is not source)
+        while wanted > self.pages.left:
+            unused = next(idle, None)
+            if unused is None:
+                return False
+            self._forget(unused)
+        text.pages += self.pages.take(wanted)
         return True
 
     def _preempt(self, rollout: Rollout) -> None:

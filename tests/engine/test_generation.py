@@ -76,6 +76,28 @@ def test_a_rollout_gets_the_same_bits_alone_and_among_others(family, prompts):
             assert completion(alone, member) == expected
 
 
+def row_by_row(layer, x):
+    """A linear layer whose rows do not know of each other."""
+    rows = [torch.nn.functional.linear(row, layer.weight, layer.bias) for row in x.reshape(-1, 1, x.shape[-1])]
+    return torch.cat(rows).view(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("prompts", [RAGGED, ALIKE], ids=["ragged", "alike"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_where_products_are_row_by_row_a_pass_may_have_any_number_of_rows(family, prompts, monkeypatch):
+    monkeypatch.setattr(decoding, "_FIXED_ROWS", False)
+    monkeypatch.setattr(torch.nn.Linear, "forward", row_by_row)
+    # Of widths that vectors divide: torch works the rest of an array out otherwise, and where that is depends on rows.
+    model = tiny_models.model(family, hidden_size=128, intermediate_size=128, head_dim=32)
+    settings = dict(max_new_tokens=70, stop_ids=())
+    together = generate(model, Letters(), prompts, group_size=3, **settings)
+    tight = generate(model, Letters(), prompts, group_size=3, rows=5, kv_gb=6 * page_bytes(model) / 1e9, **settings)
+    assert torch.equal(together.tokens, tight.tokens)
+    assert torch.equal(together.rollout_logprobs, tight.rollout_logprobs)
+    alone = generate(model, Letters(), prompts[3:4], streams=[3], **settings)
+    assert completion(alone, 0) == completion(together, 9)
+
+
 def test_three_wide_query_heads_per_key_head_too():
     """In this shape, on two threads, torch's own attention gives a row other bits beside others than alone."""
     model = tiny_models.model(hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=64)
