@@ -3,10 +3,11 @@
 import random
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuserl.engine.kv_cache import Pages
+from fuserl.engine.kv_cache import Pages, free_bytes
 from fuserl.engine.scheduling import Rollout, Scheduler, Source
 from fuserl.kernels.tree_lines import PAGE
 
@@ -148,3 +149,9 @@ def test_prompts_are_read_before_what_is_already_being_drawn(slots):
     scheduler = Scheduler(rollouts, Cache(50), slots, 12)
     first = scheduler.plan()
     assert [(span.text, span.start, span.stop) for span in first] == [(sources[0], 0, 10), (sources[1], 0, 2)][:slots]
+
+
+def test_what_fits_is_half_of_the_free_memory_or_all_there_may_be(monkeypatch):
+    assert 2**27 < free_bytes(torch.device("cpu")) < 2**45
+    monkeypatch.setattr("builtins.open", lambda *_: (_ for _ in ()).throw(FileNotFoundError()))
+    assert free_bytes(torch.device("cpu")) == 2**62
