@@ -57,6 +57,7 @@ def test_every_recipe_resolves_once_and_for_all(recipe, cpu):
         "reference",
         "chunk",
         "profile",
+        "kv_gb",
         "out",
     }  # fmt: skip  nothing else stays open
     assert config.options == {name: option.default for name, option in catalogue.options(recipe).items()}
