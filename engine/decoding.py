@@ -7,14 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fuserl import layers
+from fuserl.engine import meter
 from fuserl.engine.kv_cache import Pages, Pass, free_bytes, page_bytes
 from fuserl.engine.sampling import Sampling
 from fuserl.engine.scheduling import Rollout, Scheduler, Source, Span
+from fuserl.kernels.matmul import native
 from fuserl.kernels.tree_layout import common_prefix
 from fuserl.kernels.tree_lines import PAGE, Lines
 
-# A library's products may give a row other bits among another number of rows: on a CPU each pass has as many.
-_FIXED_ROWS = True
+_LANES = 16  # of the widest registers: what torch's elementwise loops leave over of an array they work out otherwise
 _CHUNK = 8  # a pass that need not be of a fixed size reads so many times as many tokens as there are rollouts at once
 
 
@@ -34,7 +36,7 @@ class Decoder:
         self.device = next(model.parameters()).device
         self.layers = model.config.get_text_config().num_hidden_layers
         slots = rows or (64 if self.device.type == "cpu" else 256)
-        self.rows = slots if _FIXED_ROWS and self.device.type == "cpu" else 0
+        self.rows = slots if self.device.type == "cpu" and not row_by_row(model) else 0
         prompts = [source.tokens for source in dict.fromkeys(rollout.source for rollout in rollouts)]
         self.pages = Pages(self._room(max(map(len, prompts)), most, kv_gb))
         shared = common_prefix([torch.tensor(tokens) for tokens in prompts])
@@ -45,7 +47,9 @@ class Decoder:
         scheduler = self.scheduler
         while scheduler.live or scheduler.waiting:
             spans = scheduler.plan()
-            ready, rows = self._ready(spans, self._forward(spans) if spans else None)
+            reads = any(isinstance(each.text, Source) for each in spans)
+            with meter.span("prefill" if reads else "decode"):
+                ready, rows = self._ready(spans, self._forward(spans) if spans else None)
             if not ready:
                 continue
             names = torch.tensor([[r.stream for r in ready], [r.count for r in ready]]).to(self.device)
@@ -111,6 +115,22 @@ class Decoder:
                 f"{len(layout.served)} called attention. Use another model"
             )
         return logits[: len(keep)]
+
+
+def row_by_row(model: nn.Module) -> bool:
+    """Whether what a pass on a CPU makes of a row does not depend on how many rows it has: then it needs no padding.
+
+    Products must be fuserl's own, and every width a whole number of registers on each thread.
+    """
+    unit, config = _LANES * torch.get_num_threads(), model.config.get_text_config()
+    head, widths = model.get_output_embeddings(), {getattr(config, "head_dim", None) or config.hidden_size}
+    for part in model.modules():
+        matrices = any(weight.dim() > 1 for weight in part.parameters(recurse=False))
+        if isinstance(part, layers.Linear) and native(part.weight.device, part.weight.dtype):
+            widths |= {part.in_features} if part is head else {part.in_features, part.out_features}
+        elif matrices and not isinstance(part, nn.Embedding):
+            return False
+    return not torch.is_autocast_enabled("cpu") and all(width % unit == 0 for width in widths)
 
 
 def _lines(spans: list[Span], places: list[int]) -> Lines:

@@ -22,11 +22,12 @@ def rollouts(own: Rollouts | None, prompts: list[Prompt]) -> Rollouts:
     own = own or Rollouts([], [], none, none, none.new_zeros(1), torch.zeros(0), [], [])
     group = own.group + ranks.share(len(prompts)).start
     told = ranks.everyones(
-        {"texts": own.texts, "finish": own.finish, "sizes": [len(each) for each in own.prompt_tokens]}
+        {"texts": own.texts, "finish": own.finish, "chunks": own.chunks, "sizes": [*map(len, own.prompt_tokens)]}
     )
-    texts, finish, sizes = ([each for part in told for each in part[name]] for name in ("texts", "finish", "sizes"))
-    parts = (torch.cat([none, *own.prompt_tokens]), group, own.tokens, own.offsets.diff(), own.rollout_logprobs)
-    prompt_tokens, group, tokens, lengths, logprobs = (torch.cat(ranks.gathered(part)) for part in parts)
+    texts, finish, chunks, sizes = ([each for part in told for each in part[name]] for name in told[0])
+    numbers = (torch.cat([none, *own.prompt_tokens]), group, own.tokens, own.offsets.diff())
+    parts = (*numbers, own.rollout_logprobs, own.trained.to(torch.uint8))
+    prompt_tokens, group, tokens, lengths, logprobs, trained = (torch.cat(ranks.gathered(part)) for part in parts)
     return Rollouts(
         prompts=prompts,
         prompt_tokens=list(prompt_tokens.split(sizes)),
@@ -36,4 +37,6 @@ def rollouts(own: Rollouts | None, prompts: list[Prompt]) -> Rollouts:
         rollout_logprobs=logprobs,
         texts=texts,
         finish=finish,
+        trained=trained.bool(),
+        chunks=chunks,
     )

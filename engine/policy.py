@@ -181,6 +181,8 @@ class Policy:
             self.calls += 1
             stream = self.calls
         model, own = adapters.base(self.model), ranks.share(len(prompts))
+        if turns.get("forced") is not None:
+            turns["forced"] = turns["forced"][own.start * group_size : own.stop * group_size]
         with self._autocast(), sharding.uncut(model):
             completed = own and generation.generate(
                 model,

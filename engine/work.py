@@ -94,7 +94,7 @@ class Costs:
         passes = int(longest.max()) - 1
         return (
             Work(tokens, reading, weights + float(self.size * self.kept * tokens * self.windows.total())),
-            Work(len(rollouts.tokens), drawing, weights * passes + self.size * self.kept * float(stored)),
+            Work(int(rollouts.trained.sum()), drawing, weights * passes + self.size * self.kept * float(stored)),
         )
 
     def _attention(self, keys: int) -> float:

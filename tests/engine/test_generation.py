@@ -6,11 +6,13 @@ import tiny_models
 import torch
 from tiny_models import Letters
 
+from fuserl import layers
 from fuserl.engine import decoding
 from fuserl.engine.generation import generate
 from fuserl.engine.kv_cache import page_bytes
 from fuserl.engine.prompts import Prompt
 from fuserl.engine.scheduling import Scheduler, Source
+from fuserl.kernels import matmul
 
 FAMILIES = pytest.mark.parametrize("family", list(tiny_models.FAMILIES))
 RAGGED = [Prompt(text) for text in ("ABC", "Z", "K:Q3TTRLA4BCC<Y", "abcdabcdabcdefabcdbacdacd", "9876543210")]
@@ -76,19 +78,12 @@ def test_a_rollout_gets_the_same_bits_alone_and_among_others(family, prompts):
             assert completion(alone, member) == expected
 
 
-def row_by_row(layer, x):
-    """A linear layer whose rows do not know of each other."""
-    rows = [torch.nn.functional.linear(row, layer.weight, layer.bias) for row in x.reshape(-1, 1, x.shape[-1])]
-    return torch.cat(rows).view(*x.shape[:-1], -1)
-
-
 @pytest.mark.parametrize("prompts", [RAGGED, ALIKE], ids=["ragged", "alike"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_where_products_are_row_by_row_a_pass_may_have_any_number_of_rows(family, prompts, monkeypatch):
-    monkeypatch.setattr(decoding, "_FIXED_ROWS", False)
-    monkeypatch.setattr(torch.nn.Linear, "forward", row_by_row)
-    # Of widths that vectors divide: torch works the rest of an array out otherwise, and where that is depends on rows.
-    model = tiny_models.model(family, hidden_size=128, intermediate_size=128, head_dim=32)
+    monkeypatch.setattr(matmul, "_preferred", lambda: True)
+    model = layers.attach(tiny_models.model(family, hidden_size=128, intermediate_size=128, head_dim=64))
+    assert decoding.row_by_row(model)
     settings = dict(max_new_tokens=70, stop_ids=())
     together = generate(model, Letters(), prompts, group_size=3, **settings)
     tight = generate(model, Letters(), prompts, group_size=3, rows=5, kv_gb=6 * page_bytes(model) / 1e9, **settings)
@@ -96,6 +91,20 @@ def test_where_products_are_row_by_row_a_pass_may_have_any_number_of_rows(family
     assert torch.equal(together.rollout_logprobs, tight.rollout_logprobs)
     alone = generate(model, Letters(), prompts[3:4], streams=[3], **settings)
     assert completion(alone, 0) == completion(together, 9)
+
+
+def test_when_products_are_row_by_row(monkeypatch):
+    monkeypatch.setattr(matmul, "_preferred", lambda: True)
+    sizes = dict(hidden_size=128, intermediate_size=128, head_dim=64)
+    assert not decoding.row_by_row(tiny_models.model(**sizes))
+    model = layers.attach(tiny_models.model(**sizes))
+    assert decoding.row_by_row(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not decoding.row_by_row(model)
+    assert not decoding.row_by_row(layers.attach(tiny_models.model(**{**sizes, "intermediate_size": 120})))
+    assert not decoding.row_by_row(layers.attach(tiny_models.model(dtype=torch.float64, **sizes)))
+    monkeypatch.setattr(matmul, "_preferred", lambda: False)
+    assert not decoding.row_by_row(model)
 
 
 def test_three_wide_query_heads_per_key_head_too():

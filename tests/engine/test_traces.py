@@ -36,7 +36,9 @@ def test_a_trace_has_a_range_for_each_phase_and_the_display_says_where_it_is(tmp
         assert at[outer][0] <= at[inner][0] < at[inner][1] <= at[outer][1], (outer, inner)
     assert at["generate"][1] <= at["reward"][0] < at["reward"][1] <= at["update"][0]
     events = json.loads(path.read_text())["traceEvents"]
-    assert any(e["name"] == "aten::mm" and at["update"][0] <= e["ts"] <= at["update"][1] for e in events)
+    assert any(
+        e["name"] in ("aten::mm", "fuserl::linear") and at["update"][0] <= e["ts"] <= at["update"][1] for e in events
+    )
 
 
 def test_recording_changes_no_number_and_only_the_steps_asked_for_are_recorded(tmp_path):
