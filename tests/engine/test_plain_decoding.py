@@ -118,4 +118,4 @@ def test_a_run_trains_such_a_model(family, tmp_path, monkeypatch):
     tiny_runs.use(monkeypatch, lambda: other(family))
     made = tiny_runs.run(tmp_path, "run", steps=2, reward="tiny_runs:shortness")
     steps = [row for row in made if "tokens" in row]
-    assert len(steps) == 2 and all(row["drift_max"] < 1e-4 and row["grad_norm"] > 0 for row in steps)
+    assert len(steps) == 2 and all(row["mismatch_max"] < 1e-4 and row["grad_norm"] > 0 for row in steps)
