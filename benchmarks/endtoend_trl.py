@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import importlib.metadata
 import json
 import os
 import statistics
@@ -217,7 +218,7 @@ def main() -> None:
         for row in compared(case, given.steps):
             print({name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()})
             if given.save:
-                facts = {"device": bench.device(), **machine.versions(), "trl": machine._version("trl")}
+                facts = {"device": bench.device(), **machine.versions(), "trl": importlib.metadata.version("trl")}
                 facts |= {"commit": machine.commit(), "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")}
                 with RESULTS.open("a") as file:
                     file.write(json.dumps(row | facts) + "\n")

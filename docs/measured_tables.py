@@ -139,6 +139,30 @@ def speed() -> str:
     return table(heads, rows) + drawn
 
 
+def endtoend() -> str:
+    """A whole step here and in TRL's trainer, by case: seconds, peak memory, and by how much ours is quicker."""
+    newest = _newest([RESULTS / "endtoend.jsonl"], "device", "case", "side")
+    cases: dict[tuple, dict] = {}
+    for row in newest:
+        cases.setdefault((row["device"], row["case"]), {})[row["side"]] = row
+    rows = [
+        [
+            case, *(f"{side[name]['median_s']:.2f} ({side[name]['iqr_s']:.2f})" for name in ("fuserl", "trl")),
+            f"{side['fuserl']['times_faster']:.1f}", f"{side['fuserl']['generate_s']:.2f} / {side['fuserl']['update_s']:.2f}",
+            *(f"{side[name]['peak_gb']:.1f}" for name in ("fuserl", "trl")), side["fuserl"]["commit"],
+        ]
+        for (_, case), side in cases.items()
+        if side.keys() == {"fuserl", "trl"}
+    ]  # fmt: skip
+    if not rows:
+        return "Not measured yet: `python benchmarks/endtoend_trl.py --save` takes the rows."
+    heads = [
+        "case", "fuserl, s (spread)", "TRL", "times faster", "of ours, generation / update", "peak GB", "TRL's", "commit",
+    ]  # fmt: skip
+    facts = dict.fromkeys(f"{row['device']}, torch {row['torch']}, TRL {row['trl']}" for row in newest)
+    return f"{table(heads, rows)}\n\n{'; '.join(facts)}."
+
+
 def _learned(row: dict) -> tuple[str, str]:
     return f"{statistics.mean(row['after']):.3f}", " ".join(f"{each:.2f}" for each in row["after"])
 
