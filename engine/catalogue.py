@@ -45,8 +45,11 @@ class Option:
 
 
 def recipe(config):
-    """Build the recipe of a resolved configuration, with its options."""
-    return _module(config.recipe).recipe(config, **config.options)
+    """Build the recipe of a resolved configuration, with its options, its loss weighted as `importance` says."""
+    built = _module(config.recipe).recipe(config, **config.options)
+    if config.importance in (None, "none"):
+        return built
+    return import_module("fuserl.engine.importance").weighed(built, config)
 
 
 def defaults(name: str) -> dict[str, object]:

@@ -81,6 +81,15 @@ class Config:
     min_p: float = _rollout(0.0, doc="sample among tokens this likely relative to the likeliest", least=0.0, most=1.0)
     kv_gb: float | None = _rollout(None, doc="gigabytes of keys and values at most; default what fits", above=0.0)
 
+    rollout: str = _rollout(
+        "embedded", doc="the engine that completes prompts: embedded, or vllm (untested on a GPU)",
+        choices=("embedded", "vllm"),
+    )  # fmt: skip
+    vllm_memory: float = _rollout(0.3, doc="share of the GPU's memory that vLLM takes", above=0.0, most=1.0)
+    overlap: bool = _rollout(
+        False, doc="draw the next step's completions while a step's update runs; they are one step old"
+    )
+
     lr: float | None = _update(None, doc="learning rate of AdamW", above=0.0)
     schedule: str = _update("constant", doc="of the learning rate", choices=("constant", "linear", "cosine"))
     warmup: int = _update(0, doc="optimizer steps over which the learning rate rises from 0", least=0)
@@ -101,6 +110,12 @@ class Config:
         "none", doc="with several ranks: none copies the weights to each, full cuts them over all (FSDP2)",
         choices=("none", "full"),
     )  # fmt: skip
+    importance: str | None = _update(
+        None, doc="weights of tokens that other weights, or another engine, drew: truncate holds them to"
+        " --importance-bound, mask drops tokens beyond it or below its inverse",
+        choices=("none", "truncate", "mask"),
+    )  # fmt: skip
+    importance_bound: float = _update(2.0, doc="largest importance weight of a token", least=1.0)
     freeze: tuple[str, ...] = _update((), doc="parameters to leave as they are, by name: model.embed_tokens.* ...")
     lora_rank: int = _update(0, doc="train low-rank adapters of this rank instead of the weights; 0 is none", least=0)
     lora_alpha: float = _update(32.0, doc="the adapters' products are scaled by alpha / rank", above=0.0)
@@ -151,6 +166,7 @@ class Config:
             "lr": (1e-5, "raises the reward of small models without collapse"),
             "epochs": (1, "on-policy: every rollout is used once"),
             "minibatches": (1, "on-policy: every rollout is used once"),
+            "importance": _importance(self),
             "threads": (torch.get_num_threads(), "torch's own count for this machine"),
             "reward_workers": (min(os.cpu_count() or 1, 8), "a verifier may hang on what a model writes"),
             "few_shot": _few_shot(self),
@@ -228,6 +244,14 @@ def _by_device(device: str) -> dict[str, tuple[object, str]]:
         "group_size": (8, "a step of 128 rollouts takes seconds on a CPU"),
         "micro_tokens": (4096, "activations of a few GB"),
     }
+
+
+def _importance(config: Config) -> tuple[str, str]:
+    if config.overlap:
+        return "truncate", "rollouts are one step old"
+    if config.rollout != "embedded":
+        return "truncate", "its log-probs are not quite those of the model that learns"
+    return "none", "the model that learns draws its rollouts"
 
 
 def _few_shot(config: Config) -> tuple[int, str]:

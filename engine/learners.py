@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from fuserl.engine import adapters, models
+from fuserl.engine import adapters, models, sources
 from fuserl.engine.config import Config
 from fuserl.engine.policy import Policy, Sampling, Updating
 from fuserl.engine.recipe import Recipe
@@ -20,6 +20,7 @@ def of(config: Config, recipe: Recipe) -> tuple[Policy, Policy | None]:
     if reference and config.reference:
         reference = models.load(config.reference, config.device, torch.float32)[0]
     policy = policy_of(config, reference=reference, value=bool({"value", "score"} & {*recipe.loss.outputs}))
+    policy.source = sources.of(config, policy.model, policy.tokenizer)
     if recipe.critic is None:
         return policy, None
     critic = policy_of(config, value=True, lr=recipe.critic.lr)

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuserl.engine import catalogue, ceiling, evaluation, learners, prompts, ranks, traces, trackers
+from fuserl.engine import catalogue, ceiling, evaluation, learners, prompts, ranks, sources, traces, trackers
+from fuserl.engine.ahead import Ahead
 from fuserl.engine.batch import Rollouts, batch_of
 from fuserl.engine.config import Config
 from fuserl.engine.follower import Follower
@@ -45,6 +46,7 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
         stack.enter_context(ranks.joined(config.device))
         recipe, task = catalogue.recipe(config), prompts.configured(config)
         task.require(*recipe.learns_from)
+        sources.check(config, recipe)
         stack.callback(getattr(recipe.reward, "close", lambda: None))
         # What can be wrong is found in the order of what it costs to find: the folder, the reward, the model.
         run = stack.enter_context(Run(config, resume=resume) if ranks.first() else Follower())
@@ -58,12 +60,14 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
         policy.check_lengths(task, recipe.learns_from)
         held_out = task.held_out()
         ranks.require_same("held-out problems", [prompt.text for prompt in held_out])
-        state = State(recipe.name, {"policy": policy} | ({"critic": critic} if critic else {}), recipe.state)
+        ahead = stack.enter_context(Ahead(policy, recipe, overlap=config.overlap))
+        parts = {"ahead": ahead, **recipe.state}
+        state = State(recipe.name, {"policy": policy} | ({"critic": critic} if critic else {}), parts)
         if resume is not None:
             state.restore(run)
         if state.step < config.steps and ranks.first():
             state.require_room(run, config.keep)
-        stack.enter_context(_failures_kept(run, state))
+        stack.enter_context(_failures_kept(run, state, ahead))
         judge = functools.partial(evaluated, policy, recipe, held_out, config.eval_samples)
         run.note(best.words(config.dtype))
         if state.step == 0:
@@ -73,7 +77,7 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
         while state.step < config.steps:
             state.step += 1
             with run.traced(state.step) if state.step in profiled else contextlib.nullcontext():
-                row = step(policy, critic, recipe, run, state)
+                row = step(policy, critic, recipe, run, state, ahead)
             run.log({"step": state.step, **row, **saving})
             _refuse_skipping(state, config.max_skipped)
             if state.step == config.steps or _due(state.step, config.eval_every):
@@ -85,13 +89,13 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
     return run.folder
 
 
-def step(policy: Policy, critic: Policy | None, recipe: Recipe, run: Run, state: State) -> dict[str, float]:
+def step(
+    policy: Policy, critic: Policy | None, recipe: Recipe, run: Run, state: State, ahead: Ahead
+) -> dict[str, float]:
     """One turn of the loop; returns its metrics."""
     started = time.perf_counter()
     policy.meter.clear()
-    asked = recipe.prompts(state.step)
-    ranks.require_same("prompts", [prompt.text for prompt in asked])
-    rollouts = recipe.rollout(policy, asked)
+    rollouts, drawn = ahead.take(state.step)
     with policy.meter.phase("reward"):
         rewards, facts = rollouts.scores or recipe.reward(rollouts)
     run.sampled(state.step, rollouts, rewards)
@@ -105,10 +109,11 @@ def step(policy: Policy, critic: Policy | None, recipe: Recipe, run: Run, state:
         theirs = critic.update(batch, recipe.critic.loss)
         statistics = {**{f"critic_{name}": value for name, value in theirs.items()}, **statistics}
         statistics["value_loss"] = theirs["value_loss"]
+    ahead.wait()
     state.skipped = state.skipped + 1 if statistics.get("skipped") else 0
     seconds = time.perf_counter() - started
     return {
-        **({} if recipe.learns_from else _rewarded(rewards, rollouts.group)),
+        **({} if recipe.learns_from else {**_rewarded(rewards, rollouts.group), **drawn}),
         **_described(rollouts),
         **facts,
         **_explained(batch),
@@ -122,6 +127,7 @@ def evaluated(policy: Policy, recipe: Recipe, held_out: list, samples: int) -> d
     """Accuracy on held-out problems by the recipe's reward, and its own evaluation of them, where it has each."""
     if not held_out:
         return {}
+    policy.sync()
     started = time.perf_counter()
     row = {} if recipe.evaluate is None else recipe.evaluate(policy, held_out)
     if recipe.reward is not None:
@@ -130,12 +136,14 @@ def evaluated(policy: Policy, recipe: Recipe, held_out: list, samples: int) -> d
 
 
 @contextlib.contextmanager
-def _failures_kept(run: Run, state: State) -> Iterator[None]:
-    """Write down everything that was generated for a reward that fails."""
+def _failures_kept(run: Run, state: State, ahead: Ahead) -> Iterator[None]:
+    """Write down everything that was generated, for a reward that fails and for the next step."""
     try:
         yield
     except RewardError as error:
         error.add_note(f"All of its rollouts are in {run.failed(state.step, error.rollouts, error.rewards)}.")
+        if (drawn := ahead.waiting()) is not None:
+            error.add_note(f"Those drawn ahead are in {run.failed(*drawn, None)}.")
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class Loss:
     scope: str = "token"  # what must be seen together: a "token", a "rollout", or all rollouts of a "group"
     live: Callable = every_token  # (Batch) -> (N,) bool, or None for all: tokens whose gradient is not known to be zero
     reads: tuple[str, ...] = ()  # fields of the batch: old_logprobs, ref_logprobs, values
+    weighed: Callable | None = None  # (Importance) -> this loss with importance weights, where it can take some
 
     def __call__(self, out, batch: Batch):
         return self.function(out, batch)
@@ -234,6 +236,7 @@ def _of_surrogate(
 ) -> Loss:
     """The loss of a surrogate of each token's ratio, with a KL and an entropy term when weighted."""
     _require_terms(function, beta, entropy_coef)
+    terms = {"beta": beta, "kl": kl, "kl_weighted": kl_weighted, "entropy_coef": entropy_coef, "reduce": reduce}
 
     def loss(out, batch: Batch):
         old = out.logprob.detach() if batch.old_logprobs is None else batch.old_logprobs
@@ -260,6 +263,7 @@ def _of_surrogate(
         scope=scope,
         live=every_token if beta or entropy_coef else with_advantage if scope == "token" else with_any_advantage,
         reads=("ref_logprobs",) if beta else (),
+        weighed=_weighed(functools.partial(_of_surrogate, function, surrogate, **terms), importance),
     )
 
 
@@ -279,6 +283,7 @@ def _of_rollouts(
     """
     beta, entropy_coef = (terms.setdefault(name, 0.0) for name in ("beta", "entropy_coef"))
     _require_terms(function, beta, entropy_coef)
+    again = functools.partial(_of_rollouts, function, ratios, surrogate, clipped_at=clipped_at, reduce=reduce, **terms)
 
     def loss(out, batch: Batch):
         old = out.logprob.detach() if batch.old_logprobs is None else batch.old_logprobs
@@ -304,7 +309,13 @@ def _of_rollouts(
         scope="rollout",
         live=every_token if beta or entropy_coef else with_any_advantage,
         reads=("ref_logprobs",) if beta else (),
+        weighed=_weighed(again, importance),
     )
+
+
+def _weighed(again: Callable, importance: Importance | None) -> Callable | None:
+    """`weighed` of a loss made by `again`, which takes importance weights where it has none."""
+    return None if importance is not None else lambda given: again(importance=given)
 
 
 def _require_terms(function: str, beta: float, entropy_coef: float) -> None:
@@ -346,7 +357,8 @@ def summed(first: Loss, second: Loss, coefficient: float) -> Loss:
 
     outputs, reads = (tuple(dict.fromkeys(a + b)) for a, b in zip(_needs(first), _needs(second), strict=True))
     scope = max(first.scope, second.scope, key=("token", "rollout", "group").index)
-    return Loss(loss, outputs=outputs, reads=reads, scope=scope)
+    weighed = first.weighed and (lambda given: summed(first.weighed(given), second, coefficient))
+    return Loss(loss, outputs=outputs, reads=reads, scope=scope, weighed=weighed)
 
 
 def _needs(loss: Loss) -> tuple[tuple[str, ...], tuple[str, ...]]:

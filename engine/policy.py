@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fuserl import attention, families, layers
-from fuserl.engine import adapters, gathered, generation, prompts, ranks, sharding
+from fuserl.engine import adapters, gathered, prompts, ranks, sharding, sources
 from fuserl.engine.batch import Batch, Rollouts
 from fuserl.engine.losses import Loss
 from fuserl.engine.meter import Meter, phase, span
@@ -89,6 +89,7 @@ class Policy:
         self.model, self.tokenizer = model, tokenizer
         self.sampling, self.updating, self.seed = sampling, updating, seed
         self.calls = 0  # of generate: numbers the random streams
+        self.source, self._synced = sources.Own(model, tokenizer), None  # None: never yet, else optimizer steps by then
         _attach(adapters.base(model))
         layers.attach(model)
         weight = adapters.head_weight(model)
@@ -180,13 +181,11 @@ class Policy:
         if stream is None and not greedy:
             self.calls += 1
             stream = self.calls
-        model, own = adapters.base(self.model), ranks.share(len(prompts))
+        own = ranks.share(len(prompts))
         if turns.get("forced") is not None:
             turns["forced"] = turns["forced"][own.start * group_size : own.stop * group_size]
-        with self._autocast(), sharding.uncut(model):
-            completed = own and generation.generate(
-                model,
-                self.tokenizer,
+        with self._autocast(), sharding.uncut(adapters.base(self.model)):
+            completed = own and self.source.generate(
                 [prompts[number] for number in own],
                 group_size=group_size,
                 max_new_tokens=settings.max_new_tokens,
@@ -204,6 +203,13 @@ class Policy:
             read, drawn = self.costs.generation(completed)
             self.meter.add(read=read, drawn=drawn)
         return gathered.rollouts(completed or None, prompts)
+
+    @phase("generate")
+    def sync(self) -> None:
+        """Let completions come from the weights as they are; where the source has its own, only this does."""
+        if self._synced != self.optimizer.count:
+            self.source.sync()
+            self._synced = self.optimizer.count
 
     @phase("score")
     @torch.no_grad()

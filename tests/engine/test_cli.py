@@ -38,6 +38,7 @@ VALUES = {int: ("3", 3), float: ("0.25", 0.25), str: ("text", "text"), bool: (No
 def test_every_setting_is_a_flag(dashes, trained):
     special = {"device": ("cuda:1", "cuda:1"), "dtype": ("bfloat16", "bfloat16"), "recipe": ("sft", "sft")}
     special |= {"schedule": ("linear", "linear"), "shard": ("full", "full")}
+    special |= {"rollout": ("vllm", "vllm"), "importance": ("mask", "mask"), "importance_bound": ("2.5", 2.5)}
     arguments, expected = ["train", "sft"], {}
     for setting in settings():
         text, expected[setting.name] = special.get(setting.name, VALUES[kind(setting.name)[0]])

@@ -13,7 +13,7 @@ from fuserl.engine.metrics import Run
 
 CPU = {"device": "cpu", "dtype": "float32", "groups": 16, "group_size": 8, "micro_tokens": 4096, "few_shot": 4}
 GPU = {"device": "cuda", "dtype": "bfloat16", "groups": 64, "group_size": 16, "micro_tokens": 32768, "few_shot": 4}
-AUTOMATIC = {*CPU, "lr", "epochs", "minibatches", "threads", "reward_workers", "stop"}
+AUTOMATIC = {*CPU, "lr", "epochs", "minibatches", "importance", "threads", "reward_workers", "stop"}
 
 
 def on(monkeypatch, gpus):

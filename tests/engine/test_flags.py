@@ -50,10 +50,12 @@ def refused(parser, words, capsys):
 @EVERY
 @pytest.mark.parametrize("written", [flag, lambda name: f"--{name}"], ids=["dashes", "underscores"])
 def test_everything_is_a_flag(recipe, written):
-    special = {"device": "cpu", "dtype": "float32", "schedule": "cosine", "shard": "full"}
+    special = {"device": "cpu", "dtype": "float32", "schedule": "cosine", "shard": "full", "rollout": "vllm"}
+    special |= {"importance": "none"}
+    special = {name: (value, value) for name, value in special.items()} | {"importance_bound": ("1.5", 1.5)}
     words, expected = [], {}
     for name, wanted, _ in own(recipe):
-        text, expected[name] = VALUES[wanted] if name not in special else (special[name], special[name])
+        text, expected[name] = special.get(name, VALUES[wanted])
         words += [written(name), *(text.split() if text else [])]
     assert given(parser_of(recipe).known(words)) == expected
     config = Config(recipe=recipe).replace(**expected)

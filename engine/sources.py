@@ -1,0 +1,103 @@
+"""Where a policy's completions come from: the model under training, a copy of its weights, or vLLM.
+
+Each has `generate(prompts, **sampling) -> Rollouts`, with the arguments of `generation.generate`, and `sync()`, after
+which completions come from the weights as they are. Nobody who draws or trains knows which one it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from fuserl.engine import adapters, generation, lookup
+from fuserl.engine.batch import Rollouts
+from fuserl.engine.config import Config
+from fuserl.engine.prompts import Prompt
+from fuserl.engine.recipe import Recipe
+
+
+class Own:
+    """The embedded engine on the model under training.
+
+    Args:
+        model: a transformers causal language model, or peft's LoRA around one.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+
+    def generate(self, prompts: Sequence[Prompt], **sampling) -> Rollouts:
+        """Completions of `prompts`, as `generation.generate` draws them."""
+        return generation.generate(adapters.base(self.model), self.tokenizer, prompts, **sampling)
+
+    def sync(self) -> None:
+        """Nothing is to be done: the weights are the model's own."""
+
+
+class Behind:
+    """The embedded engine on a copy of the weights, which stays as it was at the last `sync` while the model learns.
+
+    Memory: what is trained, once more; what is frozen is shared. On a GPU it draws in a stream of its own.
+
+    Args:
+        model: a transformers causal language model, or peft's LoRA around one.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer):
+        self.tokenizer, self._trained = tokenizer, adapters.trained(model)
+        plain = adapters.base(model)
+        # deepcopy takes what it finds here for the copy.
+        self._copy = copy.deepcopy(plain, {id(p): p for p in plain.parameters() if not p.requires_grad})
+        self._copied = adapters.trained(self._copy)
+        device = next(plain.parameters()).device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def generate(self, prompts: Sequence[Prompt], **sampling) -> Rollouts:
+        """Completions of `prompts` from the copy, as `generation.generate` draws them."""
+        with contextlib.ExitStack() as stack:
+            if self._stream is not None:
+                self._stream.wait_stream(torch.cuda.default_stream(self._stream.device))
+                stack.enter_context(torch.cuda.stream(self._stream))
+            return generation.generate(self._copy, self.tokenizer, prompts, **sampling)
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Copy what is trained, in place."""
+        for name, parameter in self._trained.items():
+            self._copied[name].copy_(parameter)
+
+
+def check(config: Config, recipe: Recipe) -> None:
+    """Refuse what cannot be done with the recipe, or in this process, before anything is loaded.
+
+    Raises:
+        ValueError: nothing is drawn that could come from elsewhere, or ahead; or the run has several ranks.
+        RuntimeError: vLLM is not installed.
+    """
+    wanted = {"overlap": config.overlap, "rollout": config.rollout != "embedded"}
+    for name in (name for name, given in wanted.items() if given):
+        if recipe.learns_from:
+            raise ValueError(
+                f"{name}: the recipe must draw completions; {config.recipe} learns from given ones. Leave it out."
+            )
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise ValueError(
+                f"{name}: the run must have one rank; it has {torch.distributed.get_world_size()}. Leave it out."
+            )
+    if wanted["rollout"]:
+        lookup.package("vllm", "vllm")
+
+
+def of(config: Config, model: nn.Module, tokenizer) -> Own | Behind:
+    """The source that a resolved configuration asks for."""
+    if config.rollout == "vllm":
+        from fuserl.engine.vllm import Vllm
+
+        return Vllm(config, model, tokenizer)
+    return (Behind if config.overlap else Own)(model, tokenizer)
