@@ -214,6 +214,27 @@ def merged(model: nn.Module) -> nn.Module:
     return plain
 
 
+def folded(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights of the model without adapters that does the same, by name, each shared one once: `W + scale B A`.
+
+    Memory: one layer's weight at a time, made as it is asked for; sums are float32.
+
+    Raises:
+        ValueError: adapters that are no plain LoRA.
+    """
+    plain = base(model)
+    for name, parameter in plain.named_parameters():
+        owner, _, kind = name.rpartition(".")
+        if ".lora_" in f".{name}":
+            continue
+        if not owner.endswith(".base_layer"):
+            yield name, parameter.detach()
+            continue
+        owner = owner.removesuffix(".base_layer")
+        delta = _delta("folded", plain.get_submodule(owner)) if kind == "weight" else None
+        yield f"{owner}.{kind}", parameter.detach() if delta is None else (parameter.float() + delta.float()).detach()
+
+
 def checkpoint_activations(model: nn.Module) -> None:
     """Keep each layer's input only and compute the rest anew in backward: less memory, one more forward in training.
 
