@@ -49,6 +49,7 @@ WHAT = {
     "mismatch_rollout_ess": "of those of whole rollouts, as a share of them",
     "importance": "weight with which a loss corrects for the mismatch, mean; 1 where it does not",
     "importance_cut": "share of the weights at a bound of the correction",
+    "staleness": "optimizer steps between the weights that drew the completions and those that learn from them first",
     "length": "tokens of a completion, mean",
     "truncated": "share of the completions that were cut for length",
     "loss": "of the policy",
@@ -57,6 +58,8 @@ WHAT = {
     "grad_norm": "of the gradient before it is scaled down",
     "lr": "learning rate",
     "generate_s": "seconds in which completions were drawn",
+    "ahead_s": "seconds in which the step's completions were drawn behind the update before it, with `--overlap`; rates of "
+    "generation are then of these, and `generate_s` is what nothing hid: the wait for the next step's",
     "reward_s": "seconds in which they were judged",
     "score_s": "seconds of forward passes for log-probs and values that the update refers to",
     "update_s": "seconds of the update: forward, backward, optimizer",

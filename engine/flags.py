@@ -28,6 +28,10 @@ SYNONYMS = {
     "epsilon-high": "high", "clip-ratio-high": "high", "eps-clip-high": "high", "delta": "dual", "clip-ratio-c": "dual",
     "kl-coef": "beta", "init-kl-coef": "beta", "kl-loss-coef": "beta", "entropy-coeff": "entropy-coef",
     "vf-coef": "value-coef", "cliprange-value": "value-clip", "apply-chat-template": "chat",
+    "use-vllm": "rollout", "rollout-backend": "rollout", "vllm-gpu-memory-utilization": "vllm-memory",
+    "gpu-memory-utilization": "vllm-memory", "async-rollout": "overlap", "async-train": "overlap",
+    "vllm-importance-sampling-correction": "importance", "rollout-is": "importance", "tis": "importance",
+    "vllm-importance-sampling-cap": "importance-bound", "rollout-is-threshold": "importance-bound",
     "system-prompt": "system", "log-completions": "samples", "max-grad-value": "max-grad-norm",
     "fsdp": "shard", "deepspeed": "shard",
 }  # fmt: skip

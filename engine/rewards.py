@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -67,7 +68,7 @@ class Scorer:
             raise ValueError(
                 f"reward: timeout must be a number of seconds > 0; got {timeout!r}. Without limit is workers=0."
             )
-        self.function, self.names = function, wanted(function)
+        self.function, self.names, self.timeout = function, wanted(function), timeout
         self.asynchronous = any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
         self._pool = self._runner = None
         if workers:
@@ -83,14 +84,15 @@ class Scorer:
             rollouts: B completions and their prompts.
 
         Returns:
-            (B,) float32, in the order of the rollouts whatever ended first, and {"timeouts": rollouts stopped}.
+            (B,) float32, in the order of the rollouts whatever ended first, and {"timeouts": rollouts stopped}, the
+            first of which is named on standard error.
 
         Raises:
             RewardError: the function raised, returned something else than finite numbers, or took its worker down; the
                 message names the rollout, and the cause is the function's own error.
         """
         calls, rewards = list(_calls(rollouts, self.names)), [math.nan] * len(rollouts)
-        timeouts, failure, at = self._score(calls, rewards)
+        timeouts, failure, at = self._score(rollouts, calls, rewards)
         told = ranks.everyones([rewards, timeouts, failure and [failure.says, failure.member, failure.trace, at]])
         table = torch.tensor([each[0] for each in told], dtype=torch.float64)
         rewards = torch.where(table.isnan().all(0), torch.nan, table.nansum(0)).float()
@@ -101,7 +103,7 @@ class Scorer:
             raise _error(failure, None if at is None else calls[at], rollouts, rewards)
         return rewards, {"timeouts": sum(each[1] for each in told)}
 
-    def _score(self, calls: list[_Call], rewards: list[float]) -> tuple[int, Failure | None, int | None]:
+    def _score(self, rollouts: Rollouts, calls: list[_Call], rewards: list[float]) -> tuple[int, Failure | None, int | None]:
         """Fill in the rewards of this rank's share of the calls.
 
         Returns:
@@ -114,7 +116,11 @@ class Scorer:
                 if isinstance(outcome, Failure):
                     return timeouts, outcome, at
                 members = calls[at].members
-                timeouts += len(members) if outcome is None else 0
+                if outcome is None:
+                    if not timeouts:  # one of them is enough to look at; how many there are is counted
+                        said = f"it was stopped after {self.timeout:g} s for {_shown(rollouts, calls[at], None)}"
+                        print(f"fuserl: reward: {said}; its reward is 0", file=sys.stderr, flush=True)
+                    timeouts += len(members)
                 for member, reward in zip(members, outcome or [0.0] * len(members), strict=True):
                     rewards[member] = reward
         return timeouts, None, None

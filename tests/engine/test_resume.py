@@ -1,5 +1,6 @@
 """A run killed at any instant goes on from its last checkpoint, and every figure is as if nothing had happened."""
 
+import functools
 import importlib
 import os
 import random
@@ -14,6 +15,8 @@ from tiny_runs import numbers, rows
 
 from fuserl.engine import loop
 from fuserl.engine.checkpoint import newest
+from fuserl.engine.optimizer import Optimizer
+from fuserl.engine.sampling import Sampling
 
 RECIPES = {
     "grpo": {"beta": 0.1, "minibatches": 2, "schedule": "cosine", "warmup": 2},
@@ -73,6 +76,43 @@ def test_a_resumed_run_is_as_one_that_never_stopped(tmp_path, case):
     after = [row for row in parts if row["step"] == 4 and "accuracy" in row]
     assert len(after) == 1  # the evaluation at the end of the first part
     assert [row for row in parts if row not in after] == whole
+
+
+PLACES = {"rollout": (Sampling, "draw"), "reward": (tiny_runs, "shortness"), "update": (Optimizer, "step")}
+
+
+def dies_in(place, step):
+    """Let this process be killed in the second call of something within a step of the loop."""
+    owner, name = PLACES[place]
+    real, turn, now, calls = getattr(owner, name), loop.step, [], []
+
+    def noted(*arguments):
+        now.append(arguments[4].step)
+        return turn(*arguments)
+
+    @functools.wraps(real)
+    def deadly(*arguments, **named):
+        if now and now[-1] == step:
+            calls.append(1)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **named)
+
+    loop.step = noted
+    setattr(owner, name, deadly)
+
+
+@pytest.mark.parametrize("case", ["ppo", "ppo overlap"])
+def test_a_kill_in_the_middle_of_anything(tmp_path, case):
+    config = configured(tmp_path, "whole", case)
+    assert in_a_child(lambda: loop.train(config))
+    whole = numbers(rows(tmp_path / "whole"))
+    for place in PLACES:
+        config = configured(tmp_path, place, case)
+        assert not in_a_child(lambda place=place, config=config: (dies_in(place, 4), loop.train(config)))
+        assert [row["step"] for row in rows(tmp_path / place) if "tokens" in row] == [1, 2, 3]
+        assert in_a_child(lambda place=place, config=config: finish(config, tmp_path / place))
+        assert numbers(rows(tmp_path / place)) == whole, place
 
 
 @pytest.mark.slow

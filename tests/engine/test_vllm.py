@@ -110,8 +110,8 @@ def test_a_run_gives_vllm_its_weights_at_every_step(tmp_path, changes):
         numbers(run(tmp_path, name, reward=SHORT, rollout="vllm", steps=4, **changes)) for name in ("a", "b")
     )
     steps = [row for row in first if "tokens" in row]
-    drifts = [row["drift_max"] for row in steps if row.get("drift_max") is not None]
-    assert first == again and len(drifts) > 1 and max(drifts) < (0.5 if "dtype" in changes else ROUNDING)
+    gaps = [row["mismatch_max"] for row in steps if row.get("mismatch_max") is not None]
+    assert first == again and len(gaps) > 1 and max(gaps) < (0.5 if "dtype" in changes else ROUNDING)
     assert [row["staleness"] for row in steps] == [0] * 4
     assert len({row["accuracy"] for row in first if "accuracy" in row}) == 2
 
@@ -121,7 +121,7 @@ def test_without_the_weights_a_run_would_show_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Vllm, "sync", lambda self: None)
     steps = [row for row in run(tmp_path, "run", reward=SHORT, rollout="vllm") if "tokens" in row]
-    assert max(row["drift_max"] for row in steps if row.get("drift_max") is not None) > 0.1
+    assert max(row["mismatch_max"] for row in steps if row.get("mismatch_max") is not None) > 0.1
 
 
 def test_with_overlap_vllm_draws_from_the_weights_of_the_step_before(tmp_path):
