@@ -58,8 +58,8 @@ WHAT = {
     "grad_norm": "of the gradient before it is scaled down",
     "lr": "learning rate",
     "generate_s": "seconds in which completions were drawn",
-    "ahead_s": "seconds in which the step's completions were drawn behind the update before it, with `--overlap`; rates of "
-    "generation are then of these, and `generate_s` is what nothing hid: the wait for the next step's",
+    "ahead_s": "with `--overlap`, seconds in which the step's completions were drawn behind the update before; rates "
+    "of generation are of these, and `generate_s` is what nothing hid: the wait for the next step's",
     "reward_s": "seconds in which they were judged",
     "score_s": "seconds of forward passes for log-probs and values that the update refers to",
     "update_s": "seconds of the update: forward, backward, optimizer",

@@ -102,7 +102,7 @@ class Ahead:
             return {}
         drawing = self._next
         rollouts, calls, facts = drawing.result.result()
-        prompts = [next(at for at, each in enumerate(drawing.prompts) if each is one) for one in rollouts.prompts]
+        prompts = _places(rollouts.prompts, drawing.prompts)
         plain = {"step": drawing.step, "count": drawing.count, "calls": calls, "metrics": facts, "prompts": prompts}
         return {**plain, **_packed(rollouts)}
 
@@ -131,11 +131,23 @@ class Ahead:
         def draw():
             started = time.perf_counter()
             rollouts = self.recipe.rollout(actor, prompts)
+            _places(rollouts.prompts, prompts)  # so that it is now, not at a checkpoint, that it cannot be kept
             seconds = time.perf_counter() - started
             rates = {name: rate for name, rate in actor.meter.row(seconds).items() if name.endswith(RATES)}
             return rollouts, actor.calls, {"ahead_s": seconds, **rates}
 
         return Drawing(step, self.policy.optimizer.count, prompts, self._thread.submit(draw))
+
+
+def _places(some: list[Prompt], prompts: list[Prompt]) -> list[int]:
+    """Where each of `some` is among `prompts`: what is written of them, as a metadata may be anything."""
+    places = {id(prompt): at for at, prompt in enumerate(prompts)}
+    if any(id(prompt) not in places for prompt in some):
+        raise ValueError(
+            "overlap: a recipe's rollouts must be of prompts that it was given; some are of others, which a checkpoint "
+            "cannot hold. Leave --overlap out."
+        )
+    return [places[id(prompt)] for prompt in some]
 
 
 def _packed(rollouts: Rollouts) -> dict:

@@ -87,7 +87,8 @@ class Config:
     )  # fmt: skip
     vllm_memory: float = _rollout(0.3, doc="share of the GPU's memory that vLLM takes", above=0.0, most=1.0)
     overlap: bool = _rollout(
-        False, doc="draw the next step's completions while a step's update runs; they are one step old"
+        False,
+        doc="draw the next step's completions while a step's update runs, from a copy of the weights one step old",
     )
 
     lr: float | None = _update(None, doc="learning rate of AdamW", above=0.0)

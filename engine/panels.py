@@ -29,7 +29,7 @@ _PHASES = {
 }  # fmt: skip
 _OTHERS = 24  # panels of metrics that only one recipe or reward has
 _FAR = 1e30  # beyond what axes can be laid out for
-_UNDRAWN = {"step", "seconds", "elapsed", "tokens", "skipped"}
+_UNDRAWN = {"step", "seconds", "elapsed", "tokens", "skipped", "staleness", "ahead_s"}
 _EVALUATION = {
     "step", "accuracy", "accuracy_low", "accuracy_high", "problems", "correct", "samples", "eval_s", "elapsed",
     "host_gb", "gpu_gb",

@@ -204,11 +204,11 @@ class Policy:
             self.meter.add(read=read, drawn=drawn)
         return gathered.rollouts(completed or None, prompts)
 
-    @phase("generate")
     def sync(self) -> None:
         """Let completions come from the weights as they are; where the source has its own, only this does."""
-        if self._synced != self.optimizer.count:
-            self.source.sync()
+        if self.source.apart and self._synced != self.optimizer.count:
+            with self.meter.phase("generate"):
+                self.source.sync()
             self._synced = self.optimizer.count
 
     @phase("score")

@@ -1,7 +1,8 @@
 """Where a policy's completions come from: the model under training, a copy of its weights, or vLLM.
 
-Each has `generate(prompts, **sampling) -> Rollouts`, with the arguments of `generation.generate`, and `sync()`, after
-which completions come from the weights as they are. Nobody who draws or trains knows which one it is.
+Each has `generate(prompts, **sampling) -> Rollouts`, with the arguments of `generation.generate`, and `apart`: whether
+it has weights of its own. One that has also has `sync()`, after which completions come from the policy's weights as
+they are. Nobody who draws or trains knows which one it is.
 """
 
 from __future__ import annotations
@@ -28,15 +29,14 @@ class Own:
         tokenizer: its tokenizer.
     """
 
+    apart = False
+
     def __init__(self, model: nn.Module, tokenizer):
         self.model, self.tokenizer = model, tokenizer
 
     def generate(self, prompts: Sequence[Prompt], **sampling) -> Rollouts:
         """Completions of `prompts`, as `generation.generate` draws them."""
         return generation.generate(adapters.base(self.model), self.tokenizer, prompts, **sampling)
-
-    def sync(self) -> None:
-        """Nothing is to be done: the weights are the model's own."""
 
 
 class Behind:
@@ -48,6 +48,8 @@ class Behind:
         model: a transformers causal language model, or peft's LoRA around one.
         tokenizer: its tokenizer.
     """
+
+    apart = True
 
     def __init__(self, model: nn.Module, tokenizer):
         self.tokenizer, self._trained = tokenizer, adapters.trained(model)
@@ -77,7 +79,8 @@ def check(config: Config, recipe: Recipe) -> None:
     """Refuse what cannot be done with the recipe, or in this process, before anything is loaded.
 
     Raises:
-        ValueError: nothing is drawn that could come from elsewhere, or ahead; or the run has several ranks.
+        ValueError: nothing is drawn that could come from elsewhere, or ahead; the run has several ranks; or its GPU is
+            not the one that vLLM would take.
         RuntimeError: vLLM is not installed.
     """
     wanted = {"overlap": config.overlap, "rollout": config.rollout != "embedded"}
@@ -91,6 +94,11 @@ def check(config: Config, recipe: Recipe) -> None:
                 f"{name}: the run must have one rank; it has {torch.distributed.get_world_size()}. Leave it out."
             )
     if wanted["rollout"]:
+        if config.device not in ("cpu", "cuda", "cuda:0"):
+            raise ValueError(
+                f"rollout: vLLM takes the first GPU that the process sees, so device must be it; got {config.device}. "
+                "Choose the GPU with CUDA_VISIBLE_DEVICES."
+            )
         lookup.package("vllm", "vllm")
 
 

@@ -1,7 +1,8 @@
 """vLLM as the source of completions, in this process and on the GPU that trains: `--rollout vllm`.
 
-Written for the documented Python interface of vLLM 0.11 to 0.32 (`LLM`, `SamplingParams`, `apply_model`,
-`reset_prefix_cache`) and tested against an imitation of it; no test has run it on a GPU.
+Written for the documented Python interface of vLLM 0.22 to 0.31 (`LLM`, `SamplingParams`, `apply_model`,
+`reset_prefix_cache`), those that TRL 1.16 takes, and tested against an imitation of it: vLLM itself, on a GPU, is
+untested.
 
 vLLM starts without weights and is given the policy's, adapters folded in, by `sync`: at the start and after each
 update. Its log-probs are those of the distribution that it draws from ("processed"): after temperature, top-k, top-p
@@ -39,6 +40,8 @@ class Vllm:
             head that is tied to the embedding.
         RuntimeError: vLLM is not installed.
     """
+
+    apart = True
 
     def __init__(self, config: Config, model: nn.Module, tokenizer):
         self.model, self.tokenizer = model, tokenizer

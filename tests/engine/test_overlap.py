@@ -82,6 +82,18 @@ def test_the_next_ones_are_drawn_while_this_steps_are_learnt_from(tmp_path):
     assert seen == [True]
 
 
+def test_rollouts_of_prompts_that_were_not_given_are_refused(tmp_path):
+    policy, recipe, _ = made(tmp_path, overlap=True)
+    other = dataclasses.replace(
+        recipe, rollout=lambda actor, prompts: recipe.rollout(actor, [dataclasses.replace(each) for each in prompts])
+    )
+    with Ahead(policy, other, overlap=True) as ahead:
+        ahead.take(1)
+        assert ahead.waiting() is None and ahead.state_dict() == {}
+        with pytest.raises(ValueError, match="of prompts that it was given"):
+            ahead.take(2)
+
+
 def test_a_copy_shares_what_is_frozen(tmp_path):
     policy, _, _ = made(tmp_path, overlap=True, lora_rank=2)
     theirs = dict(policy.source._copy.named_parameters())

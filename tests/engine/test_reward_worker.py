@@ -75,7 +75,9 @@ def test_what_a_reward_prints_passes_through(tmp_path):
         print(scorer(rollouts(["say hello", "say there", "hang"]))[1])
     """
     with script(tmp_path, body) as process:
-        assert process.communicate(timeout=60) == ("hello\nthere\n{'timeouts': 1}\n", "")
+        out, err = process.communicate(timeout=60)
+    assert out == "hello\nthere\n{'timeouts': 1}\n"
+    assert err.count("\n") == 1 and "stopped after 1 s for rollout 2 (prompt" in err and "completion 'hang'" in err
 
 
 def test_a_worker_imports_little():

@@ -1,5 +1,6 @@
 """vLLM as the source of completions, against an imitation of it that draws from a transformers model."""
 
+import dataclasses
 import sys
 
 import fake_vllm
@@ -181,6 +182,13 @@ def test_ranks_are_refused(tmp_path, monkeypatch):
     for changes in ({"rollout": "vllm"}, {"overlap": True}):
         with pytest.raises(ValueError, match="must have one rank; it has 2"):
             run(tmp_path, "run", reward=SHORT, **changes)
+
+
+def test_a_gpu_that_vllm_would_not_take_is_refused(tmp_path):
+    _, recipe, config = made(tmp_path)
+    sources.check(config, recipe)
+    with pytest.raises(ValueError, match=r"takes the first GPU .* got cuda:1"):
+        sources.check(dataclasses.replace(config, device="cuda:1"), recipe)
 
 
 def test_a_missing_vllm_is_named_before_anything_is_loaded(tmp_path, monkeypatch):
