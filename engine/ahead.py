@@ -18,7 +18,6 @@ from concurrent import futures
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.meter import Meter
@@ -151,15 +150,14 @@ def _places(some: list[Prompt], prompts: list[Prompt]) -> list[int]:
 
 
 def _packed(rollouts: Rollouts) -> dict:
-    """Rollouts without their prompts: a tensor by the name of each field that is one, and lists."""
-    tensors = {each.name: getattr(rollouts, each.name) for each in dataclasses.fields(Rollouts)}
-    found = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    """Rollouts without their prompts, by field: tensors, and what JSON holds."""
+    apart = {"prompts", "prompt_tokens", "scores"}
+    found = {each.name: getattr(rollouts, each.name) for each in dataclasses.fields(Rollouts) if each.name not in apart}
     found["prompt_tokens"] = torch.cat(rollouts.prompt_tokens)
     found["prompt_lengths"] = torch.tensor([len(tokens) for tokens in rollouts.prompt_tokens])
     if rollouts.scores is not None:
-        found["rewards"], facts = rollouts.scores
-        found["facts"] = facts
-    return {**found, "texts": rollouts.texts, "finish": rollouts.finish}
+        found["rewards"], found["facts"] = rollouts.scores
+    return found
 
 
 def _unpacked(state: dict, prompts: list[Prompt]) -> Rollouts | None:

@@ -76,15 +76,23 @@ class Vllm:
         stop: Sequence[str] = (),
         seed: int = 0,
         streams: Sequence[int] | None = None,
+        **others,
     ) -> Rollouts:
-        """Completions of `prompts`; arguments and result are those of `generation.generate`.
+        """Completions of `prompts`; arguments and result are those of `generation.generate`, but `others` are refused.
 
         A completion is a function of `seed`, its prompt's stream and its number in the group as far as vLLM's rounding
         does not depend on what it decodes beside it.
 
         Raises:
+            ValueError: one of `others` is not None.
             RuntimeError: vLLM gave a completion up.
         """
+        unknown = [name for name, value in others.items() if value is not None]
+        if unknown:
+            raise ValueError(
+                f"vllm: a completion must be drawn in one go, in vLLM's own memory; got {', '.join(unknown)}. Leave it "
+                "out, or --rollout vllm."
+            )
         streams = range(len(prompts)) if streams is None else streams
         prompt_tokens = [torch.tensor(self.tokenizer(p.text).input_ids, dtype=torch.int64) for p in prompts]
         stop_ids = _eos_ids(adapters.base(self.model))

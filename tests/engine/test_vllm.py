@@ -191,6 +191,14 @@ def test_a_gpu_that_vllm_would_not_take_is_refused(tmp_path):
         sources.check(dataclasses.replace(config, device="cuda:1"), recipe)
 
 
+def test_settings_that_only_the_embedded_engine_has_are_refused(tmp_path):
+    policy, recipe, _ = made(tmp_path)
+    prompts = recipe.prompts(1)
+    assert len(policy.source.generate(prompts, max_new_tokens=4, rows=None)) == 2
+    with pytest.raises(ValueError, match=r"in one go, .* got rows, stop_ids\."):
+        policy.source.generate(prompts, max_new_tokens=4, rows=8, stop_ids=[1])
+
+
 def test_a_missing_vllm_is_named_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     tiny_runs.use(monkeypatch, lambda: pytest.fail("loaded"))
