@@ -49,7 +49,7 @@ def recipe(config):
     built = _module(config.recipe).recipe(config, **config.options)
     if config.importance in (None, "none"):
         return built
-    return import_module("fuserl.engine.importance").weighed(built, config)
+    return import_module("fuserl.engine.recipe").weighed(built, config)
 
 
 def defaults(name: str) -> dict[str, object]:

@@ -61,6 +61,8 @@ def train(arguments: Sequence[str]) -> int:
     if folder is not None and values.get("recipe", config.recipe) != config.recipe:
         given = values["recipe"]
         parser.error(f"--resume goes on with the run's own recipe, {config.recipe}; got {given}. Leave it out")
+    if {"overlap", "rollout"} & values.keys():
+        values.setdefault("importance", None)  # what a file says of it was chosen for who drew before
     config = config.replace(**values)
     _require_engine()
     from fuserl.engine import loop

@@ -9,7 +9,6 @@ say of the policy does not depend on who sampled.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -55,23 +54,3 @@ def rollout_importance(bounds: Truncate | Within) -> Importance:
 def mean_importance(bounds: Truncate | Within) -> Importance:
     """A weight per rollout, the geometric mean of its tokens', so that its size does not grow with the length."""
     return Importance(bounds, "rollout", lambda batch, gap: batch.to_tokens(batch.rollout_mean(gap)))
-
-
-def weighed(recipe, config):
-    """The recipe with the importance weights that a resolved configuration asks for on its loss.
-
-    Where they were chosen for it, a loss that can take none, or has its own, stays as it is.
-
-    Raises:
-        ValueError: the user asks for weights and the loss cannot take any.
-    """
-    if recipe.loss.weighed is None:
-        if "importance" in config.reasons:
-            return recipe
-        raise ValueError(
-            f"importance: the recipe's loss must be one that takes weights; that of {config.recipe} learns from given "
-            f"completions, or has weights of its own; got {config.importance!r}. Leave it out."
-        )
-    bound = config.importance_bound
-    bounds = Truncate(bound) if config.importance == "truncate" else Within(1 / bound, bound)
-    return dataclasses.replace(recipe, loss=recipe.loss.weighed(token_importance(bounds)))

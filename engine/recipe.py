@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from fuserl.engine.config import Config
+from fuserl.engine.importance import token_importance
 from fuserl.engine.losses import Loss
+from fuserl.kernels.surrogates import Truncate, Within
 
 
 @dataclass(frozen=True)
@@ -34,3 +38,23 @@ class Recipe:
     critic: Critic | None = None  # where values do not come from a head on the policy's trunk
     evaluate: Callable | None = None  # (policy, prompts) -> {name: number}, beside accuracy by the reward
     state: dict = field(default_factory=dict)  # name -> object with state_dict and load_state_dict: is checkpointed
+
+
+def weighed(recipe: Recipe, config: Config) -> Recipe:
+    """The recipe with the importance weights that a resolved configuration asks for on its loss.
+
+    Where they were chosen for it, a loss that can take none, or has its own, stays as it is.
+
+    Raises:
+        ValueError: the user asks for weights and the loss cannot take any.
+    """
+    if recipe.loss.weighed is None:
+        if "importance" in config.reasons:
+            return recipe
+        raise ValueError(
+            f"importance: the recipe's loss must be one that takes weights; that of {config.recipe} learns from given "
+            f"completions, or has weights of its own; got {config.importance!r}. Leave it out."
+        )
+    bound = config.importance_bound
+    bounds = Truncate(bound) if config.importance == "truncate" else Within(1 / bound, bound)
+    return dataclasses.replace(recipe, loss=recipe.loss.weighed(token_importance(bounds)))

@@ -1,5 +1,6 @@
 """The command line: flags from Config, nearest names, exit codes, and a help that loads nothing."""
 
+import json
 import subprocess
 import sys
 import time
@@ -55,6 +56,14 @@ def test_defaults_are_those_of_config(trained):
 def test_values_behind_an_equals_sign_and_escapes(trained):
     cli.main(["train", "--task=reasoning_gym:gcd:max_value=9", "--stop", "\\n", "END_", "--no-partial_credit"])
     assert trained == [Config(task="reasoning_gym:gcd:max_value=9", stop=("\n", "END_"))]
+
+
+def test_who_draws_decides_anew_how_tokens_are_weighed(trained, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"config": Config(device="cpu").resolved().to_dict()}))
+    for words, chosen in (([], "none"), (["--overlap"], "truncate"), (["--overlap", "--importance", "mask"], "mask")):
+        cli.main(["train", "--config", str(path), *words])
+        assert trained[-1].resolved().importance == chosen
 
 
 def test_flags_win_over_a_file(trained, tmp_path):
