@@ -11,7 +11,8 @@ from tiny_runs import numbers, rows, run
 
 from fuserl.engine import adapters, catalogue, generation, learners, loop, sources
 from fuserl.engine.ahead import Ahead
-from fuserl.engine.batch import Rollouts
+from fuserl.engine.batch import Rollouts, batch_of
+from fuserl.engine.losses import rollout_mean
 from fuserl.engine.rewards import RewardError
 
 SHORT = "tiny_runs:shortness"
@@ -188,6 +189,24 @@ def test_every_recipe_that_draws_takes_weights(tmp_path, name):
     assert config.importance == "truncate" and config.reasons["importance"] == "rollouts are one step old"
     assert plain.loss.weighed is not None and weighed.loss.weighed is None
     assert weighed.loss.scope == plain.loss.scope
+
+
+@pytest.mark.parametrize("kind", ["truncate", "mask"])
+def test_a_stale_token_weighs_what_its_two_logprobs_say(tmp_path, kind):
+    policy, recipe, _ = made(tmp_path, overlap=True, importance=kind, importance_bound=1.5)
+    with Ahead(policy, recipe, overlap=True) as ahead:
+        ahead.take(1)
+        ahead.wait()
+        disturb(policy)
+        rollouts = ahead.take(2)[0]
+    batch = batch_of(rollouts, torch.zeros(len(rollouts))).with_advantages(torch.linspace(-1, 2, len(rollouts)))
+    weight = (policy.score(batch, ["old_logprobs"]).old_logprobs - rollouts.rollout_logprobs).exp()
+    inside = weight.where((weight >= 1 / 1.5) & (weight <= 1.5), 0.0)
+    weight = weight.clamp(max=1.5) if kind == "truncate" else inside
+    expected = -(weight * batch.advantages * rollout_mean(batch)).sum()  # the ratio of an update's only step is 1
+    found = policy.update(batch, recipe.loss)
+    assert ((weight == 1.5) | (weight == 0)).any() and found["loss"] == pytest.approx(float(expected), abs=1e-5)
+    assert found["importance"] == pytest.approx(float(weight.mean()), abs=1e-5)
 
 
 @pytest.mark.parametrize("setting", [{"overlap": True}, {"importance": "mask"}])
