@@ -81,6 +81,7 @@ def fuserl(case: str, steps: Steps) -> None:
 
     from fuserl.engine import loop, models
     from fuserl.engine.advantages import standardized
+    from fuserl.engine.ahead import Ahead
     from fuserl.engine.losses import clipped
     from fuserl.engine.policy import Policy, Sampling, Updating
     from fuserl.engine.prompts import Prompt
@@ -101,10 +102,11 @@ def fuserl(case: str, steps: Steps) -> None:
         "grpo", lambda step: [Prompt(text) for text in texts], sampled(rollouts), rewarded, standardized, clipped()
     )
     run, state = types.SimpleNamespace(sampled=lambda *_: None), types.SimpleNamespace(step=0, skipped=0)
+    ahead = Ahead(policy, recipe, overlap=False)
     while True:
         steps.begin()
         state.step += 1
-        row = loop.step(policy, None, recipe, run, state)
+        row = loop.step(policy, None, recipe, run, state, ahead)
         steps.end(generate_s=row["generate_s"], update_s=row["update_s"])
 
 

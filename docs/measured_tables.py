@@ -148,7 +148,8 @@ def endtoend() -> str:
     rows = [
         [
             case, *(f"{side[name]['median_s']:.2f} ({side[name]['iqr_s']:.2f})" for name in ("fuserl", "trl")),
-            f"{side['fuserl']['times_faster']:.1f}", f"{side['fuserl']['generate_s']:.2f} / {side['fuserl']['update_s']:.2f}",
+            f"{side['fuserl']['times_faster']:.1f}",
+            f"{side['fuserl']['generate_s']:.2f} / {side['fuserl']['update_s']:.2f}",
             *(f"{side[name]['peak_gb']:.1f}" for name in ("fuserl", "trl")), side["fuserl"]["commit"],
         ]
         for (_, case), side in cases.items()
@@ -157,7 +158,8 @@ def endtoend() -> str:
     if not rows:
         return "Not measured yet: `python benchmarks/endtoend_trl.py --save` takes the rows."
     heads = [
-        "case", "fuserl, s (spread)", "TRL", "times faster", "of ours, generation / update", "peak GB", "TRL's", "commit",
+        "case", "fuserl, s (spread)", "TRL", "times faster", "of ours, generation / update", "peak GB", "TRL's",
+        "commit",
     ]  # fmt: skip
     facts = dict.fromkeys(f"{row['device']}, torch {row['torch']}, TRL {row['trl']}" for row in newest)
     return f"{table(heads, rows)}\n\n{'; '.join(facts)}."

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fuserl.engine import ranks
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.meter import Meter
 from fuserl.engine.policy import Policy
@@ -66,6 +67,7 @@ class Ahead:
         if drawn is None:
             self.policy.sync()
             at, prompts = self.policy.optimizer.count, self.recipe.prompts(step)
+            ranks.require_same("prompts", [prompt.text for prompt in prompts])
             rollouts, facts = self.recipe.rollout(self.policy, prompts), {}
         else:
             at = drawn.count

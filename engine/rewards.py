@@ -103,7 +103,9 @@ class Scorer:
             raise _error(failure, None if at is None else calls[at], rollouts, rewards)
         return rewards, {"timeouts": sum(each[1] for each in told)}
 
-    def _score(self, rollouts: Rollouts, calls: list[_Call], rewards: list[float]) -> tuple[int, Failure | None, int | None]:
+    def _score(
+        self, rollouts: Rollouts, calls: list[_Call], rewards: list[float]
+    ) -> tuple[int, Failure | None, int | None]:
         """Fill in the rewards of this rank's share of the calls.
 
         Returns:

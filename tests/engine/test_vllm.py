@@ -13,6 +13,7 @@ from tiny_runs import numbers, rows, run
 from fuserl.engine import adapters, catalogue, generation, learners, loop, sources
 from fuserl.engine.ahead import Ahead
 from fuserl.engine.batch import batch_of
+from fuserl.engine.scheduling import Rollout, Source
 
 SHORT = "tiny_runs:shortness"
 ROUNDING = 1e-4  # of a log-prob of a model of three layers in float32, taken in two ways; other weights are off by 0.1
@@ -69,13 +70,17 @@ def test_rollouts_are_as_those_of_the_embedded_engine(tmp_path):
     policy.sync()
     prompts = recipe.prompts(1)
     ours, own = policy.generate(prompts, group_size=12), sources.Own(policy.model, policy.tokenizer)
-    ended = generation.Ending(policy.tokenizer, ("1", "="), frozenset([2]), 9)
+    ended = generation.Ending(policy.tokenizer, ("1", "="), frozenset([2]), 9, prompts, None, None)
+
+    def drawn(tokens):
+        return Rollout(tokens, source=Source([]), number=0, stream=0)
+
     assert ours.prompts == prompts and torch.equal(ours.group, torch.arange(2).repeat_interleave(12))
     assert len({*ours.finish}) == 2 and len({*ours.texts}) > 8
     for b, (text, finish) in enumerate(zip(ours.texts, ours.finish, strict=True)):
         tokens = ours.tokens[ours.offsets[b] : ours.offsets[b + 1]].tolist()
-        assert text == ended.text(tokens) and finish == ended.reason(tokens)
-        assert all(ended.reason(tokens[:n]) is None for n in range(1, len(tokens)))
+        assert text == ended.text(drawn(tokens)) and finish == ended.reason(drawn(tokens))
+        assert all(ended.reason(drawn(tokens[:n])) is None for n in range(1, len(tokens)))
     theirs = own.generate(prompts, group_size=12, max_new_tokens=9, stop=("1", "="))
     assert all(map(torch.equal, ours.prompt_tokens, theirs.prompt_tokens))
     lengths = [each.offsets.diff().float() for each in (ours, theirs)]
