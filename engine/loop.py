@@ -37,9 +37,7 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
     by torchrun, this is one rank of a run: see `ranks`.
     """
     config = config.resolved()
-    torch.set_num_threads(config.threads)
-    for seeded in (torch.manual_seed, random.seed, np.random.seed):
-        seeded(config.seed)
+    _begin(config)
     trackers.check(config.trackers)
     traces.chosen(config.profile, config.steps)  # refused before anything is loaded
     with contextlib.ExitStack() as stack:
@@ -87,6 +85,13 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
                 state.save(run, config.keep)
                 saving = {"save_s": time.perf_counter() - started}
     return run.folder
+
+
+def _begin(config: Config) -> None:
+    """Threads, and every random stream from its beginning."""
+    torch.set_num_threads(config.threads)
+    for seeded in (torch.manual_seed, random.seed, np.random.seed):
+        seeded(config.seed)
 
 
 def step(

@@ -74,24 +74,14 @@ class Policy:
     """
 
     def __init__(
-        self,
-        model,
-        tokenizer,
-        sampling: Sampling,
-        updating: Updating,
-        *,
-        seed=0,
-        reference=False,
-        value=False,
-        compute=torch.float32,
-        cut=False,
-    ):
+        self, model, tokenizer, sampling: Sampling, updating: Updating, *, seed=0, reference=False, value=False,
+        compute=torch.float32, cut=False,
+    ):  # fmt: skip
         self.model, self.tokenizer = model, tokenizer
         self.sampling, self.updating, self.seed = sampling, updating, seed
         self.calls = 0  # of generate: numbers the random streams
         self.source, self._synced = sources.Own(model, tokenizer), None  # None: never yet, else optimizer steps by then
-        _attach(adapters.base(model))
-        layers.attach(model)
+        _attach(model)
         weight = adapters.head_weight(model)
         adapters.head_terms(model)  # one that cannot be honoured is refused now, not after a rollout
         self.device, self.compute = weight.device, compute
@@ -107,7 +97,6 @@ class Policy:
         if self._frozen is not None:
             _check_vocabulary(model, self._frozen)
             _attach(self._frozen)
-            layers.attach(self._frozen)
         self._cut = cut and ranks.world() > 1
         self._spread()
         # The parameters stay float32: a 16-bit one would round an update of 1e-5 away.
@@ -385,10 +374,11 @@ def _detached(outputs: dict[str, Tensor]) -> SimpleNamespace:
 
 
 def _attach(model) -> None:
-    """Lets a model read packed rollouts, or warns that it cannot; one that sees what comes is refused."""
-    reason = families.unsupported(model)
-    if reason is None or families.bidirectional(model):
-        attention.attach(model)
+    """Gives a model our products and lets it read packed rollouts, or warns; one that sees what comes is refused."""
+    plain = adapters.base(layers.attach(model))
+    reason = families.unsupported(plain)
+    if reason is None or families.bidirectional(plain):
+        attention.attach(plain)
     else:
         warnings.warn(f"Policy: updates read each rollout behind a prompt of its own, for {reason}.", stacklevel=3)
 
