@@ -192,7 +192,7 @@ def compared(case: str, steps: int) -> list[dict]:
     for side in sides:
         taken = [row["seconds"] for row in side.rows]
         quartiles = statistics.quantiles(taken, n=4) if len(taken) > 1 else taken * 3
-        row = {"case": case, "side": side.name, "steps": steps, "median_s": statistics.median(taken)}
+        row = {"work": case, "side": side.name, "steps": steps, "median_s": statistics.median(taken)}
         row |= {"iqr_s": quartiles[2] - quartiles[0], "peak_gb": max(row["peak_gb"] for row in side.rows)}
         phases = [name for name in side.rows[0] if name.endswith("_s")]
         row |= {name: statistics.median(each[name] for each in side.rows) for name in phases}

@@ -141,10 +141,10 @@ def speed() -> str:
 
 def endtoend() -> str:
     """A whole step here and in TRL's trainer, by case: seconds, peak memory, and by how much ours is quicker."""
-    newest = _newest([RESULTS / "endtoend.jsonl"], "device", "case", "side")
+    newest = _newest([RESULTS / "endtoend.jsonl"], "device", "work", "side")
     cases: dict[tuple, dict] = {}
     for row in newest:
-        cases.setdefault((row["device"], row["case"]), {})[row["side"]] = row
+        cases.setdefault((row["device"], row["work"]), {})[row["side"]] = row
     rows = [
         [
             case, *(f"{side[name]['median_s']:.2f} ({side[name]['iqr_s']:.2f})" for name in ("fuserl", "trl")),
