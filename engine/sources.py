@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from fuserl.engine import adapters, generation, lookup
+from fuserl.engine import adapters, generation, lookup, ranks
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.config import Config
 from fuserl.engine.prompts import Prompt
@@ -89,10 +89,8 @@ def check(config: Config, recipe: Recipe) -> None:
             raise ValueError(
                 f"{name}: the recipe must draw completions; {config.recipe} learns from given ones. Leave it out."
             )
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise ValueError(
-                f"{name}: the run must have one rank; it has {torch.distributed.get_world_size()}. Leave it out."
-            )
+        if ranks.world() > 1:
+            raise ValueError(f"{name}: the run must have one rank; it has {ranks.world()}. Leave it out.")
     if wanted["rollout"]:
         if config.device not in ("cpu", "cuda", "cuda:0"):
             raise ValueError(
