@@ -124,8 +124,8 @@ def penalised(beta: float) -> Callable:
 
 
 def discounted(x: Tensor, batch: Batch, factor: float) -> Tensor:
-    """The sum of factor^(s - t) x[s] over the later tokens s >= t of each rollout, (N,) float32, in float64."""
-    return discounted_scan(x.double(), factor, offsets=batch.offsets.to(x.device)).float()
+    """The sum of factor^(s - t) x[s] over the later tokens s >= t of each rollout, (N,) of x's dtype, in float64."""
+    return discounted_scan(x.double(), factor, offsets=batch.offsets.to(x.device)).to(x.dtype)
 
 
 def generalised(*, gamma: float, lam: float, beta: float, whiten: bool = True) -> Callable:
@@ -142,7 +142,7 @@ def generalised(*, gamma: float, lam: float, beta: float, whiten: bool = True) -
     def advantage(batch: Batch) -> Batch:
         rewards, values = token_rewards(batch, beta).double(), batch.values.double()
         found = gae(rewards, values, gamma=gamma, lam=lam, offsets=batch.offsets.to(values.device))
-        advantages, returns = (x.float() for x in found)
+        advantages, returns = (x.to(batch.dtype) for x in found)
         return batch.replace(advantages=whitened(advantages) if whiten else advantages, returns=returns)
 
     return advantage
@@ -168,4 +168,4 @@ def whitened(x: Tensor) -> Tensor:
     if not len(x) or bool(x.min() == x.max()):
         return torch.zeros_like(x)
     wide = x.double()
-    return ((wide - wide.mean()) / wide.std(correction=0)).float()
+    return ((wide - wide.mean()) / wide.std(correction=0)).to(x.dtype)

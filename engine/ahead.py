@@ -153,12 +153,13 @@ def _places(some: list[Prompt], prompts: list[Prompt]) -> list[int]:
 
 def _packed(rollouts: Rollouts) -> dict:
     """Rollouts without their prompts, by field: tensors, and what JSON holds."""
-    apart = {"prompts", "prompt_tokens", "scores"}
+    apart = {"prompts", "prompt_tokens", "scores", "facts"}
     found = {each.name: getattr(rollouts, each.name) for each in dataclasses.fields(Rollouts) if each.name not in apart}
     found["prompt_tokens"] = torch.cat(rollouts.prompt_tokens)
     found["prompt_lengths"] = torch.tensor([len(tokens) for tokens in rollouts.prompt_tokens])
+    found |= {f"fact_{name}": value for name, value in rollouts.facts.items()}
     if rollouts.scores is not None:
-        found["rewards"], found["facts"] = rollouts.scores
+        found["rewards"], found["statistics"] = rollouts.scores
     return found
 
 
@@ -172,6 +173,7 @@ def _unpacked(state: dict, prompts: list[Prompt]) -> Rollouts | None:
             **{name: value for name, value in state.items() if name in names},
             "prompts": [prompts[at] for at in state["prompts"]],
             "prompt_tokens": list(state["prompt_tokens"].split(state["prompt_lengths"].tolist())),
-            "scores": (state["rewards"], state["facts"]) if "rewards" in state else None,
+            "facts": {name.removeprefix("fact_"): x for name, x in state.items() if name.startswith("fact_")},
+            "scores": (state["rewards"], state["statistics"]) if "rewards" in state else None,
         }
     )

@@ -32,10 +32,8 @@ class Rollouts:
     finish: list[str]  # B, "stop" or "length"
     scores: tuple[Tensor, dict] | None = None  # rewards (B,) and their statistics, where making them took the reward
     trained: Tensor | None = None  # (N,) bool, False for what others put in, which is context only; all True by default
-
-    chunks: list[list[int]] | None = (
-        None  # B lists of tokens, each so many read right behind the prompt; one by default
-    )
+    chunks: list[list[int]] | None = None  # B lists of tokens, each each read right behind the prompt; by default one
+    facts: dict[str, Tensor] = field(default_factory=dict)  # (B, ...) each, what is known of a rollout besides
 
     def __post_init__(self):
         if self.trained is None:
@@ -58,6 +56,14 @@ class Counts:
     tokens: int
     rollouts: int
     groups: int
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The sizes that one of several losses sees of a batch: as if its tokens were all there are."""
+
+    counts: Counts
+    lengths: Tensor  # (B,) int64 on the host, its tokens of each rollout
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,16 @@ class Batch:
     values: Tensor | None = None  # (N,) float32
     returns: Tensor | None = None  # (N,) float32
     extra: dict[str, Any] = field(default_factory=dict)  # what one system needs, (N,) tensors under documented keys
+    facts: dict[str, Tensor] = field(default_factory=dict)  # the same of rollouts, (B, ...): of rewards and judges
+    step: int = 0  # turns of the loop so far, this one included: what a schedule depends on
+    teacher_prompts: list[Tensor] | None = None  # B ragged int64, what a teacher reads in the prompt's place
+    objective: Tensor | None = None  # (N,) int64, which of several losses a token is for
+    objectives: tuple[Objective, ...] = ()  # their sizes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of losses and credit: float32, or float64 where rewards are."""
+        return self.rewards.dtype
 
     @property
     def lengths(self) -> Tensor:
@@ -111,10 +127,29 @@ class Batch:
         return dataclasses.replace(
             self.take(self.rows_of(index)),
             rollout=torch.arange(len(index)).repeat_interleave(lengths),
-            offsets=_offsets(lengths),
+            offsets=offsets_of(lengths),
             group=self.group[index],
             rewards=self.rewards[index],
             completions=self.completions and [self.completions[b] for b in index.tolist()],
+            facts={name: value[index.to(value.device)] for name, value in self.facts.items()},
+            teacher_prompts=self.teacher_prompts and [self.teacher_prompts[b] for b in index.tolist()],
+            objectives=tuple(dataclasses.replace(each, lengths=each.lengths[index]) for each in self.objectives),
+        )
+
+    def seen_by(self, number: int) -> tuple[Tensor, Batch]:
+        """The rows (n,) of the tokens for objective `number`, and the batch of them with its sizes."""
+        rows, sizes = (self.objective == number).nonzero().squeeze(-1), self.objectives[number]
+        return rows, dataclasses.replace(
+            self.take(rows), counts=sizes.counts, offsets=offsets_of(sizes.lengths), objective=None, objectives=()
+        )
+
+    @property
+    def as_taught(self) -> Batch:
+        """The batch as a teacher reads it: behind `teacher_prompts` where there are some."""
+        if self.teacher_prompts is None:
+            return self
+        return dataclasses.replace(
+            self, prompt_tokens=self.teacher_prompts, group=torch.arange(len(self.teacher_prompts))
         )
 
     @property
@@ -130,9 +165,9 @@ class Batch:
             return pack(self.prompt_tokens, self.group, self.tokens, self.offsets, whole=whole)
         chunks = [chunk for chunks in self.completions for chunk in chunks]
         group = self.group.repeat_interleave(torch.tensor([*map(len, self.completions)]))
-        bounds = _offsets(torch.tensor([*map(len, chunks)]))
+        bounds = offsets_of(torch.tensor([*map(len, chunks)]))
         found = pack(self.prompt_tokens, group, torch.cat(chunks), bounds, whole=whole)
-        rows = _offsets(self.sizes)[self.rollout] + self.place
+        rows = offsets_of(self.sizes)[self.rollout] + self.place
         reader = None if found.reader is None else found.reader[rows]
         return dataclasses.replace(found, predictor=found.predictor[rows], reader=reader)
 
@@ -148,9 +183,17 @@ class Batch:
         pieces = kinds if whole_groups or len(kinds) >= count else torch.ones_like(index)
         sizes = [int(part.sum()) for part in pieces.tensor_split(count)]
         parts = [self.rollouts_at(rows) for rows in index.split(sizes) if len(rows)]
-        return [
-            part.replace(counts=Counts(len(part.tokens), len(part.group), len(part.group.unique()))) for part in parts
-        ]
+        return [part.counted() for part in parts]
+
+    def counted(self) -> Batch:
+        """A copy whose counts are its own: what is here is the whole of it."""
+        groups = lambda alive: len(self.group[alive].unique())  # noqa: E731
+        objectives = tuple(
+            Objective(Counts(int(each.sum()), int((each > 0).sum()), groups(each > 0)), each)
+            for each in (objective.lengths for objective in self.objectives)
+        )
+        counts = Counts(len(self.tokens), len(self.group), len(self.group.unique()))
+        return dataclasses.replace(self, counts=counts, objectives=objectives)
 
     def micro_batches(self, index: Tensor, limit: int, *, whole_groups: bool = False) -> Iterator[Tensor]:
         """Cut the rollouts `index` (b,), sorted by group, into parts of at most `limit` packed tokens where possible.
@@ -189,9 +232,9 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """A copy whose per-token and per-rollout fields live on `device`; offsets stay on the host."""
         moved = {name: value.to(device) for name, value in self._token_fields()}
-        extra = {name: value.to(device) for name, value in self.extra.items()}
+        extra, facts = ({name: x.to(device) for name, x in each.items()} for each in (self.extra, self.facts))
         return dataclasses.replace(
-            self, group=self.group.to(device), rewards=self.rewards.to(device), extra=extra, **moved
+            self, group=self.group.to(device), rewards=self.rewards.to(device), extra=extra, facts=facts, **moved
         )
 
     def replace(self, **fields: Any) -> Batch:
@@ -207,7 +250,7 @@ class Batch:
                 f"with_advantages: advantages must be ({len(self.rewards)},), one per rollout, or "
                 f"({len(self.tokens)},), one per token; got {tuple(advantages.shape)}. Correct the recipe's advantage."
             )
-        return self.replace(advantages=advantages.float())
+        return self.replace(advantages=advantages.to(self.dtype))
 
     def to_tokens(self, per_rollout: Tensor) -> Tensor:
         """Spread one value per rollout (B,) over its tokens (n,)."""
@@ -258,11 +301,12 @@ class Batch:
             "ref_logprobs",
             "values",
             "returns",
+            "objective",
         )
         return [(name, getattr(self, name)) for name in names if getattr(self, name) is not None]
 
 
-def batch_of(rollouts: Rollouts, rewards: Tensor) -> Batch:
+def batch_of(rollouts: Rollouts, rewards: Tensor, *, step: int = 0) -> Batch:
     """Pack `rollouts` with their `rewards` (B,) into a batch of those of their tokens that are trained."""
     if rewards.shape != (len(rollouts),):
         raise ValueError(
@@ -279,16 +323,18 @@ def batch_of(rollouts: Rollouts, rewards: Tensor) -> Batch:
     return Batch(
         tokens=rollouts.tokens[trained],
         rollout=rollout,
-        offsets=_offsets(rollout.bincount(minlength=len(rollouts))),
+        offsets=offsets_of(rollout.bincount(minlength=len(rollouts))),
         group=rollouts.group,
         rewards=rewards.float(),
         rollout_logprobs=rollouts.rollout_logprobs[trained],
         counts=Counts(tokens=len(rollout), rollouts=len(rollouts), groups=len(rollouts.prompts)),
         prompt_tokens=rollouts.prompt_tokens,
+        facts=rollouts.facts,
+        step=step,
         **partly,
     )
 
 
-def _offsets(lengths: Tensor) -> Tensor:
+def offsets_of(lengths: Tensor) -> Tensor:
     """(B,) lengths as (B + 1,) offsets."""
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

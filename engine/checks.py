@@ -26,12 +26,29 @@ class Figure:
     what: str
     got: float
     expected: float
-    tolerance: float = 16 * EPS  # relative to the expected one where that is not 0
+    tolerance: float = 16 * EPS  # relative to the expected one where that is above 1
+    bound: str = "="  # or ">=", "<=": what came may be on that side of the expected one as far as it likes
 
     @property
     def holds(self) -> bool:
         """Whether what came is what was expected."""
-        return abs(self.got - self.expected) <= self.tolerance * max(abs(self.expected), 1.0)
+        beyond = self.got - self.expected
+        apart = {"=": abs(beyond), ">=": -beyond, "<=": beyond}[self.bound]
+        return apart <= self.tolerance * max(abs(self.expected), 1.0)
+
+    def __str__(self) -> str:
+        side = "" if self.bound == "=" else f"{self.bound} "
+        return f"{self.what}: {self.got:.6g} (expected {side}{self.expected:.6g})"
+
+
+def at_least(what: str, got: float, least: float) -> Figure:
+    """A figure that must not fall below one."""
+    return Figure(what, got, least, 0.0, ">=")
+
+
+def at_most(what: str, got: float, most: float) -> Figure:
+    """A figure that must not rise above one."""
+    return Figure(what, got, most, 0.0, "<=")
 
 
 def example(lengths: Sequence[int] = (3, 5, 2, 4), group_size: int = 2, *, seed: int = 0, off: float = 0.0) -> Batch:

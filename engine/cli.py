@@ -138,7 +138,7 @@ def check(arguments: Sequence[str]) -> int:
         for figure in figures:
             status = status if figure.holds else 1
             verdict = "ok " if figure.holds else "NO "
-            print(f"  {verdict} {figure.what}: {figure.got:.6g} (expected {figure.expected:.6g})")
+            print(f"  {verdict} {figure}")
     return status
 
 

@@ -107,6 +107,8 @@ class Config:
     chunk: int | None = _update(None, doc="rows of logits that exist at once; default the op's own choice", least=1)
     checkpoint_activations: bool = _update(False, doc="recompute activations in the backward, to save memory")
     reference: str | None = _update(None, doc="the model that KL terms refer to; default the model as it starts")
+    teacher: str | None = _update(None, doc="the model that a recipe distils from; default as the recipe says")
+    offload: bool = _update(False, doc="keep reference and teacher in the host's memory while they are not read")
     shard: str = _update(
         "none", doc="with several ranks: none copies the weights to each, full cuts them over all (FSDP2)",
         choices=("none", "full"),

@@ -11,15 +11,18 @@ from fuserl.engine import adapters, models, sources
 from fuserl.engine.config import Config
 from fuserl.engine.policy import Policy, Sampling, Updating
 from fuserl.engine.recipe import Recipe
+from fuserl.engine.second_models import Teacher
 
 
 def of(config: Config, recipe: Recipe) -> tuple[Policy, Policy | None]:
     """The policy that a resolved configuration and its recipe ask for, and the critic where it is a model apart."""
     reads = {*recipe.reads, *recipe.loss.reads}
-    reference = "ref_logprobs" in reads
-    if reference and config.reference:
-        reference = models.load(config.reference, config.device, torch.float32)[0]
-    policy = policy_of(config, reference=reference, value=bool({"value", "score"} & {*recipe.loss.outputs}))
+    refers = any(field.startswith("ref_") or field == "features" for field in reads)
+    seconds = {"reference": Teacher() if refers else None, "teacher": recipe.teacher}
+    for name, path in (("reference", config.reference), ("teacher", config.teacher)):
+        if path and seconds[name] is not None:
+            seconds[name] = models.load(path, config.device, torch.float32)[0]
+    policy = policy_of(config, value=bool({"value", "score"} & {*recipe.loss.outputs}), **seconds)
     policy.source = sources.of(config, policy.model, policy.tokenizer)
     if recipe.critic is None:
         return policy, None
@@ -29,7 +32,12 @@ def of(config: Config, recipe: Recipe) -> tuple[Policy, Policy | None]:
 
 
 def policy_of(
-    config: Config, *, reference: bool | nn.Module = False, value: bool = False, lr: float | None = None
+    config: Config,
+    *,
+    reference: Teacher | nn.Module | None = None,
+    teacher: Teacher | nn.Module | None = None,
+    value: bool = False,
+    lr: float | None = None,
 ) -> Policy:
     """Load the configured model, prepare it for training, and give it the run's settings."""
     model, tokenizer = models.load(config.model, config.device, torch.float32)
@@ -50,6 +58,6 @@ def policy_of(
     settings |= {"lr": lr or config.lr, "total": config.steps * config.epochs * config.minibatches}
     compute = getattr(torch, config.dtype)
     return Policy(
-        model, tokenizer, sampling, Updating(**settings), seed=config.seed, reference=reference, value=value,
-        compute=compute, cut=config.shard == "full",
+        model, tokenizer, sampling, Updating(**settings), seed=config.seed, reference=reference, teacher=teacher,
+        value=value, compute=compute, cut=config.shard == "full", offload=config.offload,
     )  # fmt: skip

@@ -59,7 +59,7 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
         held_out = task.held_out()
         ranks.require_same("held-out problems", [prompt.text for prompt in held_out])
         ahead = stack.enter_context(Ahead(policy, recipe, overlap=config.overlap))
-        parts = {"ahead": ahead, **recipe.state}
+        parts = {"ahead": ahead, **recipe.state, **policy.seconds}
         state = State(recipe.name, {"policy": policy} | ({"critic": critic} if critic else {}), parts)
         if resume is not None:
             state.restore(run)
@@ -104,12 +104,14 @@ def step(
     with policy.meter.phase("reward"):
         rewards, facts = rollouts.scores or recipe.reward(rollouts)
     run.sampled(state.step, rollouts, rewards)
-    batch = batch_of(rollouts, rewards)
+    batch = batch_of(rollouts, rewards, step=state.step)
+    batch = batch.replace(facts=batch.facts | {name: x for name, x in facts.items() if isinstance(x, Tensor)})
     batch = (critic or policy).score(batch, [field for field in recipe.reads if field == "values"])
     batch = policy.score(batch, [field for field in recipe.reads if field != "values"])
     advantages = recipe.advantage(batch)
     batch = batch.with_advantages(advantages) if isinstance(advantages, Tensor) else advantages
-    statistics = policy.update(batch, recipe.loss)
+    batches = [batch] if recipe.batches is None else recipe.batches(batch)
+    statistics = _averaged([policy.update(each, recipe.loss) for each in batches])
     if critic is not None:
         theirs = critic.update(batch, recipe.critic.loss)
         statistics = {**{f"critic_{name}": value for name, value in theirs.items()}, **statistics}
@@ -120,7 +122,7 @@ def step(
     return {
         **({} if recipe.learns_from else {**_rewarded(rewards, rollouts.group), **drawn}),
         **_described(rollouts),
-        **facts,
+        **_numbers({**rollouts.facts, **facts}),
         **_explained(batch),
         "seconds": seconds,
         **policy.meter.row(seconds),
@@ -166,6 +168,19 @@ def _described(rollouts: Rollouts) -> dict[str, float]:
         "truncated": rollouts.finish.count("length") / len(rollouts),
         "tokens": len(rollouts.tokens),
     }
+
+
+def _numbers(facts: dict) -> dict[str, float]:
+    """Facts as metrics: numbers, and the means of what is one number per rollout."""
+    single = {name: x for name, x in facts.items() if not isinstance(x, Tensor) or x.dim() == 1}
+    return {name: float(x.float().mean()) if isinstance(x, Tensor) else x for name, x in single.items()}
+
+
+def _averaged(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The means of several updates' statistics, each over those that have it."""
+    known = [{name: value for name, value in row.items() if not math.isnan(value)} for row in rows]
+    found = {name: [row[name] for row in known if name in row] for row in rows for name in row}
+    return {name: sum(values) / len(values) if values else math.nan for name, values in found.items()}
 
 
 def _mixed(rewards: Tensor, group: Tensor) -> float:

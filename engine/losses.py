@@ -37,11 +37,13 @@ class Loss:
     """A per-token loss, and what an update must know of it before calling it."""
 
     function: Callable  # (out, Batch) -> (loss (n,), statistics {name: (n,), NaN where there is none; or (1, K)})
-    # Of linear_policy_loss; "value", the value head at the state before each token; "score", at the state after it.
+    # Of linear_policy_loss, with divergences from the teacher (reverse_kl, ...); "value", the value head at the state
+    # before each token; "score", at the state after it.
     outputs: tuple[str, ...] = ("logprob",)
     scope: str = "token"  # what must be seen together: a "token", a "rollout", or all rollouts of a "group"
     live: Callable = every_token  # (Batch) -> (N,) bool, or None for all: tokens whose gradient is not known to be zero
-    reads: tuple[str, ...] = ()  # fields of the batch: old_logprobs, ref_logprobs, values
+    reads: tuple[str, ...] = ()  # fields of the batch: old_logprobs, ref_logprobs, values, or as of `Policy.score`
+    divergence: dict | None = None  # beta and alpha of the divergences from the recipe's teacher among the outputs
     weighed: Callable | None = None  # (Importance) -> this loss with importance weights, where it can take some
 
     def __call__(self, out, batch: Batch):
@@ -50,17 +52,17 @@ class Loss:
 
 def token_mean(batch: Batch) -> Tensor:
     """Weight 1 / N of each token: the average over all tokens of the batch (DAPO), (n,)."""
-    return torch.full(batch.tokens.shape, 1.0 / batch.counts.tokens, device=batch.tokens.device)
+    return batch.rewards.new_full(batch.tokens.shape, 1.0 / batch.counts.tokens)
 
 
 def rollout_mean(batch: Batch) -> Tensor:
     """Weight 1 / (B length) of each token: the average over rollouts of their average (GRPO), (n,)."""
-    return 1.0 / (batch.counts.rollouts * batch.to_tokens(batch.lengths))
+    return 1.0 / (batch.counts.rollouts * batch.to_tokens(batch.lengths)).to(batch.dtype)
 
 
 def rollout_sum(batch: Batch) -> Tensor:
     """Weight 1 / B of each token: the average over rollouts of their sum (REINFORCE), (n,)."""
-    return torch.full(batch.tokens.shape, 1.0 / batch.counts.rollouts, device=batch.tokens.device)
+    return batch.rewards.new_full(batch.tokens.shape, 1.0 / batch.counts.rollouts)
 
 
 def mean_over(length: int) -> Callable:
@@ -355,13 +357,15 @@ def summed(first: Loss, second: Loss, coefficient: float) -> Loss:
         (one, one_statistics), (two, two_statistics) = first(out, batch), second(out, batch)
         return one + coefficient * two, {**one_statistics, **two_statistics}
 
-    outputs, reads = (tuple(dict.fromkeys(a + b)) for a, b in zip(_needs(first), _needs(second), strict=True))
+    outputs, reads = (tuple(dict.fromkeys(a + b)) for a, b in zip(needs(first), needs(second), strict=True))
     scope = max(first.scope, second.scope, key=("token", "rollout", "group").index)
     weighed = first.weighed and (lambda given: summed(first.weighed(given), second, coefficient))
-    return Loss(loss, outputs=outputs, reads=reads, scope=scope, weighed=weighed)
+    divergence = first.divergence or second.divergence
+    return Loss(loss, outputs=outputs, reads=reads, scope=scope, divergence=divergence, weighed=weighed)
 
 
-def _needs(loss: Loss) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def needs(loss: Loss) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What an update must find for a loss: outputs of the model, and fields of the batch."""
     return loss.outputs, loss.reads
 
 

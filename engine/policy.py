@@ -3,56 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 from fuserl import attention, families, layers
-from fuserl.engine import adapters, gathered, prompts, ranks, sharding, sources
+from fuserl.engine import adapters, gathered, prompts, ranks, second_models, sharding, sources
 from fuserl.engine.batch import Batch, Rollouts
 from fuserl.engine.losses import Loss
 from fuserl.engine.meter import Meter, phase, span
 from fuserl.engine.optimizer import Optimizer, schedule
-from fuserl.engine.padded import padded
+from fuserl.engine.padded import Padded, padded
+from fuserl.engine.policy_settings import Sampling, Updating
 from fuserl.engine.prompts import Prompt, Task
 from fuserl.engine.tally import Tally
 from fuserl.engine.work import Costs
 from fuserl.kernels import dispatch
+from fuserl.kernels.divergence_terms import KINDS
 from fuserl.kernels.linear_policy_loss import IMPLS, linear_policy_loss
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How completions are drawn; temperature 0 is greedy."""
-
-    max_new_tokens: int = 16
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    stop: tuple[str, ...] = ()
-    kv_gb: float | None = None  # 1e9 bytes of keys and values at most; None is what fits
-
-
-@dataclass(frozen=True)
-class Updating:
-    """How a batch becomes optimizer steps."""
-
-    lr: float = 1e-5
-    schedule: str = "constant"
-    warmup: int = 0  # optimizer steps
-    total: int = 1  # optimizer steps of the whole run
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    epochs: int = 1
-    minibatches: int = 1
-    micro_tokens: int = 4096  # packed tokens of one forward and backward
-    chunk: int | None = None  # rows of linear_policy_loss
+from fuserl.kernels.second_head import Reference
+from fuserl.kernels.tree_layout import Packed
 
 
 class Policy:
@@ -63,8 +37,8 @@ class Policy:
         tokenizer: its tokenizer; None where nothing is generated.
         sampling, updating: the settings of `generate` and `update`.
         seed: of every random stream.
-        reference: what losses that read ref_logprobs refer to: another model; or True, this one as it is now, which is
-            the weights without their adapters where there are some, else a frozen copy.
+        reference, teacher: what is read as ref_... and teacher_...: a model, or what a `Teacher` says it is.
+        offload: keep those of them that have weights of their own on the host while they are not read.
         value: put a value head on the model, for losses of the outputs "value" and "score"; it starts at 0.
         compute: dtype of the products; below float32 they run under autocast.
         cut: over the ranks by FSDP2, where there are several, instead of held whole by each.
@@ -74,8 +48,8 @@ class Policy:
     """
 
     def __init__(
-        self, model, tokenizer, sampling: Sampling, updating: Updating, *, seed=0, reference=False, value=False,
-        compute=torch.float32, cut=False,
+        self, model, tokenizer, sampling: Sampling, updating: Updating, *, seed=0, reference=None, teacher=None,
+        value=False, compute=torch.float32, cut=False, offload=False,
     ):  # fmt: skip
         self.model, self.tokenizer = model, tokenizer
         self.sampling, self.updating, self.seed = sampling, updating, seed
@@ -91,13 +65,11 @@ class Policy:
         self.value = nn.Linear(weight.shape[1], 1, bias=False).to(self.device) if value else None
         if self.value is not None:
             nn.init.zeros_(self.value.weight)
-        if reference is True and not adapters.present(model):
-            reference = copy.deepcopy(model)
-        self._frozen = reference.requires_grad_(False).eval() if isinstance(reference, nn.Module) else None
-        if self._frozen is not None:
-            _check_vocabulary(model, self._frozen)
-            _attach(self._frozen)
         self._cut = cut and ranks.world() > 1
+        self.seconds = second_models.of(model, ref=reference, teacher=teacher, offload=offload, cut=self._cut)
+        for each in self.seconds.values():
+            if each.own is not None:
+                _attach(each.own)
         self._spread()
         # The parameters stay float32: a 16-bit one would round an update of 1e-5 away.
         self.optimizer = Optimizer(
@@ -110,7 +82,8 @@ class Policy:
 
     def _spread(self) -> None:
         """Give every rank the first one's weights, or its piece of them."""
-        for each in filter(None, (adapters.base(self.model), self.value, self._frozen)):
+        own = dict.fromkeys(second.own for second in self.seconds.values())
+        for each in filter(None, (adapters.base(self.model), self.value, *own)):
             sharding.align(each)
             if self._cut:
                 sharding.cut(each, self.device)
@@ -203,20 +176,25 @@ class Policy:
     @phase("score")
     @torch.no_grad()
     def score(self, batch: Batch, fields: Sequence[str], index: Tensor | None = None) -> Batch:
-        """The batch with those of `fields` that it lacks: old_logprobs and values as they are now, ref_logprobs.
+        """The batch with those of `fields` that it lacks, (N,) float32; with the rollouts `index` (b,) only theirs.
 
-        With the rollouts `index` (b,) only theirs are found, and the others' are NaN.
+        old_logprobs and values are of the model as it is, ref_logprobs of the reference. `old_`, `ref_` or `teacher_`
+        and an output of the head (old_mean_logprob, teacher_logprob) go into `extra`. What the others have is NaN.
+        "features" go into `facts`, (B, D): the mean over a rollout's tokens of the reference's last hidden states.
         """
         index = torch.arange(len(batch.group)) if index is None else index
-        fields = {field for field in fields if getattr(batch, field) is None}
-        own = {"old_logprobs": "logprob", "values": "value"}
-        wanted = tuple(output for field, output in own.items() if field in fields)
-        scored = self._scored(batch, index, wanted, self.model) if wanted else {}
-        found = {field: scored[output] for field, output in own.items() if field in fields}
-        if "ref_logprobs" in fields:
-            with self._reference() as model:
-                found["ref_logprobs"] = self._scored(batch, index, ("logprob",), model)["logprob"]
-        return batch.replace(**found)
+        missing = [field for field in fields if field not in batch.extra and getattr(batch, field, None) is None]
+        for who, outputs in _sources(field for field in missing if field != "features").items():
+            with self._reading(who) as model:
+                seen = batch.as_taught if who == "teacher" else batch
+                scored = self._scored(seen, index, tuple(outputs.values()), model)
+            named = {field: scored[output] for field, output in outputs.items()}
+            own = {field: value for field, value in named.items() if hasattr(batch, field)}
+            batch = batch.replace(**own, extra=batch.extra | {f: x for f, x in named.items() if f not in own})
+        if "features" in missing and "features" not in batch.facts:
+            with self._reading("ref") as model:
+                batch = batch.replace(facts=batch.facts | {"features": self._features(batch, model)})
+        return batch
 
     @phase("update")
     def update(self, batch: Batch, loss: Loss) -> dict[str, float]:
@@ -228,11 +206,15 @@ class Policy:
         settings, tally, reads = self.updating, Tally(), set(loss.reads)
         if settings.epochs * settings.minibatches > 1 and "logprob" in loss.outputs:
             reads.add("old_logprobs")
+        for second in self.seconds.values():
+            second.begin()
         batch = self.score(batch, reads, _taught(batch, loss))
         self.model.train()
         for _ in range(settings.epochs):
             for part in batch.minibatches(settings.minibatches, whole_groups=loss.scope == "group"):
                 self._step(part, loss, tally)
+        for second in self.seconds.values():
+            second.end()
         means = tally.means()
         if batch.ref_logprobs is None:
             means.pop("kl", None)
@@ -304,20 +286,15 @@ class Policy:
         return sharding.inside(adapters.base(model), lambda: self._through(batch, loss, model))
 
     def _through(self, batch: Batch, loss: Loss, model) -> tuple[Tensor, SimpleNamespace, dict[str, Tensor]]:
-        whole = "score" in loss.outputs
-        own = adapters.base(model)
-        packs = own.config._attn_implementation == attention.NAME
-        packed = batch.packed(whole=whole) if packs else padded(batch)
-        live = loss.live(batch)
-        if torch.is_grad_enabled():
-            rows = 0 if "logprob" not in loss.outputs else len(batch.tokens) if live is None else int(live.sum())
-            self.meter.add(update=self.costs.update(packed.position_ids.flatten(), rows))
-        part, packed = batch.to(self.device), packed.to(self.device)
-        with self._autocast():
-            states = own.get_decoder()(**packed.inputs()).last_hidden_state.flatten(0, 1)
+        states, packed = self._states(batch, model, whole="score" in loss.outputs)
+        live, part = loss.live(batch), batch.to(self.device)
         places = {"value": packed.predictor, "score": packed.reader}
         heads = {name: self._valued(states[places[name]]) for name in places if name in loss.outputs}
-        if "logprob" not in loss.outputs:
+        of_head = bool({*loss.outputs} - {*places})
+        if torch.is_grad_enabled():
+            rows = 0 if not of_head else len(batch.tokens) if live is None else int(live.sum())
+            self.meter.add(update=self.costs.update(packed.position_ids.flatten().cpu(), rows))
+        if not of_head:
             losses, statistics = loss(SimpleNamespace(**heads), part)
             return losses.sum(), _detached(heads), statistics
 
@@ -338,24 +315,54 @@ class Policy:
             offsets=batch.group_offsets if loss.scope == "group" else batch.offsets,
             live=live,
             params=tuple(heads.values()),
+            reference=self._taught_by(batch, loss),
             **adapters.head_terms(model),
             temperature=self.sampling.temperature or 1.0,
             chunk=self.updating.chunk,
         )
         return value, _detached({**vars(out), **heads}), statistics
 
+    def _states(self, batch: Batch, model, *, whole: bool = False) -> tuple[Tensor, Packed | Padded]:
+        """A model's last hidden states over the packed batch, (L, D), and where those of each token stand in them."""
+        own = adapters.base(model)
+        packs = own.config._attn_implementation == attention.NAME
+        packed = (batch.packed(whole=whole) if packs else padded(batch)).to(self.device)
+        with self._autocast():
+            return own.get_decoder()(**packed.inputs()).last_hidden_state.flatten(0, 1), packed
+
+    def _taught_by(self, batch: Batch, loss: Loss) -> Reference | None:
+        """What the divergences among a loss's outputs are from: the teacher's states at the batch's tokens."""
+        if not {*loss.outputs} & {*KINDS}:
+            return None
+        with self._reading("teacher") as model:
+            states, packed = second_models.inside(model, self.model, lambda: self._states(batch.as_taught, model))
+            weight, bias = second_models.head(model)
+            given = loss.divergence or {}
+            return Reference(states[packed.predictor].to(self.compute), weight.to(self.compute), bias, **given)
+
+    def _features(self, batch: Batch, model) -> Tensor:
+        """The mean over each rollout's tokens of the states that have read them, (B, D) float32 on the host."""
+        sums = torch.zeros(len(batch.group), adapters.head_weight(model).shape[1])
+        for micro, counts in self._own(batch, torch.arange(len(batch.group))):
+            part = batch.rollouts_at(micro)
+            read = functools.partial(self._states, part, model, whole=True)
+            states, packed = sharding.inside(adapters.base(model), read)
+            if counts:
+                sums.index_add_(0, batch.rollout[batch.rows_of(micro)], states[packed.reader].float().cpu())
+        return ranks.summed(sums) / batch.offsets.diff().clamp(min=1)[:, None]
+
     def _valued(self, states: Tensor) -> Tensor:
         """The value head at states (n, D), (n,) float32."""
         return self.value(states.float()).squeeze(-1)
 
     @contextlib.contextmanager
-    def _reference(self):
-        """The model as it was at the start."""
-        if self._frozen is not None:
-            yield self._frozen
-            return
-        with adapters.without_adapters(self.model):
+    def _reading(self, who: str):
+        """The model that `ref`, `teacher` or `old` stands for; old is this one as it is."""
+        if who == "old":
             yield self.model
+            return
+        with self.seconds[who].reading() as model:
+            yield model
 
     def _autocast(self):
         # Weights cast once for all uses would outlive the pieces that FSDP2 frees.
@@ -383,11 +390,11 @@ def _attach(model) -> None:
         warnings.warn(f"Policy: updates read each rollout behind a prompt of its own, for {reason}.", stacklevel=3)
 
 
-def _check_vocabulary(model, reference) -> None:
-    """Raise ValueError where the two do not number the same tokens."""
-    ours, theirs = (adapters.head_weight(each).shape[0] for each in (model, reference))
-    if ours != theirs:
-        raise ValueError(
-            f"Policy: the reference must have the policy's vocabulary; it has {theirs} tokens and the policy {ours}. "
-            "Take a reference of the same family."
-        )
+def _sources(fields: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Which model, and which of its outputs, each field is."""
+    known = {"old_logprobs": "old_logprob", "ref_logprobs": "ref_logprob", "values": "old_value"}
+    found = {}
+    for field in fields:
+        who, _, output = known.get(field, field).partition("_")
+        found.setdefault(who, {})[field] = output
+    return found

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from fuserl.engine.config import Config
 from fuserl.engine.importance import token_importance
 from fuserl.engine.losses import Loss
+from fuserl.engine.second_models import Teacher
 from fuserl.kernels.surrogates import Truncate, Within
 
 
@@ -30,12 +31,15 @@ class Recipe:
     name: str
     prompts: Callable  # (step) -> list[Prompt]: samplers, curricula; a function of the step, so that runs resume
     rollout: Callable  # (policy, prompts) -> Rollouts: where tokens come from
-    reward: Callable | None  # (Rollouts) -> (B,) float32, and {name: number}; None where completions come with rewards
-    advantage: Callable  # (Batch) -> (B,) or (N,), or a Batch that has them: credit; no gradient
+    # (Rollouts) -> (B,) float32, and {name: number, or (B, ...) of facts}; None where completions come with rewards
+    reward: Callable | None
+    advantage: Callable  # (Batch) -> (B,) or (N,), or a Batch that has them, of other rollouts too: credit; no gradient
     loss: Loss  # (out, Batch) -> (per-token loss, statistics)
-    reads: tuple[str, ...] = ()  # fields of the batch that the advantage needs: old_logprobs, ref_logprobs, values
+    reads: tuple[str, ...] = ()  # what the advantage needs of the batch, as of `Policy.score`
     learns_from: tuple[str, ...] = ()  # completions that every problem must bring: answer, chosen, rejected
     critic: Critic | None = None  # where values do not come from a head on the policy's trunk
+    teacher: Teacher | None = None  # the second model whose log-probs or distributions advantage or loss read
+    batches: Callable | None = None  # (Batch with advantages) -> list[Batch], updated on in turn; by default it alone
     evaluate: Callable | None = None  # (policy, prompts) -> {name: number}, beside accuracy by the reward
     state: dict = field(default_factory=dict)  # name -> object with state_dict and load_state_dict: is checkpointed
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fuserl.engine.batch import Rollouts
+from fuserl.engine.batch import Rollouts, offsets_of
 from fuserl.engine.prompts import Prompt
 
 
@@ -30,7 +30,9 @@ def mixed(group_size: int, groups: int, reward: Callable) -> Callable:
             rollouts = policy.generate(prompts[begin : begin + groups], group_size=group_size)
             with policy.meter.phase("reward"):
                 rewards, seen = reward(rollouts)
-            facts |= {name: facts.get(name, 0) + value for name, value in seen.items()}
+            each_of = {name: value for name, value in seen.items() if isinstance(value, Tensor)}
+            rollouts = dataclasses.replace(rollouts, facts=rollouts.facts | each_of)
+            facts |= {name: facts.get(name, 0) + value for name, value in seen.items() if name not in each_of}
             each = rewards.view(-1, group_size)
             good = (each.amax(1) > each.amin(1)).nonzero().squeeze(-1)
             if begin == 0 and not len(good):
@@ -76,7 +78,7 @@ def _given(policy, prompts: list[Prompt], texts: list[tuple[str, ...]]) -> Rollo
         prompt_tokens=[policy.encode(prompt.text) for prompt in prompts],
         group=torch.arange(len(prompts)).repeat_interleave(len(texts[0])),
         tokens=tokens,
-        offsets=_offsets(torch.tensor([len(each) for each in completions])),
+        offsets=offsets_of(torch.tensor([len(each) for each in completions])),
         rollout_logprobs=torch.full(tokens.shape, torch.nan),  # nobody drew them
         texts=[text for several in texts for text in several],
         finish=["stop"] * len(completions),
@@ -95,13 +97,14 @@ def selected(rollouts: Rollouts, groups: Tensor, rewards: Tensor) -> Rollouts:
         prompt_tokens=[rollouts.prompt_tokens[group] for group in groups.tolist()],
         group=torch.cat([index[:0], *(torch.full_like(each, new) for new, each in enumerate(members))]),
         tokens=rollouts.tokens[rows],
-        offsets=_offsets(lengths),
+        offsets=offsets_of(lengths),
         rollout_logprobs=rollouts.rollout_logprobs[rows],
         texts=[rollouts.texts[b] for b in index.tolist()],
         finish=[rollouts.finish[b] for b in index.tolist()],
         scores=(rewards[index], {}),
         trained=rollouts.trained[rows],
         chunks=[rollouts.chunks[b] for b in index.tolist()],
+        facts={name: value[index] for name, value in rollouts.facts.items()},
     )
 
 
@@ -114,15 +117,12 @@ def joined(several: list[Rollouts]) -> Rollouts:
         prompt_tokens=[tokens for each in several for tokens in each.prompt_tokens],
         group=torch.cat([each.group + shift for each, shift in zip(several, shifts, strict=True)]),
         tokens=torch.cat([each.tokens for each in several]),
-        offsets=_offsets(torch.cat([each.offsets.diff() for each in several])),
+        offsets=offsets_of(torch.cat([each.offsets.diff() for each in several])),
         rollout_logprobs=torch.cat([each.rollout_logprobs for each in several]),
         texts=[text for each in several for text in each.texts],
         finish=[finish for each in several for finish in each.finish],
         scores=(torch.cat([each.scores[0] for each in several]), {}),
         trained=torch.cat([each.trained for each in several]),
         chunks=[chunks for each in several for chunks in each.chunks],
+        facts={name: torch.cat([each.facts[name] for each in several]) for name in several[0].facts},
     )
-
-
-def _offsets(lengths: Tensor) -> Tensor:
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

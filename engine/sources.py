@@ -8,13 +8,12 @@ they are. Nobody who draws or trains knows which one it is.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from fuserl.engine import adapters, generation, lookup, ranks
+from fuserl.engine import adapters, generation, lookup, ranks, second_models
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.config import Config
 from fuserl.engine.prompts import Prompt
@@ -53,11 +52,9 @@ class Behind:
 
     def __init__(self, model: nn.Module, tokenizer):
         self.tokenizer, self._trained = tokenizer, adapters.trained(model)
-        plain = adapters.base(model)
-        # deepcopy takes what it finds here for the copy.
-        self._copy = copy.deepcopy(plain, {id(p): p for p in plain.parameters() if not p.requires_grad})
+        self._copy = second_models.twin(model)
         self._copied = adapters.trained(self._copy)
-        device = next(plain.parameters()).device
+        device = next(self._copy.parameters()).device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def generate(self, prompts: Sequence[Prompt], **sampling) -> Rollouts:

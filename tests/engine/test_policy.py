@@ -23,6 +23,7 @@ from fuserl.engine.losses import (
 from fuserl.engine.policy import Policy, Sampling, Updating
 from fuserl.engine.preferences import bradley_terry, preference
 from fuserl.engine.prompts import Prompt
+from fuserl.engine.second_models import Teacher
 
 
 def tiny_model(**changes):
@@ -151,7 +152,7 @@ def test_second_epoch_uses_the_log_probs_of_the_start():
 
 def test_reference_is_the_initial_model_and_stays():
     batch = tiny_batch()
-    actor = Policy(tiny_model(), None, Sampling(), Updating(lr=0.1), reference=True)
+    actor = Policy(tiny_model(), None, Sampling(), Updating(lr=0.1), reference=Teacher())
     first = actor.update(batch, clipped(beta=0.1))
     second = actor.update(batch, clipped(beta=0.1))
     assert abs(first["kl"]) < 1e-7 < second["kl"]
@@ -305,7 +306,7 @@ def test_adapters_train_alone_and_the_base_is_the_reference():
     batch, model = tiny_batch(), tiny_model()
     base = [p.clone() for p in model.parameters()]
     adapted = adapters.lora(model, rank=2, alpha=4.0, targets=("all-linear",))
-    actor = Policy(adapted, None, Sampling(), Updating(lr=0.1), reference=True)
+    actor = Policy(adapted, None, Sampling(), Updating(lr=0.1), reference=Teacher())
     first, second = (actor.update(batch, clipped(beta=0.1)) for _ in range(2))
     assert abs(first["kl"]) < 1e-7 < second["kl"]
     assert all("lora" in name for name in actor.parameters())

@@ -1,0 +1,169 @@
+"""Models beside the policy that are read and never trained: a reference, a teacher, weights as they were or on average.
+
+    initial   the policy as it starts: itself without its adapters where it has some, else a frozen copy
+    current   the policy as it is, under another prompt say
+    old       the policy as it was when the update started
+    average   weights <- (1 - rate) weights + rate policy, after each update
+
+Old and average ones hold what is trained once more, and share what is frozen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fuserl.engine import adapters, lookup, sharding
+
+WEIGHTS = ("initial", "current", "old", "average")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The second model that a recipe's loss reads, unless the user names a model of his own with --teacher."""
+
+    weights: str = "initial"  # one of WEIGHTS
+    rate: float = 0.05  # of "average"
+
+    def __post_init__(self):
+        if self.weights not in WEIGHTS:
+            raise ValueError(
+                f"Teacher: weights must be one of {', '.join(WEIGHTS)}; got {self.weights!r}. "
+                f"{lookup.nearest(self.weights, WEIGHTS)}"
+            )
+        if not 0 <= self.rate <= 1:
+            raise ValueError(f"Teacher: rate must be in [0, 1]; got {self.rate!r}. 0 never moves, 1 follows at once.")
+
+
+class SecondModel:
+    """A second model of a policy's.
+
+    Args:
+        model: the policy's.
+        source: what it is: a Teacher, or a model of its own, which is frozen.
+        offload: keep it on the host while it is not read, where it has weights of its own.
+        share: whether it may share the policy's frozen parameters.
+    """
+
+    def __init__(self, model: nn.Module, source: Teacher | nn.Module, *, offload: bool = False, share: bool = True):
+        self._policy, self.teacher = model, source if isinstance(source, Teacher) else None
+        self.device = next(model.parameters()).device
+        self._follows = self.teacher is not None and self.teacher.weights in ("old", "average")
+        self.own = self._held(source, share)
+        self._offload = offload and self.own is not None and self.device.type != "cpu"
+        if self.own is not None:
+            if not self._follows:
+                self.own.requires_grad_(False)
+            self.own.eval()
+
+    def _held(self, source: Teacher | nn.Module, share: bool) -> nn.Module | None:
+        """The module that is this one's alone; None where the policy's serves."""
+        if isinstance(source, nn.Module):
+            return source
+        if source.weights == "current" or (source.weights == "initial" and adapters.present(self._policy)):
+            return None
+        if self._follows:
+            return twin(self._policy, share=share)
+        return copy.deepcopy(self._policy)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[nn.Module]:
+        """The model, in eval mode and where the policy is, for a while; without gradients."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if self.own is None:
+                training = self._policy.training
+                stack.callback(self._policy.train, training)
+                self._policy.eval()
+                if self.teacher.weights == "initial":
+                    stack.enter_context(adapters.without_adapters(self._policy))
+                yield self._policy
+                return
+            if self._offload:
+                self.own.to(self.device)
+                stack.callback(self.own.to, "cpu")
+            yield self.own
+
+    def begin(self) -> None:
+        """An update starts: "old" weights are those of now."""
+        if self._follows and self.teacher.weights == "old":
+            self._move(1.0)
+
+    def end(self) -> None:
+        """An update has ended: "average" weights follow."""
+        if self._follows and self.teacher.weights == "average":
+            self._move(self.teacher.rate)
+
+    @torch.no_grad()
+    def _move(self, rate: float) -> None:
+        ours = adapters.trained(self.own)
+        for name, parameter in adapters.trained(self._policy).items():
+            ours[name].lerp_(parameter.to(ours[name].device), rate)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights that nothing else could give back: those of an average."""
+        kept = self._follows and self.teacher.weights == "average"
+        return {name: sharding.whole(x.detach()) for name, x in adapters.trained(self.own).items()} if kept else {}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on with the weights of a `state_dict`."""
+        ours = adapters.trained(self.own) if state else {}
+        for name, value in state.items():
+            sharding.assign(ours[name], value)
+
+
+def twin(model: nn.Module, *, share: bool = True) -> nn.Module:
+    """A copy of the transformers model in `model` whose trained parameters are its own; frozen ones are shared."""
+    plain = adapters.base(model)
+    # deepcopy takes what it finds here for the copy.
+    return copy.deepcopy(plain, {id(p): p for p in plain.parameters() if share and not p.requires_grad})
+
+
+def of(model: nn.Module, *, offload: bool, cut: bool, **sources: Teacher | nn.Module | None) -> dict[str, SecondModel]:
+    """The second models of a policy by name, of those whose source is given.
+
+    Raises:
+        ValueError: one numbers other tokens than the policy, or is to be kept on the host though it is cut.
+    """
+    if cut and offload:
+        raise ValueError("offload: second models must be whole; --shard full cuts them over the ranks. Leave one out.")
+    held: dict[object, SecondModel] = {}
+    for source in sources.values():
+        if source is not None and source not in held:
+            held[source] = SecondModel(model, source, offload=offload, share=not cut)
+            _check_vocabulary(model, held[source].own)
+    return {name: held[source] for name, source in sources.items() if source is not None}
+
+
+def head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias of a second model's head, as a `Reference` takes them.
+
+    Raises:
+        ValueError: there is more to it, an adapter of low rank.
+    """
+    terms = adapters.head_terms(model)
+    if terms["lora"] is not None:
+        raise ValueError(
+            "teacher: its head must be one matrix; it carries an adapter. Leave lm_head out of --lora-targets."
+        )
+    return adapters.head_weight(model), terms["bias"]
+
+
+def inside(model: nn.Module, policy: nn.Module, function: Callable):
+    """`function()` as the forward of a second model, within that of the policy, which may be the same."""
+    return function() if model is policy else sharding.inside(adapters.base(model), function)
+
+
+def _check_vocabulary(model: nn.Module, other: nn.Module | None) -> None:
+    ours, theirs = (adapters.head_weight(each).shape[0] for each in (model, other or model))
+    if ours != theirs:
+        raise ValueError(
+            f"Policy: a second model must have the policy's vocabulary; it has {theirs} tokens and the policy {ours}. "
+            "Take one of the same family."
+        )
