@@ -87,14 +87,14 @@ def start(seed: int) -> dict:
     model = tiny(seed)
     with tempfile.TemporaryDirectory() as scratch:
         either = problems(Path(scratch), guessing=True)
-        _train(model, configured(Path(scratch), "sft", seed, steps=100, lr=3e-3, data=either))
+        train(model, configured(Path(scratch), "sft", seed, steps=100, lr=3e-3, data=either))
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def judged(recipe: str, seed: int, **changes) -> tuple[dict, dict, float]:
     """The evaluations before and after training with a recipe, and the seconds that its steps took."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = _train(started(seed), configured(Path(scratch), recipe, seed, **changes))
+        folder = train(started(seed), configured(Path(scratch), recipe, seed, **changes))
         rows = metrics.read(folder)
     tests = [row for row in rows if "accuracy" in row]
     return tests[0], tests[-1], sum(row.get("seconds", 0.0) for row in rows)
@@ -154,7 +154,8 @@ def _undisturbed(seconds) -> float | None:
     return round(statistics.median(seconds), 2) if os.getloadavg()[0] < 1.5 else None
 
 
-def _train(model, config: Config) -> Path:
+def train(model, config: Config) -> Path:
+    """Train a model by our loop; returns the folder of the run."""
     with loading(model), contextlib.redirect_stdout(io.StringIO()):
         return loop.train(config)
 

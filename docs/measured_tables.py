@@ -165,6 +165,23 @@ def endtoend() -> str:
     return f"{table(heads, rows)}\n\n{'; '.join(facts)}."
 
 
+def curve() -> str:
+    """The reward of GRPO as it trains, here and in TRL's trainer, over seeds, with the picture of both."""
+    path = RESULTS / "learning_trl.jsonl"
+    newest = _newest([path], "device", "steps", "rival")
+    if not newest:
+        return "Not measured yet: `python benchmarks/learning_trl.py --save` takes the row."
+    rows = [
+        [
+            row["rival"].replace("trl", "TRL"), str(row["seeds"]), f"{row['reward']:.3f}", f"{row['rival_reward']:.3f}",
+            f"{row['difference']:+.3f}", f"{row['standard_error']:.3f}", _facts(row, "device"),
+        ]
+        for row in newest
+    ]  # fmt: skip
+    heads = ["rival", "seeds", "fuserl", "rival", "difference", "its standard error", "on"]
+    return f"{table(heads, rows)}\n\n![mean reward by step](benchmarks/results/{path.with_suffix('.png').name})"
+
+
 def _learned(row: dict) -> tuple[str, str]:
     return f"{statistics.mean(row['after']):.3f}", " ".join(f"{each:.2f}" for each in row["after"])
 

@@ -55,6 +55,7 @@ def test_every_recipe_resolves_once_and_for_all(recipe, cpu):
         "eval_data",
         "eval_problems",
         "reference",
+        "teacher",
         "chunk",
         "profile",
         "kv_gb",

@@ -13,7 +13,19 @@ SHORT = "tiny_runs:shortness"
 
 
 def two_passes(
-    hidden, weight, ids, token_loss, *, outputs, live, scope=None, offsets=None, params=(), chunk=None, **head
+    hidden,
+    weight,
+    ids,
+    token_loss,
+    *,
+    outputs,
+    live,
+    scope=None,
+    offsets=None,
+    params=(),
+    reference=None,
+    chunk=None,
+    **head,
 ):
     """What linear_policy_loss returns, by linear_logprob and autograd through it."""
     rows = torch.arange(len(ids)) if live is None else live.nonzero().squeeze(-1)
