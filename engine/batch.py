@@ -254,7 +254,7 @@ class Batch:
 
     def to_tokens(self, per_rollout: Tensor) -> Tensor:
         """Spread one value per rollout (B,) over its tokens (n,)."""
-        return per_rollout[self.rollout]
+        return taken(per_rollout, self.rollout)
 
     def rollout_sum(self, per_token: Tensor) -> Tensor:
         """Sum per-token values (n,) within each rollout, (B,)."""
@@ -333,6 +333,12 @@ def batch_of(rollouts: Rollouts, rewards: Tensor, *, step: int = 0) -> Batch:
         step=step,
         **partly,
     )
+
+
+def taken(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows], whose gradient sums what several take of a row in one order: the same bits every time."""
+    # With several threads torch adds by atomics: behind an index on CPUs, behind index_select on GPUs.
+    return x.index_select(0, rows) if x.device.type == "cpu" else x[rows]
 
 
 def offsets_of(lengths: Tensor) -> Tensor:

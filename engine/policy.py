@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fuserl import attention, families, layers
 from fuserl.engine import adapters, gathered, prompts, ranks, second_models, sharding, sources
-from fuserl.engine.batch import Batch, Rollouts
+from fuserl.engine.batch import Batch, Rollouts, taken
 from fuserl.engine.losses import Loss
 from fuserl.engine.meter import Meter, phase, span
 from fuserl.engine.optimizer import Optimizer, schedule
@@ -289,7 +289,7 @@ class Policy:
         states, packed = self._states(batch, model, whole="score" in loss.outputs)
         live, part = loss.live(batch), batch.to(self.device)
         places = {"value": packed.predictor, "score": packed.reader}
-        heads = {name: self._valued(states[places[name]]) for name in places if name in loss.outputs}
+        heads = {name: self._valued(taken(states, places[name])) for name in places if name in loss.outputs}
         of_head = bool({*loss.outputs} - {*places})
         if torch.is_grad_enabled():
             rows = 0 if not of_head else len(batch.tokens) if live is None else int(live.sum())
@@ -304,7 +304,7 @@ class Policy:
 
         # The entropy comes with the log-probs at no cost, and is worth watching.
         outputs = tuple(name for name in dict.fromkeys((*loss.outputs, "entropy")) if name not in heads)
-        hidden = states[packed.predictor].to(self.compute)
+        hidden = taken(states, packed.predictor).to(self.compute)
         value, out, statistics = linear_policy_loss(
             hidden,
             adapters.head_weight(model).to(hidden.dtype),

@@ -3,7 +3,7 @@
     from fuserl import attention
     attention.attach(model)                                  # or from_pretrained(..., attn_implementation="fuserl")
     packed = attention.pack(prompt_tokens, group, tokens, offsets)
-    hidden = model.model(**packed.inputs()).last_hidden_state[0, packed.predictor]
+    hidden = model.model(**packed.inputs()).last_hidden_state[0].index_select(0, packed.predictor)
 
 A group's prompt stands once in the packed input, followed by its rollouts; each rollout attends to its own tokens and
 to the prompt, never to a sibling or another group:

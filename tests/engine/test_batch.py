@@ -8,7 +8,7 @@ from batches import batches, each_rollout, ragged, rollouts, steady, three
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuserl.engine.batch import batch_of
+from fuserl.engine.batch import batch_of, taken
 
 PER_TOKEN = ("tokens", "rollout_logprobs", "advantages", "old_logprobs", "ref_logprobs", "values", "returns")
 
@@ -194,3 +194,19 @@ def test_moving_takes_everything_but_the_offsets():
     fields = [getattr(moved, name) for name in (*PER_TOKEN, "rollout", "group", "rewards")]
     assert all(field.device.type == "meta" for field in (*fields, moved.extra["weight"]))
     assert moved.offsets.device.type == "cpu" and moved.lengths.device.type == "meta"
+
+
+def test_the_gradient_of_rows_that_several_take_repeats_bit_for_bit():
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(False)  # as in a run: it must not take that
+    random = torch.Generator().manual_seed(0)
+    x, rows = torch.randn(3000, 576, generator=random), torch.randint(0, 20, (3000,), generator=random)
+
+    def gradient():
+        source = torch.zeros(20, 576, requires_grad=True)
+        return torch.autograd.grad((taken(source, rows) * x).sum(), source)[0]
+
+    first = gradient()
+    assert all(torch.equal(gradient(), first) for _ in range(20))
+    expected = torch.zeros(20, 576, dtype=torch.float64).index_add(0, rows, x.double())
+    torch.testing.assert_close(first.double(), expected, rtol=1e-5, atol=1e-5)
