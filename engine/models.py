@@ -62,6 +62,26 @@ def load(name: str | None = None, device="cpu", dtype: torch.dtype | None = None
     return model, words
 
 
+def frozen(name: str, kind: str, device="cpu", dtype: torch.dtype = torch.float32, spare: str = "") -> tuple:
+    """A model that is not trained, of a kind of its own, and its tokenizer.
+
+    Args:
+        name: as for `load`.
+        kind: the class of transformers that reads it: AutoModel, AutoModelForSequenceClassification.
+        spare: how the names of weights begin that may be missing.
+
+    Returns:
+        `(model, tokenizer)`, the model in eval mode, its parameters without gradients.
+
+    Raises:
+        as `load`.
+    """
+    source = str(_default_folder()) if name == DEFAULT else _checked(name)
+    _require_config(source)
+    words = _tokenizer(source)
+    return _model(source, dtype, kind, spare).to(device).eval().requires_grad_(False), words
+
+
 def tokenizer(name: str | None = None):
     """The tokenizer of a model, without the model.
 
@@ -100,9 +120,9 @@ def _no_model(source: str, reason: str) -> ValueError:
     return ValueError(f"load: name must be a model folder or a hub name; got {source!r}, and {reason}.")
 
 
-def _model(source: str, dtype: torch.dtype) -> nn.Module:
-    """The causal language model at `source`, every weight of which was there."""
-    auto = _transformers().AutoModelForCausalLM
+def _model(source: str, dtype: torch.dtype, kind: str = "AutoModelForCausalLM", spare: str | None = None) -> nn.Module:
+    """The model at `source`, every weight of which was there but those whose names begin with `spare`."""
+    auto, trained = getattr(_transformers(), kind), spare is None
     model, found = _read_from(
         source,
         "model",
@@ -111,16 +131,17 @@ def _model(source: str, dtype: torch.dtype) -> nn.Module:
         f"Check the spelling, or leave it out for the built-in {DEFAULT}.",
     )
     lacking = sorted({*found["missing_keys"], *(each[0] for each in found["mismatched_keys"])})
+    lacking = [each for each in lacking if not (spare and each.startswith(spare))]
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise ValueError(
             f"load: {source} must hold every weight of {type(model).__name__} in the shape that its config.json asks "
-            f"for; it lacks {lacking[0]}{more}. Take a whole causal language model."
+            f"for; it lacks {lacking[0]}{more}. Take a whole {'causal language model' if trained else 'model'}."
         )
-    if found["unexpected_keys"]:
+    if found["unexpected_keys"] and trained:
         spare = sorted(found["unexpected_keys"])
         print(f"fuserl: {source} holds weights that are not used: {spare[0]}, {len(spare)} in all", file=sys.stderr)
-    if getattr(model, "is_quantized", False):
+    if trained and getattr(model, "is_quantized", False):
         raise ValueError(
             f"load: weights must be plain numbers to be trained; those in {source} are quantized. Take the model that "
             "they were made from."
