@@ -14,19 +14,25 @@ import docstrings
 import fuserl
 from fuserl.engine import (
     advantages,
+    answerers,
     catalogue,
     cli,
+    embedders,
     evaluation,
     flags,
     importance,
+    judges,
     loop,
     losses,
     prompts,
+    reward_models,
     rewards,
     rollouts,
+    rules,
 )
 from fuserl.engine.batch import Batch, Counts, Rollouts
 from fuserl.engine.config import Config, settings
+from fuserl.engine.endpoint import Endpoint
 from fuserl.engine.policy import Policy, Sampling, Updating
 from fuserl.engine.prompts import Prompt
 from fuserl.engine.recipe import Critic, Recipe
@@ -82,6 +88,19 @@ def _chapters() -> Iterator[tuple[str, str, list[tuple[str, object]]]]:
     asked = [("Prompt", Prompt), ("prompts.sampler", prompts.sampler), ("rewards.scorer", rewards.scorer)]
     asked += [(f"rewards.{name}", function) for name, function in rewards.BUILT_IN.items()]
     yield "Prompts and rewards", docstrings.docstring(rewards.__doc__), asked
+    judging = [("judges.configured", judges.configured), ("Judge", judges.Judge), ("judges.quoted", judges.quoted)]
+    judging += [("judges.numbers", judges.numbers), ("judges.truth", judges.truth)]
+    judging += [("JudgedScorer", judges.JudgedScorer), ("Endpoint", Endpoint)]
+    judging += [("LocalModel", answerers.LocalModel), ("Rule", answerers.Rule)]
+    yield "Judges", docstrings.docstring(judges.__doc__), judging
+    yield "Rules", docstrings.docstring(rules.__doc__), _functions(rules)
+    scoring = [("reward_models.configured", reward_models.configured), ("RewardModel", reward_models.RewardModel)]
+    scoring += [("ServedRewardModel", reward_models.ServedRewardModel)]
+    scoring += [("RuledRewardModel", reward_models.RuledRewardModel)]
+    yield "Reward models", docstrings.docstring(reward_models.__doc__), scoring
+    embedding = [("embedders.configured", embedders.configured), ("Hashing", embedders.Hashing)]
+    embedding += [("LocalEmbedder", embedders.LocalEmbedder), ("ServedEmbedder", embedders.ServedEmbedder)]
+    yield "Embedders", docstrings.docstring(embedders.__doc__), embedding
     yield "Batches", "", [("Rollouts", Rollouts), ("Batch", Batch), ("Counts", Counts)]
     running = [("Policy", Policy), ("Sampling", Sampling), ("Updating", Updating)]
     running += [("loop.train", loop.train), ("evaluation.evaluate", evaluation.evaluate)]

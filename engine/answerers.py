@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -161,6 +162,16 @@ async def written(function: Callable, messages: Sequence[dict]) -> str:
     if not isinstance(said, str):
         raise ValueError(f"judge: a function of messages must return a text; got {said!r}. Correct it there.")
     return said
+
+
+def waited(coroutine: Coroutine) -> object:
+    """What a coroutine returns, for a caller that cannot await it; within a running loop a thread has its own."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
 
 
 def _rendering(tokenizer) -> Callable[[Sequence[dict]], str]:

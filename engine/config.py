@@ -94,7 +94,7 @@ class Config:
 
     judge: str | None = _judge(
         None, doc="http(s)://HOST[:PORT]/v1 of an OpenAI-compatible server, a transformers folder or hub name, or a"
-        " module:function of messages, or of what a reward sees; default the reward's own function",
+        " module:function of messages, or of what a reward sees; default the run's own reward",
     )  # fmt: skip
     judge_model: str | None = _judge(None, doc="the model's name at the server; default none")
     judge_tokens: int = _judge(1024, doc="tokens of a judge's answer at most, its thoughts included", least=1)
@@ -103,10 +103,14 @@ class Config:
     judge_cache: str | None = _judge(
         None, doc="a folder for a server's answers, asked for once over all runs; default memory only"
     )
-    reward_model: str | None = _judge(None, doc="a transformers classifier of one label that scores; default none")
+    reward_model: str | None = _judge(
+        None, doc="a classifier of one label as fuserl export writes it, http(s)://HOST[:PORT] of a server that"
+        " has /pooling, or a module:function of what a reward sees; default the run's own reward",
+    )  # fmt: skip
+    reward_model_name: str | None = _judge(None, doc="the reward model's name at the server; default none")
     embedder: str | None = _judge(
         None,
-        doc="http(s)://HOST[:PORT]/v1 with --embedder-model, or a transformers folder or hub name; default hashes",
+        doc="http(s)://HOST[:PORT]/v1 with --embedder-model, or a transformers folder or hub name; default letters",
     )
     embedder_model: str | None = _judge(None, doc="the embedding model's name at the server; default none")
 

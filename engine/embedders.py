@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fuserl.engine import judges, models
+from fuserl.engine.answerers import waited
 from fuserl.engine.endpoint import Endpoint
 from fuserl.engine.reward_models import batches, padded
 
@@ -132,16 +132,10 @@ def configured(config) -> Callable[[Sequence[str]], Tensor]:
     if name is None:
         return Hashing()
     if name.startswith(("http://", "https://")):
-        return ServedEmbedder(judges.endpoint(config, name, config.embedder_model, "embedder"))
+        return ServedEmbedder(judges.endpoint(config, "embedder", name, "embedder_model"))
     dtype = getattr(torch, config.dtype)
     model, tokenizer = models.frozen(name, "AutoModel", config.device, dtype, spare="pooler.")
     return LocalEmbedder(model, tokenizer, tokens=config.micro_tokens)
-
-
-def waited(coroutine: Coroutine) -> object:
-    """What a coroutine returns, for a caller that cannot await it: it runs in a thread, whether a loop runs or not."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, coroutine).result()
 
 
 def _vector(reply: dict) -> list[float]:

@@ -152,11 +152,11 @@ class Endpoint:
         """What `read` takes out of the server's reply to `body`, or the cache's copy of it; raises as `answer`.
 
         Args:
-            path: below the url.
+            path: below the url, or with a / in front below the server's root.
             body: what JSON can write.
             read: (reply) -> value; a TypeError, LookupError or ValueError of its own says that the reply is no good.
         """
-        url = f"{self.url}/{path}"
+        url = urllib.parse.urljoin(f"{self.url}/", path)
         key = fingerprint(url, body)
         loop = asyncio.get_running_loop()
         room = self._rooms.setdefault(loop, asyncio.Semaphore(self.concurrency))

@@ -60,7 +60,7 @@ class Judge:
         answer: async (messages) -> text: an `Endpoint`'s, a `LocalModel`, or anything that writes.
         rule: async (arguments) -> a number from 0 (wrong) to 1 (right): a `Rule`.
         counts: what the one that is given counts by itself, by name.
-        close: ends it.
+        close: ends what it has running.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class Judge:
         *,
         rule: Callable | None = None,
         counts: dict[str, int] | None = None,
-        close: Callable = lambda: None,
+        close: Callable | None = None,
     ):
         if (answer is None) == (rule is None):
             raise ValueError("judge: it must have either an answer or a rule; got both or neither. Give one.")
-        self.answer, self.rule, self.close = answer, rule, close
+        self.answer, self.rule, self._close = answer, rule, close
         self._counts, self._unread = {} if counts is None else counts, {"unread": 0, "fallbacks": 0}
         self._told: dict[str, int] = {}
 
@@ -225,6 +225,11 @@ class Judge:
         told = ranks.everyones(new)
         return {f"judge_{name}": sum(each[name] for each in told) for name in new}
 
+    def close(self) -> None:
+        """End what it has running, the workers of a rule."""
+        if self._close is not None:
+            self._close()
+
     async def _ruled(self, prompt: str, completion: str, answer: str | None, metadata: dict | None) -> float:
         known = {"prompt": prompt, "completion": completion, "answer": answer, "metadata": metadata or {}}
         return await self.rule({**known, "finish": "stop"})
@@ -261,7 +266,7 @@ def configured(config) -> Judge:
     """
     name = config.judge
     if name is not None and name.startswith(("http://", "https://")):
-        server = endpoint(config, name, config.judge_model, "judge")
+        server = endpoint(config, "judge", name, "judge_model")
         return Judge(partial(server.answer, temperature=0.0, max_tokens=config.judge_tokens), counts=server.counts)
     if name is not None and (":" not in name or Path(name).is_dir()):
         source = None if name == models.DEFAULT else name
@@ -272,21 +277,32 @@ def configured(config) -> Judge:
     function = rewards.configured(config) if name is None else lookup.function(name)
     if name is not None and "messages" in inspect.signature(function).parameters:
         return Judge(partial(written, function))
-    rule = Rule(function, workers=-(-config.reward_workers // ranks.world()), timeout=config.reward_timeout)
+    rule = ruled(config, function)
     return Judge(rule=rule, counts=rule.counts, close=rule.close)
 
 
-def endpoint(config, url: str, model: str | None, name: str) -> Endpoint:
+def endpoint(config, setting: str, url: str, model: str) -> Endpoint:
     """The server at `url`, by the settings of a resolved configuration.
 
+    Args:
+        setting: the one that names the server.
+        model: the one that names the model there.
+
     Raises:
-        ValueError: the model is not named; the setting `name` asks for it.
+        ValueError: the model is not named.
     """
-    if model is None:
-        raise ValueError(f"{name}: a server must be told its model; got {url} alone. Add --{name}-model NAME.")
+    named = getattr(config, model)
+    if named is None:
+        flag = model.replace("_", "-")
+        raise ValueError(f"{setting}: a server must be told its model; got {url} alone. Add --{flag} NAME.")
     return Endpoint(
-        url, model, timeout=config.judge_timeout, concurrency=config.judge_concurrency, cache=config.judge_cache
+        url, named, timeout=config.judge_timeout, concurrency=config.judge_concurrency, cache=config.judge_cache
     )
+
+
+def ruled(config, function: Callable) -> Rule:
+    """A function as a rule, in the workers of a resolved configuration's rewards."""
+    return Rule(function, workers=-(-config.reward_workers // ranks.world()), timeout=config.reward_timeout)
 
 
 def quoted(**texts: str | None) -> str:

@@ -6,14 +6,17 @@ scores = score(prompt, completions)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from fuserl.engine import models
+from fuserl.engine import judges, lookup, models, rewards
+from fuserl.engine.answerers import Rule, waited
+from fuserl.engine.endpoint import Endpoint
 
 
 class RewardModel:
@@ -41,7 +44,7 @@ class RewardModel:
         self.model, self.tokenizer, self.end, self.tokens = model, tokenizer, end, tokens
 
     @torch.no_grad()
-    def __call__(self, prompt: str, completions: Sequence[str]) -> Tensor:
+    def __call__(self, prompt: str, completions: Sequence[str], **_) -> Tensor:
         """The scores of completions of one prompt, (n,) float32 on the host; higher is better.
 
         Args:
@@ -56,8 +59,8 @@ class RewardModel:
         return scores
 
     def _ids(self, prompt: str, completion: str) -> list[int]:
-        seam = "" if prompt[-1:].isspace() or completion[:1].isspace() else " "
-        ids = self.tokenizer(f"{seam}{completion}{self.end or ''}", add_special_tokens=False).input_ids
+        text = f"{_seam(prompt, completion)}{completion}{self.end or ''}"
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids if self.end is not None else [*ids, self.tokenizer.eos_token_id]
 
     def _scored(self, texts: list[Tensor]) -> Tensor:
@@ -71,22 +74,84 @@ class RewardModel:
         return head(hidden[torch.arange(len(texts), device=last.device), last])[:, 0]
 
 
-def configured(config) -> RewardModel | None:
-    """The reward model of a resolved configuration, None where none is named; it is loaded now.
+class ServedRewardModel:
+    """Scores completions with a reward model at a server, by the last number of `/pooling`'s reply (as vLLM's).
+
+    The number is what the server makes of it: vLLM puts a sigmoid on a classifier's score unless it is told not to.
+
+    Args:
+        endpoint: the server and its model.
+        end: text behind every completion.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, end: str = ""):
+        self.endpoint, self.end = endpoint, end
+
+    def __call__(self, prompt: str, completions: Sequence[str], **_) -> Tensor:
+        """The scores of completions of one prompt, (n,) float32; arguments as for `RewardModel`.
+
+        Raises:
+            RuntimeError: as `Endpoint.answer`.
+        """
+        texts = [f"{prompt}{_seam(prompt, completion)}{completion}{self.end}" for completion in completions]
+        return torch.tensor(waited(self._all(texts)), dtype=torch.float32)
+
+    async def _all(self, texts: list[str]) -> list[float]:
+        asked = ({"model": self.endpoint.model, "input": text} for text in texts)
+        return await asyncio.gather(*(self.endpoint.ask("/pooling", body, _last) for body in asked))
+
+
+class RuledRewardModel:
+    """Scores completions with a rule, between 0 and 1.
+
+    Args:
+        rule: of single completions.
+    """
+
+    def __init__(self, rule: Rule):
+        self.rule = rule
+
+    def __call__(
+        self, prompt: str, completions: Sequence[str], *, answer: str | None = None, metadata: dict | None = None
+    ) -> Tensor:
+        """The scores of completions of one prompt, (n,) float32.
+
+        Args:
+            prompt, completions: as for `RewardModel`.
+            answer, metadata: the problem's own, where it has them.
+
+        Raises:
+            RuntimeError: as `Rule`.
+        """
+        known = {"prompt": prompt, "answer": answer, "metadata": metadata or {}, "finish": "stop"}
+        return torch.tensor(waited(self._all([{**known, "completion": each} for each in completions])))
+
+    async def _all(self, asked: list[dict]) -> list[float]:
+        return await asyncio.gather(*map(self.rule, asked))
+
+
+def configured(config) -> Callable[..., Tensor]:
+    """The reward model of a resolved configuration: what `--reward-model` names, which is loaded now.
+
+    Without it, the run's own reward as a rule.
 
     Raises:
-        ValueError: there is no classifier of one label in the folder, or it is a run's.
+        ValueError: there is no classifier of one label in the folder, or it is a run's; a server without a model.
     """
-    name = config.reward_model
+    name, end = config.reward_model, config.stop[0] if config.stop else None
     if name is None:
-        return None
+        return RuledRewardModel(judges.ruled(config, rewards.configured(config)))
+    if name.startswith(("http://", "https://")):
+        return ServedRewardModel(judges.endpoint(config, "reward_model", name, "reward_model_name"), end=end or "")
+    if ":" in name and not Path(name).is_dir():
+        return RuledRewardModel(judges.ruled(config, lookup.function(name)))
     if (Path(name) / "metrics.jsonl").is_file():
         raise ValueError(
             f"reward_model: it must be a model's folder; {name} is a run's. Use fuserl export {name} --out NEW."
         )
     dtype = getattr(torch, config.dtype)
     model, tokenizer = models.frozen(name, "AutoModelForSequenceClassification", config.device, dtype)
-    return RewardModel(model, tokenizer, end=config.stop[0] if config.stop else None, tokens=config.micro_tokens)
+    return RewardModel(model, tokenizer, end=end, tokens=config.micro_tokens)
 
 
 def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
@@ -106,3 +171,17 @@ def padded(texts: Sequence[Tensor], device) -> dict[str, Tensor]:
         "input_ids": pad_sequence(list(texts), batch_first=True).to(device),
         "attention_mask": pad_sequence(mask, batch_first=True).to(device),
     }
+
+
+def _seam(prompt: str, completion: str) -> str:
+    return "" if prompt[-1:].isspace() or completion[:1].isspace() else " "
+
+
+def _last(reply: dict) -> float:
+    """The score in a reply: its one number, or that of the last token where each has one."""
+    found = reply["data"][0]["data"]
+    while isinstance(found, list):
+        found = found[-1]
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise TypeError("data")
+    return float(found)

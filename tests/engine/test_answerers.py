@@ -198,7 +198,7 @@ def test_a_judge_can_be_a_folder(tmp_path, monkeypatch):
     config = Config(device="cpu", judge=str(tmp_path), judge_tokens=7).resolved()
     judge = judges.configured(config)
     assert judge.answer.max_tokens == 7 and judge.writes
-    judges.configured(config.replace(judge=models.DEFAULT))
+    judges.configured(config.replace(judge=models.DEFAULT)).close()
     assert asked == [str(tmp_path), None]
 
 

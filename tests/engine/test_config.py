@@ -64,6 +64,7 @@ def test_every_recipe_resolves_once_and_for_all(recipe, cpu):
         "judge_model",
         "judge_cache",
         "reward_model",
+        "reward_model_name",
         "embedder",
         "embedder_model",
     }  # fmt: skip  nothing else stays open

@@ -1,21 +1,26 @@
 """Reward models: the scores of transformers' own classifier, at the last token, in any batch, and what is refused."""
 
+import asyncio
+
 import pytest
 import tiny_models
 import tiny_runs
 import torch
 import transformers
+from loopback import Reply, in_turn, serving
 from tolerance import check
 
 from fuserl.engine import export, models, reward_models
 from fuserl.engine.config import Config
-from fuserl.engine.reward_models import RewardModel, batches, padded
+from fuserl.engine.endpoint import Endpoint
+from fuserl.engine.reward_models import RewardModel, ServedRewardModel, batches, padded
 
 COMPLETIONS = ["2", " 23", "2+3-4", "", "9\n0 1"]
 
 
 @pytest.fixture(autouse=True)
 def letters(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(models, "_tokenizer", lambda source: tiny_runs.Characters())
 
 
@@ -74,8 +79,47 @@ def test_a_classifier_with_another_head_runs_its_own_forward():
     assert RewardModel(Other(), tiny_runs.Characters())("1", []).shape == (0,)
 
 
+def test_a_server_scores_with_the_last_number_of_its_reply():
+    def pooled(number, asked):
+        length = len(asked.body["input"])
+        return Reply({"data": [{"index": 0, "data": [[0.25], [length / 2]] if length % 2 else [length / 2]}]})
+
+    with serving(pooled) as server:
+        settings = dict(device="cpu", reward_model=server.url.removesuffix("/v1"), stop=("\n",))
+        with pytest.raises(ValueError, match=r"reward_model: a server must .* Add --reward-model-name NAME"):
+            reward_models.configured(Config(**settings).resolved())
+        score = reward_models.configured(Config(**settings, reward_model_name="small").resolved())
+        got = score("1+1=", ["2", " 34", "2"], answer="2", metadata={})
+    assert torch.equal(got, torch.tensor([3.5, 4.0, 3.5])) and score("1+1=", []).shape == (0,)
+    assert sorted((each.path, each.body["model"], each.body["input"]) for each in server.asked) == [
+        ("/pooling", "small", "1+1= 2\n"),
+        ("/pooling", "small", "1+1= 34\n"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "body", [{"data": []}, {"data": [{"data": []}]}, {"data": [{"data": [True]}]}, {"data": ["1"]}]
+)
+def test_a_reply_without_a_score_is_refused(body):
+    with serving(in_turn(Reply(body))) as server, pytest.raises(RuntimeError, match="must answer as OpenAI's servers"):
+        ServedRewardModel(Endpoint(server.url, "small"))("1", ["2"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_without_one_the_runs_own_reward_scores(workers, tmp_path):
+    score = reward_models.configured(tiny_runs.config(tmp_path, "run", reward_workers=workers).resolved())
+    got = score("1+1=", ["2", "3"], answer="2", metadata={})
+    assert torch.equal(got, torch.tensor([1.0, 0.0])) and got.dtype == torch.float32
+
+    async def inside():
+        return score("1+1=", ["3", "2"], answer="2", metadata={})
+
+    assert torch.equal(asyncio.run(inside()), torch.tensor([0.0, 1.0]))
+    score = reward_models.configured(tiny_runs.config(tmp_path, "run", reward_model="tiny_runs:shortness").resolved())
+    assert score("1+1=", ["2", "234"]).tolist() == [0.75, 0.25] and score("1+1=", []).shape == (0,)
+
+
 def test_what_is_no_reward_model_is_refused(tmp_path):
-    assert reward_models.configured(Config(device="cpu").resolved()) is None
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"reward_model: .* is a run's\. Use fuserl export .*run --out NEW"):
