@@ -123,7 +123,7 @@ def test_a_rule_is_a_reward_function_of_one_completion(workers):
 
 
 RULES = """
-import time
+import asyncio, time
 
 def outside(completion): return 2.0 if completion == "high" else -1.0
 def hangs(completion, metadata):
@@ -132,6 +132,9 @@ def hangs(completion, metadata):
 def raises(completion): return 1 / len(completion)
 def group(completions): return [0.0 for _ in completions]
 async def waits(prompt, completion, answer, finish): return float(prompt + completion == answer and finish == "stop")
+async def turns(completion):
+    for _ in range(int(completion)): await asyncio.sleep(0)
+    return int(completion) / 100
 async def writes(messages): return '{"verdict": true}' if "fine" in messages[0]["content"] else "hm"
 def wrong(messages): return 3
 """
@@ -165,6 +168,11 @@ def test_a_rule_that_hangs_in_a_worker_is_worth_nothing(mine):
     judge = mine("hangs", reward_workers=1, reward_timeout=0.3)
     assert read(judge, "a", "late", "b", metadata={"worth": 0.5}) == [3.0, 1.0, 3.0]
     assert judge.statistics()["judge_timeouts"] == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_rule_answers_last_may_have_been_asked_first(mine, workers):
+    assert read(mine("turns", reward_workers=workers), "100", "50", "0") == [5.0, 3.0, 1.0]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,6 +1,7 @@
 """Embedders: unit vectors, the same for the same text, by hashing, by a local model, and by a server."""
 
 import asyncio
+import json
 import zlib
 
 import pytest
@@ -48,10 +49,11 @@ def test_hashing_is_a_function_of_the_letters():
 
 def test_hashing_has_known_values():
     expected = torch.zeros(16)
-    for feature in (b" ab ", b" ab", b"ab "):
+    for feature in (b" abcd ", b" ab", b"abc", b"bcd", b"cd "):
         code = zlib.crc32(feature)
         expected[(code >> 1) % 16] += 1.0 if code % 2 == 0 else -1.0
-    assert torch.allclose(Hashing(16)(["ab"])[0], expected / expected.norm())
+    assert expected.min() < 0 < expected.max()
+    assert torch.allclose(Hashing(16)(["abcd"])[0], expected / expected.norm())
 
 
 def trunk(family="llama"):
@@ -111,6 +113,17 @@ def test_a_folder_is_an_embedder_with_or_without_a_head(tmp_path, monkeypatch):
     assert torch.allclose(
         embed(["12", "123"])[0], theirs(bert.eval(), tiny_runs.Characters()("12").input_ids), atol=1e-5
     )
+
+
+def test_a_model_that_is_not_whole_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_tokenizer", lambda source: tiny_runs.Characters())
+    trunk().save_pretrained(tmp_path / "cut")
+    config = json.loads((tmp_path / "cut" / "config.json").read_text())
+    (tmp_path / "cut" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    with pytest.raises(
+        ValueError, match=r"must hold every weight of LlamaModel .* it lacks layers\.3\..*a whole model"
+    ):
+        embedders.configured(Config(device="cpu", embedder=str(tmp_path / "cut")).resolved())
 
 
 def vectors(number, asked):

@@ -131,7 +131,7 @@ def test_code_that_hangs_is_stopped():
 def test_what_tested_code_started_ends_with_it(tmp_path):
     held = tmp_path / "held"
     os.mkfifo(held)
-    child = f"import sys; f = open({str(held)!r}, 'w'); sys.stdout.write('x'); sys.stdout.flush()\nwhile True: pass"
+    child = f"import signal, sys; f = open({str(held)!r}, 'w'); print('x', flush=True); signal.pause()"
     code = f"import subprocess as s, sys\ns.Popen([sys.executable, '-c', {child!r}], stdout=s.PIPE).stdout.read(1)"
     read = []
     reader = threading.Thread(target=lambda: read.append(held.read_text()), daemon=True)  # until the writer is gone
