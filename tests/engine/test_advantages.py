@@ -1,6 +1,7 @@
 """Credit: each advantage against its definition in plain Python and float64, on ragged rollouts and any groups."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -127,6 +128,27 @@ def test_overconfident_errors_weigh_more():
     even = batch.replace(ref_logprobs=batch.old_logprobs)
     close(overconfident(centred, alpha=1.0)(even), [0.5, -0.5 * (1 + math.log(2)), -0.5 * (1 + math.log(2)), 0.5])
     assert torch.equal(overconfident(centred, alpha=0.0)(batch), plain)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("penalty", ["softplus", "relu"])
+def test_the_confidence_shift_may_be_a_mean_and_bounded(mean, penalty):
+    batch = ragged((3, 1, 5, 2), (0, 0, 1, 1)).replace(rewards=torch.zeros(4))
+    shift = torch.tensor([6.0, -2.0, 10.0, 0.5])  # of whole rollouts
+    batch = batch.replace(old_logprobs=batch.ref_logprobs + batch.to_tokens(shift / batch.lengths))
+    bounded = [min(c / (length if mean else 1), 4.0) for c, length in zip(shift.tolist(), (3, 1, 5, 2), strict=True)]
+    expected = [3 * (max(c, 0.0) if penalty == "relu" else math.log1p(math.exp(c))) + 1 for c in bounded]
+    close(overconfident(uniform, alpha=3.0, penalty=penalty, mean=mean, cap=4.0)(batch), expected, 16)
+
+
+def test_what_makes_no_penalty_is_refused():
+    for options, says in (
+        ({"alpha": -1.0}, "alpha must be a finite number >= 0; got -1.0"),
+        ({"penalty": "rely"}, "penalty must be one of softplus, relu; got 'rely'. Did you mean 'relu'?"),
+        ({"cap": -1.0}, "cap must be a number >= 0; inf bounds nothing; got -1.0"),
+    ):
+        with pytest.raises(ValueError, match=f"^overconfident: {re.escape(says)}"):
+            overconfident(centred, **{"alpha": 1.0, **options})
 
 
 def test_a_channel_of_several_does_not_drown_another():

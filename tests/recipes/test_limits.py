@@ -93,6 +93,8 @@ MUTATIONS = {
     "reward_model-last": ("reward_model", Batch, "last", property(lambda self: self.rollout >= 0)),
     "sft-loss": ("sft", "recipe", "negative_logprob", scaled(losses.negative_logprob)),
     "sft-reduction": ("sft", losses.negative_logprob, "__kwdefaults__", {"reduce": rollout_mean}),
+    "ace-penalty": ("ace", advantages, "PENALTIES", {"softplus": torch.relu}),
+    "ace-advantage": ("ace", "recipe", "overconfident", lambda advantage, alpha: advantage),
 }  # fmt: skip
 
 
