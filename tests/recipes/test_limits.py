@@ -95,6 +95,8 @@ MUTATIONS = {
     "sft-reduction": ("sft", losses.negative_logprob, "__kwdefaults__", {"reduce": rollout_mean}),
     "ace-penalty": ("ace", advantages, "PENALTIES", {"softplus": torch.relu}),
     "ace-advantage": ("ace", "recipe", "overconfident", lambda advantage, alpha: advantage),
+    "rover-loss": ("rover", "recipe", "token_mean", rollout_sum),
+    "rover-next": ("rover", Batch, "last", property(lambda self: self.rollout >= 0)),
 }  # fmt: skip
 
 
