@@ -27,6 +27,7 @@ RECIPES = {
     "dpo": "preference pairs without a reward model (arXiv:2305.18290)",
     "reward_model": "Bradley-Terry reward model of preference pairs (arXiv:2203.02155)",
     "sft": "maximum likelihood of the task's answers",
+    "ma_rlhf": "PPO whose decisions are runs of tokens (arXiv:2410.02743)",
     "rover": "log-ratios regressed on the value of a uniformly random policy (arXiv:2509.24981)",
     "ace": "wrong rollouts that the policy has grown confident of are pushed down harder (arXiv:2602.21420)",
 }

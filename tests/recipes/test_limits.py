@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from fuserl.engine import advantages, catalogue, losses, preferences
+from fuserl.engine import advantages, catalogue, losses, macro_actions, preferences
 from fuserl.engine.advantages import centred
 from fuserl.engine.batch import Batch
 from fuserl.engine.losses import rollout_mean, rollout_sum, token_mean
@@ -58,6 +58,11 @@ def smoothed(**options):
     return preferences.preference(**{**options, "label_smoothing": 0.1})
 
 
+def without_last(batch, begins):
+    """Macros that take the last token of a rollout with them."""
+    return torch.cat([(begins | batch.last.roll(1)).nonzero().squeeze(-1), torch.tensor([len(begins)])])
+
+
 MUTATIONS = {
     "grpo-loss": ("grpo", "recipe", "clipped", scaled(losses.clipped)),
     "grpo-reduction": ("grpo", losses, "rollout_mean", rollout_sum),
@@ -95,6 +100,9 @@ MUTATIONS = {
     "sft-reduction": ("sft", losses.negative_logprob, "__kwdefaults__", {"reduce": rollout_mean}),
     "ace-penalty": ("ace", advantages, "PENALTIES", {"softplus": torch.relu}),
     "ace-advantage": ("ace", "recipe", "overconfident", lambda advantage, alpha: advantage),
+    "ma_rlhf-last": ("ma_rlhf", macro_actions, "steps_of", without_last),
+    "ma_rlhf-sigma": ("ma_rlhf", macro_actions, "_weights", lambda sigma, place, *_: (place == 0).double()),
+    "ma_rlhf-every": ("ma_rlhf", "recipe", "every", lambda n: macro_actions.every(n + 1)),
     "rover-loss": ("rover", "recipe", "token_mean", rollout_sum),
     "rover-next": ("rover", Batch, "last", property(lambda self: self.rollout >= 0)),
 }  # fmt: skip

@@ -1,0 +1,120 @@
+"""1 MA-RLHF: PPO whose decision is a macro action, a run of tokens (Chai et al., arXiv:2410.02743).
+
+    macro k = tokens [b_k, b_k+1) of a rollout; the last token, which has the reward, is always one by itself
+    V[k] = sum of sigma values in k,   R[k] = the same of r[t] = -beta (old_logprobs - ref_logprobs)[t], and the reward
+    delta[k] = R[k] + gamma V[k + 1] - V[k],   A[k] = delta[k] + gamma lam A[k + 1],   returns = A + V
+    loss = PPO's, whitened nowhere, where every token of k has A[k] and its value the return of k
+
+Limit: macros of one token (n = 1) are PPO, bit for bit.
+
+Ours: `repeat_times` 4, and a fresh order for every rollout. The perplexity rule cuts where the perplexity rises; the
+released code cuts a token before. Constituents are prose divided at lines, sentences, ; and :, brackets and commas, in
+this order, until each has at most `leaves` words; statements of code end with a line, ; or brace outside ( and [. A
+ratio "macro" makes one term of each macro, weighing as much as one token, so that both ratios agree on-policy.
+`reward_agg` "mean" is the released code's, which averages the KL penalty in a macro; "sum" is the paper's text.
+
+Check: critic noise, with values drawn apart and lam 0, falls by n in a rollout of 50,000 tokens.
+"""
+
+import math
+
+from fuserl.engine import checks, parsing, prompts, rewards
+from fuserl.engine.advantages import generalised
+from fuserl.engine.checks import Figure, at_most
+from fuserl.engine.contracts import require, require_one_of
+from fuserl.engine.losses import clipped, squared_value, summed, token_mean
+from fuserl.engine.macro_actions import clipped_macros, every, macro_generalised, marked, randomised, surprising
+from fuserl.engine.recipe import Critic, Recipe
+from fuserl.engine.rollouts import sampled
+from fuserl.engine.toys import ma_rlhf as toy
+
+DEFAULTS = {"minibatches": 4, "temperature": 0.8}
+
+
+def recipe(
+    config,
+    *,
+    segmentation: str = "ngram",
+    n: int = 5,
+    repeat_times: int = 4,
+    leaves: int = 5,
+    sigma: str = "equal",
+    reward_agg: str = "mean",
+    ratio: str = "token",
+    reward_clip: float = 2.5,
+    low: float = 0.2,
+    high: float = 0.2,
+    beta: float = 0.05,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    value_coef: float = 0.5,
+    value_clip: float = 0.2,
+    separate_critic: bool = False,
+    critic_lr: float | None = None,
+) -> Recipe:
+    """MA-RLHF on the configured task.
+
+    Args:
+        segmentation: where macros end: ngram, randomised, perplexity, constituents or statements.
+        n: tokens of a macro, for ngram.
+        repeat_times: how often each length of 1, 2, 3, 5 and 10 occurs in a rollout, for randomised.
+        leaves: most words of a macro, for constituents.
+        sigma: what a macro averages over: equal, unit (its last token) or position (1 / place).
+        reward_agg: a macro's reward is the mean by sigma, or the sum.
+        ratio: of each token, or of each macro.
+        reward_clip: rewards are held to minus and plus this.
+        low: the ratio is clipped below 1 - low.
+        high: the ratio is clipped above 1 + high.
+        beta: weight of the KL divergence to the initial model, in the reward.
+        gamma: discount of later rewards, per macro.
+        lam: discount of later temporal differences: 0 trusts the values, 1 the returns.
+        value_coef: weight of the value loss, for a head on the policy's trunk.
+        value_clip: the values may move this far from the old ones in one update.
+        separate_critic: a value model of its own, started as a copy of the policy.
+        critic_lr: learning rate of the separate critic; default the policy's.
+    """
+    rules = {"ngram": every(n), "randomised": randomised(repeat_times, config.seed), "perplexity": surprising}
+    parsers = {"constituents": parsing.constituents(leaves), "statements": parsing.statements}
+    require_one_of("ma_rlhf", "segmentation", segmentation, (*rules, *parsers))
+    require_one_of("ma_rlhf", "ratio", ratio, ("token", "macro"))
+    positive = critic_lr is None or 0 < critic_lr < math.inf
+    require("ma_rlhf", "critic_lr", critic_lr, positive, "a finite number > 0, or None for the policy's")
+    rollout = sampled(config.group_size)
+    bounds = {"low": low, "high": high}
+    policy_loss = clipped_macros(**bounds) if ratio == "macro" else clipped(**bounds, reduce=token_mean)
+    value_loss = squared_value(clip=value_clip)
+    reads = ("old_logprobs", "ref_logprobs") if beta else ("ref_logprobs",) if segmentation == "perplexity" else ()
+    return Recipe(
+        name="ma_rlhf",
+        prompts=prompts.sampler(config),
+        rollout=parsing.parsed(rollout, parsers[segmentation]) if segmentation in parsers else rollout,
+        reward=rewards.scorer(config),
+        advantage=macro_generalised(
+            rules.get(segmentation, marked), gamma=gamma, lam=lam, beta=beta, sigma=sigma, reward_agg=reward_agg,
+            reward_clip=reward_clip,
+        ),
+        loss=policy_loss if separate_critic else summed(policy_loss, value_loss, value_coef),
+        reads=("values", *reads),
+        critic=Critic(value_loss, critic_lr) if separate_critic else None,
+    )  # fmt: skip
+
+
+def show() -> list[Figure]:
+    """The limit, the telescoped sum, how far a reward at the end reaches, and how much noise of the critic is left."""
+    batch, loss = toy.example(), summed(clipped(reduce=token_mean), squared_value(clip=0.2), 0.5)
+    options = {"gamma": 0.9, "lam": 0.95, "beta": 0.05}
+    ours = macro_generalised(every(1), **options)(batch)
+    ppo = generalised(**options, whiten=False)(batch)
+    slopes = [toy.gradient(each, loss) for each in (ours, ppo)]
+    sums = macro_generalised(every(3), gamma=1.0, lam=1.0, beta=0.05, sigma="unit", reward_agg="sum")
+    tokens, macros = (macro_generalised(every(n), gamma=1.0, lam=0.95, beta=0.0) for n in (1, 5))
+    far = toy.example((100,), values=0.0)
+    left = toy.noise(lambda n: macro_generalised(every(n), gamma=1.0, lam=0.0, beta=0.0))
+    return [
+        at_most("loss apart from PPO's, n = 1", abs(checks.value(ours, loss) - checks.value(ppo, loss)), 1e-12),
+        at_most("gradients apart from PPO's, n = 1", float((slopes[0] - slopes[1]).abs().max()), 1e-12),
+        at_most("A apart from sum of R - V, gamma = lam = 1", toy.telescoped(sums, batch, 3, beta=0.05), 1e-12),
+        Figure("A of the first of 100 tokens, 0.95^99", float(tokens(far).advantages[0]), 0.95**99, 1e-12),
+        Figure("A of the first of 21 macros, 0.95^20", float(macros(far).advantages[0]), 0.95**20, 1e-12),
+        at_most("variance of delta at n = 5 over that at n = 1, apart from 1 / 5", abs(left - 0.2), 0.02),
+    ]
