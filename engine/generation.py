@@ -76,18 +76,19 @@ def generate(
         ValueError: an empty prompt, an argument out of range, or a model that sees what comes.
         RuntimeError: no room for a single rollout.
     """
-    _check(prompts, streams, group_size=group_size, max_new_tokens=max_new_tokens, stop=stop, chunk=chunk)
+    check(prompts, streams, group_size=group_size, max_new_tokens=max_new_tokens, stop=stop, chunk=chunk)
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
     prompt_tokens = [torch.tensor(tokenizer(p.text).input_ids, dtype=torch.int64) for p in prompts]
-    stop_ids = _eos_ids(model) if stop_ids is None else frozenset(stop_ids)
+    stop_ids = eos_ids(model) if stop_ids is None else frozenset(stop_ids)
     ending = Ending(tokenizer, tuple(stop), stop_ids, max_new_tokens, prompts, reply, chunk)
     rollouts = _begun(prompt_tokens, streams or range(len(prompts)), group_size, forced, max_new_tokens)
     with _decoding(model, rollouts, max_new_tokens, rows, kv_gb) as run:
         run(sampling, ending.drew)
-    return _collected(list(prompts), prompt_tokens, rollouts, ending)
+    return collected(list(prompts), prompt_tokens, rollouts, ending)
 
 
-def _check(prompts: Sequence[Prompt], streams, *, group_size: int, max_new_tokens: int, stop, chunk) -> None:
+def check(prompts: Sequence[Prompt], streams, *, group_size: int, max_new_tokens: int, stop, chunk) -> None:
+    """Refuse arguments that are out of range."""
     named = len(prompts if streams is None else streams)
     for name, given, good, contract in (
         ("group_size", group_size, group_size >= 1, "be at least 1"),
@@ -180,17 +181,15 @@ class Ending:
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _eos_ids(model: nn.Module) -> frozenset[int]:
+def eos_ids(model: nn.Module) -> frozenset[int]:
+    """The token ids that end a text, by the model's generation config."""
     eos = model.generation_config.eos_token_id
     return frozenset(() if eos is None else eos if isinstance(eos, list) else [eos])
 
 
 @contextlib.contextmanager
-def _decoding(model: nn.Module, rollouts: list[Rollout], most: int, rows: int | None, kv_gb: float | None):
-    """How tokens are drawn with a model: the `run` of `Decoder`, or transformers' `generate` where that cannot be.
-
-    Meanwhile the model is in eval mode and has "fuserl" attention; both are as before afterwards.
-    """
+def prepared(model: nn.Module, kv_gb: float | None):
+    """A model in eval mode with "fuserl" attention, as before afterwards; yields why it cannot have that, or None."""
     reason, training, before = families.unsupported(model), model.training, model.config._attn_implementation
     try:
         model.eval()
@@ -200,13 +199,23 @@ def _decoding(model: nn.Module, rollouts: list[Rollout], most: int, rows: int | 
                 raise ValueError(
                     f"generate: kv_gb must be None for {reason}; got {kv_gb}. Its cache is transformers' own"
                 )
-            yield functools.partial(plain_decoding.run, model, rollouts, most, rows)
+            yield reason
         else:
             attention.attach(model)
-            yield Decoder(model, rollouts, most, rows, kv_gb).run
+            yield None
     finally:
         model.train(training)
         model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def _decoding(model: nn.Module, rollouts: list[Rollout], most: int, rows: int | None, kv_gb: float | None):
+    """How tokens are drawn with a model: the `run` of `Decoder`, or transformers' `generate` where that cannot be."""
+    with prepared(model, kv_gb) as reason:
+        if reason is None:
+            yield Decoder(model, rollouts, most, rows, kv_gb).run
+        else:
+            yield functools.partial(plain_decoding.run, model, rollouts, most, rows)
 
 
 @functools.cache
@@ -215,7 +224,8 @@ def _warned(reason: str) -> None:
     warnings.warn(f"generate: transformers' own generate is used, prompt by prompt, for {reason}.", stacklevel=3)
 
 
-def _collected(prompts: list[Prompt], prompt_tokens: list[Tensor], rollouts: list[Rollout], ending: Ending) -> Rollouts:
+def collected(prompts: list[Prompt], prompt_tokens: list[Tensor], rollouts: list[Rollout], ending: Ending) -> Rollouts:
+    """What has been drawn, packed."""
     chunks = [[*r.chunks, r.tokens] for r in rollouts]
     return Rollouts(
         prompts=prompts,

@@ -15,6 +15,7 @@ from torch import nn
 
 from fuserl.engine import adapters, generation, lookup, ranks, second_models
 from fuserl.engine.batch import Rollouts
+from fuserl.engine.beams import Beams, search
 from fuserl.engine.config import Config
 from fuserl.engine.prompts import Prompt
 from fuserl.engine.recipe import Recipe
@@ -33,9 +34,18 @@ class Own:
     def __init__(self, model: nn.Module, tokenizer):
         self.model, self.tokenizer = model, tokenizer
 
-    def generate(self, prompts: Sequence[Prompt], **sampling) -> Rollouts:
-        """Completions of `prompts`, as `generation.generate` draws them."""
-        return generation.generate(adapters.base(self.model), self.tokenizer, prompts, **sampling)
+    def generate(
+        self, prompts: Sequence[Prompt], *, beams: Beams | None = None, reference=None, **sampling
+    ) -> Rollouts:
+        """Completions of `prompts`, as `generation.generate` draws them; or, given beams, as `beams.search` finds them.
+
+        What else says how to draw does not matter to a search.
+        """
+        model = adapters.base(self.model)
+        if beams is None:
+            return generation.generate(model, self.tokenizer, prompts, **sampling)
+        kept = {name: sampling[name] for name in ("group_size", "max_new_tokens", "stop", "kv_gb") if name in sampling}
+        return search(model, self.tokenizer, prompts, beams, reference=reference, **kept)
 
 
 class Behind:
