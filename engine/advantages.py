@@ -114,10 +114,34 @@ def uniform(batch: Batch) -> Tensor:
     return torch.ones_like(batch.rewards)
 
 
+def implicit(batch: Batch, beta: float) -> Tensor:
+    """The rewards of tokens that a policy and its reference imply, beta (old_logprobs - ref_logprobs), (N,).
+
+    Where the policy is optimal under a reward r, held to the reference by beta, that is r + V(next state) - V(state):
+    the same reward, with what is still to come moved forward (arXiv:2404.12358).
+    """
+    require("implicit", "beta", beta, 0 < beta < math.inf, "a finite number > 0")
+    return beta * (batch.old_logprobs - batch.ref_logprobs)
+
+
 def token_rewards(batch: Batch, beta: float) -> Tensor:
     """The rollout's reward at its last token, minus beta (old_logprobs - ref_logprobs) at every token, (N,)."""
     at_end = torch.where(batch.last, batch.to_tokens(batch.rewards), 0.0)
     return at_end - beta * (batch.old_logprobs - batch.ref_logprobs) if beta else at_end
+
+
+def rewards_to_go(dense: Callable) -> Callable:
+    """Token rewards `dense` (Batch) -> (N,), standardised over the group's tokens, summed to the end, (N,).
+
+    GRPO with a reward of each step (arXiv:2402.03300, section 4.1.3); tokens whose rewards all agree have advantage 0.
+    """
+
+    def advantage(batch: Batch) -> Tensor:
+        given = dense(batch).to(batch.dtype)
+        group = batch.to_tokens(batch.group)
+        return discounted(group_advantage(given, group), batch, 1.0)
+
+    return advantage
 
 
 def penalised(beta: float) -> Callable:
@@ -137,12 +161,15 @@ def discounted(x: Tensor, batch: Batch, factor: float) -> Tensor:
     return discounted_scan(x.double(), factor, offsets=batch.offsets.to(x.device)).to(x.dtype)
 
 
-def generalised(*, gamma: float, lam: float, beta: float, whiten: bool = True) -> Callable:
+def generalised(
+    *, gamma: float, lam: float, beta: float, whiten: bool = True, dense: Callable | None = None
+) -> Callable:
     """Generalised advantage estimation (arXiv:1506.02438, eq. 16) of token rewards under the batch's values.
 
         delta[t] = r[t] + gamma V[t + 1] - V[t],   A[t] = delta[t] + gamma lam A[t + 1],   returns = A + V
 
     V beyond a rollout's last token is 0. With `whiten` A is brought to mean 0 and standard deviation 1 over the batch.
+    `dense` (Batch) -> (N,) is added to the rewards: what another policy implies of tokens, as of `credit.judged_by`.
     """
     for name, value in (("gamma", gamma), ("lam", lam)):
         require("generalised", name, value, 0 <= value <= 1, "in [0, 1]; 1 is no discount")
@@ -150,6 +177,7 @@ def generalised(*, gamma: float, lam: float, beta: float, whiten: bool = True) -
 
     def advantage(batch: Batch) -> Batch:
         rewards, values = token_rewards(batch, beta).double(), batch.values.double()
+        rewards = rewards if dense is None else rewards + dense(batch)
         found = gae(rewards, values, gamma=gamma, lam=lam, offsets=batch.offsets.to(values.device))
         advantages, returns = (x.to(batch.dtype) for x in found)
         return batch.replace(advantages=whitened(advantages) if whiten else advantages, returns=returns)

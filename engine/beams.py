@@ -270,3 +270,11 @@ def _greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
 def _logprobs_at(logits: Tensor, ids: Tensor, greedy: Tensor, of_it: Tensor) -> Tensor:
     distance = logits.gather(1, ids).double() - logits.gather(1, greedy).double()
     return (of_it.double() + distance).cpu()
+
+
+def widths(text: str) -> list[int]:
+    """Widths of beams out of an option such as "1,2,5,8"; empty is none."""
+    found = [each.strip() for each in text.split(",")] if text.strip() else []
+    if not all(each.isdecimal() and int(each) >= 1 for each in found):
+        raise ValueError(f"beams: beams must be widths >= 1 between commas; got {text!r}. Write 1,2,5,8, say.")
+    return [int(each) for each in found]

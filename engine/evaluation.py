@@ -5,14 +5,17 @@ A completion is correct when its reward is at least 1.0: all right, whatever is 
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fuserl.engine import report
+from fuserl.engine import adapters, report, sharding
 from fuserl.engine.batch import batch_of
+from fuserl.engine.beams import Beams
 from fuserl.engine.losses import Loss
 from fuserl.engine.prompts import Prompt
 
@@ -68,6 +71,46 @@ def sampled(policy, prompts: Sequence[Prompt], reward: Callable, samples: int) -
     correct = _correct(policy.generate(list(prompts), group_size=samples, stream=EVALUATION), reward)
     ks = sorted({*(2**power for power in range(samples.bit_length())), samples})
     return {"samples": samples, **{f"pass@{k}": float(pass_at_k(correct, samples, k).mean()) for k in ks}}
+
+
+def searched(
+    policy, prompts: Sequence[Prompt], reward: Callable | None, widths: Sequence[int], *, beta: float | None = None
+) -> dict[str, float]:
+    """What beam search completes the problems with: see `beams`.
+
+    Args:
+        policy: has `generate(prompts, stream=, beams=, reference=)`, and given beta a reference.
+        prompts: held-out problems.
+        reward: (Rollouts) -> ((B,) rewards, statistics); None where there is none.
+        widths: of the beams.
+        beta: score by sums of beta log p / p_ref in the place of likelihood.
+
+    Returns:
+        For each width, "beam_5_logprob", the mean of a completion's, and where there is a reward "beam_5_reward" and
+        "beam_5_accuracy"; "guided_5_..." given beta.
+    """
+    row, temperature = {}, policy.sampling.temperature or 1.0
+    second = None if beta is None else policy.seconds["ref"]
+    reference = None if second is None else partial(_plain, second)
+    own = None if second is None else second.own
+    with contextlib.nullcontext() if own is None else sharding.uncut(adapters.base(own)):
+        for width in widths if prompts else ():
+            beams = Beams(width, beta=beta or 1.0, temperature=temperature)
+            found = policy.generate(list(prompts), stream=EVALUATION, beams=beams, reference=reference)
+            name = f"{'beam' if beta is None else 'guided'}_{width}"
+            row[f"{name}_logprob"] = float(found.rollout_logprobs.sum()) / len(found)
+            if reward is not None:
+                rewards, _ = reward(found)
+                row[f"{name}_reward"] = float(rewards.mean())
+                row[f"{name}_accuracy"] = float((rewards >= 1.0).float().mean())
+    return row
+
+
+@contextlib.contextmanager
+def _plain(second) -> Iterator:
+    """A second model to read, as transformers has it."""
+    with second.reading() as model:
+        yield adapters.base(model)
 
 
 def of_completions(rollout: Callable, loss: Loss, policy, prompts: Sequence[Prompt]) -> dict[str, float]:

@@ -143,19 +143,28 @@ def _packed(batch: Batch) -> _Packed:
 
 
 def _pairs(batch: Batch) -> tuple[Tensor, Tensor]:
-    """(chosen, rejected) rollouts of each group of two, (groups,), wherever they stand."""
-    one, two = batch.group.argsort(stable=True).view(-1, 2).unbind(1)
+    """(chosen, rejected) rollouts of each group of two, (groups,), wherever they stand; of those that have tokens."""
+    index = batch.group.argsort(stable=True)
+    if not bool(batch.offsets.diff().all()):
+        index = index[batch.group_sum(batch.lengths)[index] > 0]  # the others are for another loss
+    one, two = index.view(-1, 2).unbind(1)
     first = batch.rewards[one] > batch.rewards[two]
     return torch.where(first, one, two), torch.where(first, two, one)
 
 
 def _of_pairs(batch: Batch, values: Tensor, form: Form, ref_logprobs: Tensor | None):
-    """The loss of each token, a pair's in equal parts at the ends of both rollouts; margins, and which are right."""
+    """The loss of each token, a pair's in equal parts at the ends of both rollouts; margins, rewards, what is right."""
     packed, (chosen, rejected) = _packed(batch), _pairs(batch)
     places = {"chosen": packed.place[chosen], "rejected": packed.place[rejected]}
     each, rewards, _ = preference_loss(values, form, offsets=packed.offsets, ref_logprobs=ref_logprobs, **places)
     margin = rewards[places["chosen"]] - rewards[places["rejected"]]
-    pair = torch.cat([chosen, rejected]).argsort() % max(len(chosen), 1)  # of each rollout
+    number = torch.arange(len(chosen), device=chosen.device)
+    pair = torch.zeros_like(batch.group).index_put(
+        (torch.cat([chosen, rejected]),), number.repeat(2)
+    )  # of each rollout
     per_token = torch.where(batch.last, batch.to_tokens(each[pair]), 0.0) / (2 * batch.counts.groups)
     seen = {"margin": margin, "pair_accuracy": (margin > 0).float()}
-    return per_token, {name: batch.at_last(value[pair]) for name, value in seen.items()}
+    seen = {name: value[pair] for name, value in seen.items()}
+    for name, some in (("chosen_reward", chosen), ("rejected_reward", rejected)):
+        seen[name] = torch.full_like(seen["margin"], torch.nan).index_put((some,), rewards[packed.place[some]])
+    return per_token, {name: batch.at_last(value) for name, value in seen.items()}

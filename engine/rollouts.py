@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fuserl.engine import adapters, sharding, sources
 from fuserl.engine.batch import Rollouts, offsets_of
 from fuserl.engine.prompts import Prompt
 
@@ -15,6 +16,19 @@ from fuserl.engine.prompts import Prompt
 def sampled(group_size: int) -> Callable:
     """A rollout slot: `group_size` completions of every prompt, drawn from the policy as its sampling settings say."""
     return lambda policy, prompts: policy.generate(prompts, group_size=group_size)
+
+
+def from_reference(policy, prompts: list[Prompt], **drawing) -> Rollouts:
+    """Completions of every prompt drawn from the policy's reference, by its sampling settings and `Policy.generate`.
+
+    It draws in this process, whatever the policy's own completions come from.
+    """
+    with policy.seconds["ref"].reading() as model, sharding.uncut(adapters.base(model)):
+        own, policy.source = policy.source, sources.Own(model, policy.tokenizer)
+        try:
+            return policy.generate(prompts, **drawing)
+        finally:
+            policy.source = own
 
 
 def mixed(group_size: int, groups: int, reward: Callable) -> Callable:

@@ -7,10 +7,11 @@ from importlib import import_module
 import pytest
 import torch
 
-from fuserl.engine import advantages, catalogue, losses, macro_actions, preferences
+from fuserl.engine import advantages, beams, catalogue, losses, macro_actions, preferences
 from fuserl.engine.advantages import centred
 from fuserl.engine.batch import Batch
 from fuserl.engine.losses import rollout_mean, rollout_sum, token_mean
+from fuserl.engine.toys import r_to_q
 
 
 def scaled(make):
@@ -51,7 +52,7 @@ def without(bound):
     return wrong
 
 
-real_pairs = preferences._pairs
+real_pairs, likeliest = preferences._pairs, beams._likeliest
 
 
 def smoothed(**options):
@@ -96,6 +97,9 @@ MUTATIONS = {
     "dpo-pairs": ("dpo", preferences, "_pairs", lambda batch: real_pairs(batch)[::-1]),
     "reward_model-loss": ("reward_model", "recipe", "bradley_terry", scaled(preferences.bradley_terry)),
     "reward_model-last": ("reward_model", Batch, "last", property(lambda self: self.rollout >= 0)),
+    "r_to_q-loss": ("r_to_q", "recipe", "preference", lambda beta: preferences.preference(beta=0.9 * beta)),
+    "r_to_q-implied": ("r_to_q", r_to_q, "implicit", lambda batch, beta: 1.001 * advantages.implicit(batch, beta)),
+    "r_to_q-beams": ("r_to_q", beams, "_likeliest", lambda logits, count: likeliest(-logits, count)),
     "sft-loss": ("sft", "recipe", "negative_logprob", scaled(losses.negative_logprob)),
     "sft-reduction": ("sft", losses.negative_logprob, "__kwdefaults__", {"reduce": rollout_mean}),
     "ace-penalty": ("ace", advantages, "PENALTIES", {"softplus": torch.relu}),
@@ -108,11 +112,14 @@ MUTATIONS = {
 }  # fmt: skip
 
 
+SAMPLED = {"r_to_q": 3}  # figures of a recipe that are shares of random trees, with sampling errors for tolerances
+
+
 @pytest.mark.parametrize("name", catalogue.RECIPES)
 def test_figures_hold(name):
     figures = catalogue.show(name)
     assert figures and all(figure.what and figure.holds for figure in figures), figures
-    assert all(figure.tolerance < 1e-5 for figure in figures)
+    assert sum(figure.tolerance >= 1e-5 for figure in figures) == SAMPLED.get(name, 0)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
