@@ -28,6 +28,35 @@ def preference(*, beta: float, label_smoothing: float = 0.0) -> Loss:
     return paired(DPO(beta, label_smoothing))
 
 
+def value_bonus(*, beta: float, alpha: float, bound: float = math.inf, chosen: bool = False) -> Loss:
+    """alpha times the mean of what a policy implies of calibrating rollouts, within bounds (VPO, arXiv:2405.19320).
+
+        loss = alpha clip(beta sum over the rollout of (logprob - ref), -bound, bound)
+
+    Where rewards are 0 on average over the rollouts that calibrate, that is -alpha times the largest regularised value
+    J* = beta log Z of the rewards that the policy implies: alpha > 0 is optimism, which makes these rollouts less
+    likely, alpha < 0 pessimism, which anchors the policy to them. A rollout beyond the bounds has no gradient.
+
+    Args:
+        chosen: only the chosen rollout of each pair calibrates, those of the larger reward; else all do.
+    """
+    require("value_bonus", "beta", beta, 0 < beta < math.inf, "a finite number > 0")
+    require("value_bonus", "alpha", alpha, abs(alpha) < math.inf, "a finite number")
+    require("value_bonus", "bound", bound, bound > 0, "a number > 0; inf bounds nothing")
+
+    def loss(out, batch: Batch):
+        implied = beta * batch.rollout_sum(out.logprob - batch.ref_logprobs)
+        each, mean = alpha * implied.clamp(-bound, bound), batch.counts.rollouts
+        if chosen:
+            calibrates = torch.zeros_like(batch.group, dtype=torch.bool).index_fill(0, _pairs(batch)[0], True)
+            each, mean = torch.where(calibrates, each, 0.0), batch.counts.groups
+            implied = torch.where(calibrates, implied, torch.nan)
+        per_token = torch.where(batch.last, batch.to_tokens(each), 0.0) / mean
+        return per_token, {"calibration_reward": batch.at_last(implied.detach())}
+
+    return Loss(loss, scope="group" if chosen else "rollout", reads=("ref_logprobs",))
+
+
 def ipo(*, beta: float = 0.1) -> Loss:
     """Identity preference optimisation of pairs (arXiv:2310.12036, eq. 17), of means over tokens.
 

@@ -114,14 +114,14 @@ def found_by(trees: list[Tree], width: int) -> list[int]:
 def every_pair(given: Tree) -> tuple[Batch, Tensor]:
     """Every ordered pair of texts, the first one chosen, and how often Bradley and Terry's judge prefers it, (pairs,).
 
-    A text is one token, whose log-prob is that of all its tokens: the losses of pairs read sums.
+    A text is one token, whose log-prob is that of all its tokens, as losses of pairs read sums; its state is its number.
     """
     texts = leaves(given, given.reference)
     count = len(texts.rewards)
     chosen, rejected = (~torch.eye(count, dtype=torch.bool)).nonzero().unbind(1)
     index = torch.stack([chosen, rejected], 1).flatten()
-    table = Table(torch.zeros(1, count))
-    batch = table.given(index[:, None], torch.zeros_like(index), torch.tensor([1.0, 0.0]).repeat(len(chosen)), 2)
+    table, labels = Table(torch.zeros(count, 1)), torch.tensor([1.0, 0.0]).repeat(len(chosen))
+    batch = table.given(torch.zeros_like(index)[:, None], index, labels, 2)
     sums = texts.rollout_sum(texts.ref_logprobs)
     return batch.replace(ref_logprobs=sums[index]), (texts.rewards[chosen] - texts.rewards[rejected]).sigmoid()
 
@@ -136,7 +136,7 @@ def preferred(given: Tree, loss: Callable, steps: int) -> list[Tensor]:
     def closure() -> Tensor:
         optimizer.zero_grad()
         sums = texts.rollout_sum(table.outputs(texts).logprob)
-        each = loss(SimpleNamespace(logprob=sums[batch.tokens]), batch)[0]
+        each = loss(SimpleNamespace(logprob=sums[batch.extra["state"]]), batch)[0]
         total = len(weights) * (each * weights.repeat_interleave(2)).sum()  # torch's L-BFGS forgets tiny steps
         total.backward()
         return total

@@ -24,7 +24,7 @@ def tiny(monkeypatch):
 def test_every_recipe_runs(tmp_path, recipe):
     rows = run(tmp_path, "run", recipe=recipe, reward=SHORT)
     steps = [row for row in rows if "tokens" in row]
-    assert all(("reward" in row) != (recipe in ("sft", "dpo", "reward_model", "r_to_q")) for row in steps)
+    assert all(("reward" in row) != (recipe in ("sft", "dpo", "reward_model", "vpo", "r_to_q")) for row in steps)
     assert [row["step"] for row in steps] == [1, 2, 3] and sum("accuracy" in row for row in rows) == 2
     assert all(row["tokens"] > 0 and row["seconds"] >= row["generate_s"] for row in steps)
     assert all(row["skipped"] == 0 and row["grad_norm"] > 0 for row in steps)

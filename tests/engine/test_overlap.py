@@ -182,7 +182,7 @@ def test_a_reward_that_fails_loses_nothing_that_was_drawn(tmp_path, recipe, monk
         assert numbers(rows(resumed)) == numbers(whole)
 
 
-GIVEN = ("sft", "dpo", "reward_model", "r_to_q")  # recipes that learn from completions of the data
+GIVEN = ("sft", "dpo", "reward_model", "vpo", "r_to_q")  # recipes that learn from completions of the data
 
 
 @pytest.mark.parametrize("name", [name for name in catalogue.RECIPES if name not in GIVEN])

@@ -32,6 +32,8 @@ CASES = {
     "grpo recomputed": {"checkpoint_activations": True},
     "grpo alone": {"groups": 1, "group_size": 2, "minibatches": 2},  # the second rank has nothing to do
     "reward_model": {},
+    "vpo online": {"online": True},
+    "r_to_q": {"beams": "1,3", "guided": True},
 }
 STEADY = {"schedule": "constant", "warmup": 0, "steps": STEPS + 1}
 

@@ -25,6 +25,7 @@ RECIPES = {
     "ppo apart": {"separate_critic": True, "minibatches": 2},
     "grpo adapters": {"lora_rank": 2, "lora_dropout": 0.3, "beta": 0.1},
     "reward_model": {},
+    "vpo online": {"online": True, "oracle": "bradley_terry", "replay": 2},
     "ppo overlap": {"overlap": True, "minibatches": 2},
     "dapo overlap": {"overlap": True, "attempts": 2},
     "grpo adapters overlap": {"overlap": True, "lora_rank": 2, "lora_dropout": 0.3, "beta": 0.1},

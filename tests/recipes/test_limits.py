@@ -11,7 +11,7 @@ from fuserl.engine import advantages, beams, catalogue, losses, macro_actions, p
 from fuserl.engine.advantages import centred
 from fuserl.engine.batch import Batch
 from fuserl.engine.losses import rollout_mean, rollout_sum, token_mean
-from fuserl.engine.toys import r_to_q
+from fuserl.engine.toys import r_to_q, vpo
 
 
 def scaled(make):
@@ -97,6 +97,9 @@ MUTATIONS = {
     "dpo-pairs": ("dpo", preferences, "_pairs", lambda batch: real_pairs(batch)[::-1]),
     "reward_model-loss": ("reward_model", "recipe", "bradley_terry", scaled(preferences.bradley_terry)),
     "reward_model-last": ("reward_model", Batch, "last", property(lambda self: self.rollout >= 0)),
+    "vpo-value": ("vpo", "recipe", "value_bonus", scaled(preferences.value_bonus)),
+    "vpo-pairs": ("vpo", "recipe", "preference", scaled(preferences.preference)),
+    "vpo-form": ("vpo", vpo, "value_bonus", scaled(preferences.value_bonus)),
     "r_to_q-loss": ("r_to_q", "recipe", "preference", lambda beta: preferences.preference(beta=0.9 * beta)),
     "r_to_q-implied": ("r_to_q", r_to_q, "implicit", lambda batch, beta: 1.001 * advantages.implicit(batch, beta)),
     "r_to_q-beams": ("r_to_q", beams, "_likeliest", lambda logits, count: likeliest(-logits, count)),
@@ -112,7 +115,7 @@ MUTATIONS = {
 }  # fmt: skip
 
 
-SAMPLED = {"r_to_q": 3}  # figures of a recipe that are shares of random trees, with sampling errors for tolerances
+SAMPLED = {"r_to_q": 3, "vpo": 2}  # figures of a recipe that are means of random problems: tolerances are errors
 
 
 @pytest.mark.parametrize("name", catalogue.RECIPES)

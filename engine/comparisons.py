@@ -1,0 +1,164 @@
+"""Pairs of a policy's own completions, an oracle's preferences between them, and all that were ever collected.
+
+The first two completions of each prompt are a pair; those behind, which the reference draws, calibrate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fuserl.engine import mixtures, rollouts
+from fuserl.engine.batch import Batch, Counts, Rollouts, offsets_of
+from fuserl.engine.contracts import require
+from fuserl.engine.prompts import Prompt
+
+ORACLES = ("larger", "bradley_terry")
+_TOKENS = ("tokens", "ref_logprobs")
+
+
+def drawn(reward: Callable, *, second: str = "policy") -> Callable:
+    """A rollout slot: two completions of every prompt with their rewards, the second by the policy or the reference."""
+    good = second in ("policy", "reference")
+    require("drawn", "second", second, good, "policy or reference, which draws a pair's second completion")
+
+    def rollout(policy, prompts: list[Prompt]) -> Rollouts:
+        if second == "policy":
+            pairs = policy.generate(prompts, group_size=2)
+        else:
+            pairs = _beside(policy.generate(prompts, group_size=1), rollouts.from_reference(policy, prompts))
+        with policy.meter.phase("reward"):
+            return dataclasses.replace(pairs, scores=reward(pairs))
+
+    return rollout
+
+
+def calibrated(slot: Callable) -> Callable:
+    """A rollout slot of pairs with scores, and behind them one completion of every prompt by the reference.
+
+    Its reward is the mean of the pair's, so that averages are those of pairs.
+    """
+
+    def rollout(policy, prompts: list[Prompt]) -> Rollouts:
+        pairs = slot(policy, prompts)
+        rewards, facts = pairs.scores
+        both = _beside(pairs, rollouts.from_reference(policy, prompts))
+        mean = torch.zeros(len(prompts)).index_add(0, pairs.group, rewards) / 2
+        numbers = {name: x for name, x in facts.items() if not isinstance(x, Tensor)}
+        return dataclasses.replace(both, scores=(torch.cat([rewards, mean]), numbers))
+
+    return rollout
+
+
+def _beside(first: Rollouts, second: Rollouts) -> Rollouts:
+    """Rollouts of the same prompts, the second ones behind the first and in their groups."""
+    none = (torch.zeros(0), {})
+    both = rollouts.joined([dataclasses.replace(each, scores=none, facts={}) for each in (first, second)])
+    group = torch.cat([first.group, second.group])
+    return dataclasses.replace(both, prompts=first.prompts, prompt_tokens=first.prompt_tokens, group=group, scores=None)
+
+
+def apart(batch: Batch) -> tuple[Batch, Batch]:
+    """The pairs of a batch, and the rollouts that calibrate."""
+    pairs = 2 * batch.counts.groups
+    index = torch.arange(len(batch.group))
+    return batch.rollouts_at(index[:pairs]).counted(), batch.rollouts_at(index[pairs:]).counted()
+
+
+def preferred(pairs: Batch, oracle: str, random: torch.Generator) -> Batch:
+    """The pairs with rewards of 1 and 0 for what an oracle prefers; where it cannot, a pair is left out.
+
+    Args:
+        pairs: two rollouts in each group.
+        oracle: "larger" prefers the larger reward, and neither of equals; "bradley_terry" the first of two with the
+            chance sigmoid(its reward - the other's).
+        random: what the second one draws from.
+    """
+    require("preferred", "oracle", oracle, oracle in ORACLES, f"one of {', '.join(ORACLES)}")
+    one, two = pairs.group.argsort(stable=True).view(-1, 2).unbind(1)
+    more = pairs.rewards[one] - pairs.rewards[two]
+    if oracle == "larger":
+        known, first = more != 0, more > 0
+    else:
+        known, first = more == more, torch.rand(len(more), generator=random) < more.sigmoid()
+    labels = torch.zeros_like(pairs.rewards).index_fill(0, torch.where(first, one, two), 1.0)
+    kept = torch.stack([one, two], 1)[known].flatten().sort().values
+    return pairs.replace(rewards=labels).rollouts_at(kept).counted()
+
+
+class Buffer:
+    """Every pair that was ever compared, with what calibrates: what each step learns from, the new ones and old ones.
+
+    Args:
+        oracle: as of `preferred`.
+        replay: earlier steps that each step learns from again, drawn anew; None is all of them.
+        seed: of every random number, with the step's.
+    """
+
+    def __init__(self, oracle: str, replay: int | None, seed: int):
+        require("Buffer", "oracle", oracle, oracle in ORACLES, f"one of {', '.join(ORACLES)}")
+        require("Buffer", "replay", replay, replay is None or replay >= 0, "an integer >= 0, or None for all")
+        self.oracle, self.replay, self.seed = oracle, replay, seed
+        self.kept: list[tuple[Batch, Batch]] = []
+
+    def grown(self, batch: Batch) -> list[Batch]:
+        """A step's batches, in a random order: its own, and earlier ones; pairs are objective 0, the rest is 1."""
+        random = torch.Generator().manual_seed((self.seed << 32) + batch.step)
+        pairs, rest = apart(batch)
+        new = preferred(pairs, self.oracle, random), rest
+        order = torch.randperm(len(self.kept), generator=random)
+        older = [self.kept[at] for at in order[: self.replay].tolist()]
+        self.kept.append(tuple(_plain(each) for each in new))
+        several = [mixtures.joined(*each) for each in [new, *older]]
+        return [several[at] for at in torch.randperm(len(several), generator=random).tolist()]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that was collected, end to end."""
+        parts = [part for pair in self.kept for part in pair]
+        if not parts:
+            return {}
+        prompts = [tokens for part in parts for tokens in part.prompt_tokens]
+        return {
+            "sizes": torch.tensor([[len(part.group), len(part.prompt_tokens), part.step] for part in parts]),
+            "prompts": torch.cat(prompts),
+            "prompt_lengths": torch.tensor([len(tokens) for tokens in prompts]),
+            "lengths": torch.cat([part.offsets.diff() for part in parts]),
+            **{name: torch.cat([getattr(part, name) for part in parts]) for name in ("group", "rewards", *_TOKENS)},
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on with what a `state_dict` holds."""
+        parts, prompts = [], iter(state["prompts"].split(state["prompt_lengths"].tolist()) if state else ())
+        left = {name: x for name, x in state.items() if name in ("lengths", "group", "rewards", *_TOKENS)}
+
+        def taken(names: tuple[str, ...], count: int) -> dict[str, Tensor]:
+            found = {name: left[name][:count] for name in names}
+            left.update({name: left[name][count:] for name in names})
+            return found
+
+        for several, groups, step in state["sizes"].tolist() if state else ():
+            found = taken(("lengths", "group", "rewards"), several)
+            lengths = found.pop("lengths")
+            count = int(lengths.sum())
+            batch = Batch(
+                **found,
+                **taken(_TOKENS, count),
+                rollout=torch.arange(several).repeat_interleave(lengths),
+                offsets=offsets_of(lengths),
+                rollout_logprobs=torch.full((count,), torch.nan),
+                counts=Counts(0, 0, 0),
+                prompt_tokens=[next(prompts) for _ in range(groups)],
+                advantages=torch.ones(count),
+                step=step,
+            )
+            parts.append(batch.counted())
+        self.kept = list(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _plain(batch: Batch) -> Batch:
+    """A batch without what only the step that drew it needs."""
+    nobody = torch.full_like(batch.rollout_logprobs, torch.nan)
+    return batch.replace(rollout_logprobs=nobody, old_logprobs=None, extra={}, facts={})
