@@ -114,7 +114,7 @@ def found_by(trees: list[Tree], width: int) -> list[int]:
 def every_pair(given: Tree) -> tuple[Batch, Tensor]:
     """Every ordered pair of texts, the first one chosen, and how often Bradley and Terry's judge prefers it, (pairs,).
 
-    A text is one token, whose log-prob is that of all its tokens, as losses of pairs read sums; its state is its number.
+    A text is one token with the log-prob of all its tokens, as losses of pairs read sums; its state is its number.
     """
     texts = leaves(given, given.reference)
     count = len(texts.rewards)
