@@ -173,7 +173,7 @@ def _described(rollouts: Rollouts) -> dict[str, float]:
 def _numbers(facts: dict) -> dict[str, float]:
     """Facts as metrics: numbers, and the means of what is one number per rollout."""
     single = {name: x for name, x in facts.items() if not isinstance(x, Tensor) or x.dim() == 1}
-    return {name: float(x.float().mean()) if isinstance(x, Tensor) else x for name, x in single.items()}
+    return {name: float(x.float().nanmean()) if isinstance(x, Tensor) else x for name, x in single.items()}
 
 
 def _averaged(rows: list[dict[str, float]]) -> dict[str, float]:

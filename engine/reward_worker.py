@@ -6,6 +6,7 @@ It imports neither torch nor transformers, so that a worker starts in a fraction
 from __future__ import annotations
 
 import fcntl
+import math
 import numbers
 import os
 import pickle
@@ -49,7 +50,15 @@ class Failure:
         return {**self.__dict__, "cause": None}  # an error need not survive pickling, nor its class be known over there
 
 
-Outcome = list[float] | Failure | None  # of one call: its rewards, why there are none, or None when its time ran out
+class Scores(list):
+    """The rewards of one call, floats, and what the function says of each besides: `facts`, name -> as many floats."""
+
+    def __init__(self, rewards: Sequence[float] = (), facts: dict[str, list[float]] | None = None):
+        super().__init__(rewards)
+        self.facts = facts or {}
+
+
+Outcome = Scores | Failure | None  # of one call: its rewards, why there are none, or None when its time ran out
 
 
 class Attempt:
@@ -69,7 +78,7 @@ class Attempt:
         self.error = error
         return not isinstance(error, KeyboardInterrupt)
 
-    def outcome(self) -> list[float] | Failure:
+    def outcome(self) -> Scores | Failure:
         """The rewards returned, checked, or the failure."""
         if self.error is None:
             return checked(self.returned, self.arguments.get("completions"))
@@ -77,7 +86,7 @@ class Attempt:
         return Failure(f"it raised {one_line(self.error)}{wording.place(self.error)}", trace=trace, cause=self.error)
 
 
-def attempted(function: Callable, arguments: dict) -> list[float] | Failure:
+def attempted(function: Callable, arguments: dict) -> Scores | Failure:
     """Call a reward and check what it returns."""
     with Attempt(arguments) as attempt:
         attempt.returned = function(**arguments)
@@ -94,24 +103,33 @@ async def awaited(function: Callable, arguments: dict, limit: float | None) -> O
     return None if scope.expired() else attempt.outcome()
 
 
-def checked(returned: object, completions: Sequence[str] | None = None) -> list[float] | Failure:
-    """What a reward returned, as a list of floats: one, or one for each of a group's `completions`.
+def checked(returned: object, completions: Sequence[str] | None = None) -> Scores | Failure:
+    """What a reward returned, as floats: one, or one for each of a group's `completions`, with their facts.
 
     Booleans and numpy's scalars are numbers. A tensor is none: one that is part of a graph or on a device would hide
-    its cost from the loop.
+    its cost from the loop. In the place of a number may stand a dict of numbers: "reward", and facts under other names.
     """
     if completions is None:
-        fits = _finite(returned)
-        return [float(returned)] if fits else Failure(f"it must return one finite number; got {_shown(returned)}")
-    numpy = sys.modules.get("numpy")
-    values = returned.tolist() if numpy is not None and isinstance(returned, numpy.ndarray) else returned
-    if not isinstance(values, list | tuple) or len(values) != len(completions):
-        got = f"{len(values)} of them" if isinstance(values, list | tuple) else _shown(returned)
-        return Failure(f"it must return a list of {len(completions)} numbers, one per completion; got {got}")
+        values = [returned]
+    else:
+        numpy = sys.modules.get("numpy")
+        values = returned.tolist() if numpy is not None and isinstance(returned, numpy.ndarray) else returned
+        if not isinstance(values, list | tuple) or len(values) != len(completions):
+            got = f"{len(values)} of them" if isinstance(values, list | tuple) else _shown(returned)
+            return Failure(f"it must return a list of {len(completions)} numbers, one per completion; got {got}")
+    rewards, facts = [], {}
     for member, value in enumerate(values):
-        if not _finite(value):
-            return Failure(f"it must return finite numbers; got {_shown(value)}", member)
-    return [float(value) for value in values]
+        named = value if isinstance(value, dict) else {"reward": value}
+        named_well = "reward" in named and all(isinstance(name, str) for name in named)
+        if not named_well or not all(map(_finite, named.values())):
+            wanted = "one finite number" if completions is None else "finite numbers"
+            lacks = "" if "reward" in named else ', a dict without "reward"'
+            says = f"it must return {wanted}; got {_shown(value)}{lacks}"
+            return Failure(says, None if completions is None else member)
+        rewards.append(float(named["reward"]))
+        for name in named.keys() - {"reward"}:
+            facts.setdefault(name, [math.nan] * len(values))[member] = float(named[name])
+    return Scores(rewards, facts)
 
 
 def one_line(error: BaseException) -> str:

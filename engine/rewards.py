@@ -6,6 +6,11 @@ declares the plural `completions`, looks at all completions of a prompt at once 
     def exact(completion, answer): return completion.strip() == answer
     def shortest(completions): return [len(text) == min(map(len, completions)) for text in completions]
 
+In the place of a number may stand a dict of numbers, "reward" among them; the others become facts of the rollout, which
+advantages and losses find in `batch.facts` and the metrics as means:
+
+    def told(completion, answer): return {"reward": completion == answer, "words": len(completion.split())}
+
 Either may be `async def`: calls then wait for each other's network instead of in line.
 """
 
@@ -25,7 +30,7 @@ from torch import Tensor
 from fuserl.engine import lookup, problems, prompts, ranks, reward_worker, wording
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.reward_pool import Pool
-from fuserl.engine.reward_worker import Failure, Outcome
+from fuserl.engine.reward_worker import Failure, Outcome, Scores
 from fuserl.engine.verifiers import Verifier, exact, math_equal
 
 # What a reward function may ask for, in the words of its own parameters.
@@ -77,7 +82,7 @@ class Scorer:
             self._runner = asyncio.Runner()  # one loop for all calls: a session that the function keeps belongs to it
         _prepare(function)
 
-    def __call__(self, rollouts: Rollouts) -> tuple[Tensor, dict[str, int]]:
+    def __call__(self, rollouts: Rollouts) -> tuple[Tensor, dict[str, int | Tensor]]:
         """Reward every rollout.
 
         Args:
@@ -85,28 +90,28 @@ class Scorer:
 
         Returns:
             (B,) float32, in the order of the rollouts whatever ended first, and {"timeouts": rollouts stopped}, the
-            first of which is named on standard error.
+            first of which is named on standard error, with the function's facts by name, (B,) float32 each, NaN where
+            it said none.
 
         Raises:
             RewardError: the function raised, returned something else than finite numbers, or took its worker down; the
                 message names the rollout, and the cause is the function's own error.
         """
-        calls, rewards = list(_calls(rollouts, self.names)), [math.nan] * len(rollouts)
-        timeouts, failure, at = self._score(rollouts, calls, rewards)
-        told = ranks.everyones([rewards, timeouts, failure and [failure.says, failure.member, failure.trace, at]])
-        table = torch.tensor([each[0] for each in told], dtype=torch.float64)
-        rewards = torch.where(table.isnan().all(0), torch.nan, table.nansum(0)).float()
+        calls, known = list(_calls(rollouts, self.names)), {"reward": [math.nan] * len(rollouts)}
+        timeouts, failure, at = self._score(rollouts, calls, known)
+        told = ranks.everyones([known, timeouts, failure and [failure.says, failure.member, failure.trace, at]])
+        rewards, facts = _together_of([each[0] for each in told])
         teller = next((number for number, each in enumerate(told) if each[2]), None)
         if teller is not None:
             *said, at = told[teller][2]
             failure = failure if teller == ranks.rank() else Failure(*said)
             raise _error(failure, None if at is None else calls[at], rollouts, rewards)
-        return rewards, {"timeouts": sum(each[1] for each in told)}
+        return rewards, {"timeouts": sum(each[1] for each in told), **facts}
 
     def _score(
-        self, rollouts: Rollouts, calls: list[_Call], rewards: list[float]
+        self, rollouts: Rollouts, calls: list[_Call], known: dict[str, list[float]]
     ) -> tuple[int, Failure | None, int | None]:
-        """Fill in the rewards of this rank's share of the calls.
+        """Fill in the rewards, and facts, of this rank's share of the calls.
 
         Returns:
             Rollouts stopped, the failure that ended it if one did, and the number of the call that failed if one did.
@@ -123,8 +128,11 @@ class Scorer:
                         said = f"it was stopped after {self.timeout:g} s for {_shown(rollouts, calls[at], None)}"
                         print(f"fuserl: reward: {said}; its reward is 0", file=sys.stderr, flush=True)
                     timeouts += len(members)
-                for member, reward in zip(members, outcome or [0.0] * len(members), strict=True):
-                    rewards[member] = reward
+                outcome = Scores([0.0] * len(members)) if outcome is None else outcome
+                for name, each in {"reward": outcome, **outcome.facts}.items():
+                    column = known.setdefault(name, [math.nan] * len(rollouts))
+                    for member, number in zip(members, each, strict=True):
+                        column[member] = number
         return timeouts, None, None
 
     def start(self) -> None:
@@ -321,6 +329,15 @@ async def _together(function: Callable, calls: list[dict]) -> list[Outcome]:
             return await reward_worker.awaited(function, arguments, None)
 
     return await asyncio.gather(*map(one, calls))
+
+
+def _together_of(tables: list[dict[str, list[float]]]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The rewards (B,) float32, and the facts, of what each rank knows by name; NaN where none of them does."""
+    found, size = {}, len(tables[0]["reward"])
+    for name in dict.fromkeys(name for table in tables for name in table):
+        table = torch.tensor([each.get(name, [math.nan] * size) for each in tables], dtype=torch.float64)
+        found[name] = torch.where(table.isnan().all(0), torch.nan, table.nansum(0)).float()
+    return found.pop("reward"), found
 
 
 def _error(failure: Failure, call: _Call | None, rollouts: Rollouts, rewards: Tensor) -> RewardError:

@@ -160,3 +160,9 @@ def ended(descriptor, seconds=60.0):
         if not os.read(descriptor, 4096):
             return True
     return False
+
+
+def told_more(completion):
+    """Half for anything, with the number of words, and of commas where there is more than one word."""
+    words = len(completion.split())
+    return {"reward": 0.5, "words": words, **({"commas": completion.count(",")} if words > 1 else {})}

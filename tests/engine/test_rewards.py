@@ -1,6 +1,7 @@
 """Rewards: reasoning-gym's own verdicts, a user's function, whole groups, and errors that name the rollout."""
 
 import asyncio
+import dataclasses
 import fractions
 import math
 import sys
@@ -339,3 +340,37 @@ def test_rows_without_an_answer_need_a_reward(tmp_path):
     path.write_text('{"prompt": "a", "answer": "2"}\n{"prompt": "b"}\n')
     with pytest.raises(ValueError, match=r"rows\.jsonl:2 has no answer\. Add it, or name a reward"):
         rewards.verifier(prompts.task(str(path), shots=0, held_out=1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_reward_may_say_more_of_a_completion(workers):
+    """Facts by name, NaN where a completion has none; the reward is a number as ever."""
+    with rewards.Scorer(reward_functions.told_more, workers=workers) as scorer:
+        scores, facts = scorer(rollouts(["a b", "c", "d e f"], ["1", "2", "3"]))
+    assert scores.tolist() == [0.5, 0.5, 0.5] and facts.pop("timeouts") == 0
+    assert {name: x.tolist() for name, x in facts.items() if name == "words"} == {"words": [2, 1, 3]}
+    assert facts["commas"].isnan().tolist() == [False, True, False] and facts["commas"].dtype == torch.float32
+
+
+def test_a_group_reward_may_say_more_of_each():
+    def both(completions):
+        return [{"reward": len(text), "rank": number} for number, text in enumerate(completions[:-1])] + [0.25]
+
+    together = rollouts(["a", "bb", "c"], ["1"] * 3)
+    together = dataclasses.replace(together, group=torch.zeros(3, dtype=torch.int64))
+    scores, facts = rewards.Scorer(both)(together)
+    assert scores.tolist() == [1, 2, 0.25] and facts["rank"][:2].tolist() == [0, 1] and facts["rank"][2].isnan()
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({"words": 1}, r"one finite number; got \{'words': 1\}, a dict without \"reward\" for rollout 0"),
+        ({"reward": 1, "words": math.nan}, r"one finite number; got \{.*nan\} for rollout 0"),
+        ({"reward": "1"}, r"one finite number; got .* for rollout 0"),
+        ({"reward": 1, 2: 3}, r"one finite number; got .* for rollout 0"),
+    ],
+)
+def test_what_is_said_must_be_numbers(value, says):
+    with pytest.raises(rewards.RewardError, match=says):
+        rewards.score(lambda completion: value, rollouts(["a"], ["1"]))
