@@ -45,7 +45,8 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
         recipe, task = catalogue.recipe(config), prompts.configured(config)
         task.require(*recipe.learns_from)
         sources.check(config, recipe)
-        stack.callback(getattr(recipe.reward, "close", lambda: None))
+        for slot in (recipe.reward, recipe.rollout):
+            stack.callback(getattr(slot, "close", lambda: None))
         # What can be wrong is found in the order of what it costs to find: the folder, the reward, the model.
         run = stack.enter_context(Run(config, resume=resume) if ranks.first() else Follower())
         run.folder = Path(ranks.everyones(str(run.folder))[0])

@@ -29,6 +29,22 @@ def from_reference(policy, prompts: list[Prompt], **drawing) -> Rollouts:
             return policy.generate(prompts, **drawing)
         finally:
             policy.source = own
+def sampled_from_greedy(group_size: int) -> Callable:
+    """A rollout slot: of every prompt the greedy completion, and `group_size` - 1 drawn as the settings say."""
+    def rollout(policy, prompts: list[Prompt]) -> Rollouts:
+        greedy = policy.generate(prompts, group_size=1, greedy=True)
+        return greedy if group_size == 1 else beside(greedy, policy.generate(prompts, group_size=group_size - 1))
+    return rollout
+def scored(draw: Callable, reward: Callable) -> Callable:
+    """The rollout slot `draw`, with a reward that is for training: the recipe's own judges held-out problems.
+    Args:
+        draw: (policy, prompts) -> Rollouts.
+        reward: as of a recipe.
+    def rollout(policy, prompts: list[Prompt]) -> Rollouts:
+        rollouts, rewards, facts = _rewarded(policy, draw(policy, prompts), reward)
+        return dataclasses.replace(rollouts, scores=(rewards, facts))
+    rollout.close = getattr(reward, "close", lambda: None)
+    return rollout
 
 
 def mixed(group_size: int, groups: int, reward: Callable) -> Callable:
@@ -42,11 +58,8 @@ def mixed(group_size: int, groups: int, reward: Callable) -> Callable:
         kept, facts, found = [], {}, 0
         for begin in range(0, len(prompts), groups):
             rollouts = policy.generate(prompts[begin : begin + groups], group_size=group_size)
-            with policy.meter.phase("reward"):
-                rewards, seen = reward(rollouts)
-            each_of = {name: value for name, value in seen.items() if isinstance(value, Tensor)}
-            rollouts = dataclasses.replace(rollouts, facts=rollouts.facts | each_of)
-            facts |= {name: facts.get(name, 0) + value for name, value in seen.items() if name not in each_of}
+            rollouts, rewards, seen = _rewarded(policy, rollouts, reward)
+            facts |= {name: facts.get(name, 0) + value for name, value in seen.items()}
             each = rewards.view(-1, group_size)
             good = (each.amax(1) > each.amin(1)).nonzero().squeeze(-1)
             if begin == 0 and not len(good):
@@ -59,6 +72,15 @@ def mixed(group_size: int, groups: int, reward: Callable) -> Callable:
         return dataclasses.replace(taken, scores=(taken.scores[0], facts))
 
     return rollout
+
+
+def _rewarded(policy, rollouts: Rollouts, reward: Callable) -> tuple[Rollouts, Tensor, dict]:
+    """The rollouts with what the reward says of each, the rewards, and what it says of all."""
+    with policy.meter.phase("reward"):
+        rewards, seen = reward(rollouts)
+    each_of = {name: value for name, value in seen.items() if isinstance(value, Tensor)}
+    rollouts = dataclasses.replace(rollouts, facts=rollouts.facts | each_of)
+    return rollouts, rewards, {name: value for name, value in seen.items() if name not in each_of}
 
 
 def demonstrations(policy, prompts: list[Prompt]) -> Rollouts:
@@ -103,23 +125,45 @@ def selected(rollouts: Rollouts, groups: Tensor, rewards: Tensor) -> Rollouts:
     """The groups numbered `groups` (g,), renumbered from 0, with their rewards out of (B,) as scores."""
     members = [(rollouts.group == group).nonzero().squeeze(-1) for group in groups.tolist()]
     index = torch.cat([torch.zeros(0, dtype=torch.int64), *members])
-    lengths = rollouts.offsets.diff()[index]
-    rows = [torch.arange(rollouts.offsets[b], rollouts.offsets[b + 1]) for b in index.tolist()]
-    rows = torch.cat([torch.zeros(0, dtype=torch.int64), *rows])
-    return Rollouts(
+    return dataclasses.replace(
+        taken(rollouts, index),
         prompts=[rollouts.prompts[group] for group in groups.tolist()],
         prompt_tokens=[rollouts.prompt_tokens[group] for group in groups.tolist()],
         group=torch.cat([index[:0], *(torch.full_like(each, new) for new, each in enumerate(members))]),
+        scores=(rewards[index], {}),
+    )
+
+
+def taken(rollouts: Rollouts, index: Tensor) -> Rollouts:
+    """The rollouts `index` (b,) in their order, of the same prompts, without scores."""
+    rows = [torch.arange(rollouts.offsets[b], rollouts.offsets[b + 1]) for b in index.tolist()]
+    rows = torch.cat([torch.zeros(0, dtype=torch.int64), *rows])
+    return dataclasses.replace(
+        rollouts,
+        group=rollouts.group[index],
         tokens=rollouts.tokens[rows],
-        offsets=offsets_of(lengths),
+        offsets=offsets_of(rollouts.offsets.diff()[index]),
         rollout_logprobs=rollouts.rollout_logprobs[rows],
         texts=[rollouts.texts[b] for b in index.tolist()],
         finish=[rollouts.finish[b] for b in index.tolist()],
-        scores=(rewards[index], {}),
+        scores=None,
         trained=rollouts.trained[rows],
         chunks=[rollouts.chunks[b] for b in index.tolist()],
         facts={name: value[index] for name, value in rollouts.facts.items()},
     )
+
+
+def beside(*several: Rollouts) -> Rollouts:
+    """Completions of the same prompts as one: each prompt's of the first, then of the second, and so on; no scores."""
+    prompts = several[0].prompts
+    if any(each.prompts != prompts for each in several):
+        raise ValueError("beside: rollouts must be of the same prompts; some are not. Complete the same ones.")
+    nothing = [dataclasses.replace(each, scores=(torch.zeros(len(each)), {})) for each in several]
+    whole = joined(nothing)
+    whole = dataclasses.replace(
+        whole, prompts=prompts, prompt_tokens=several[0].prompt_tokens, group=whole.group % len(prompts)
+    )
+    return taken(whole, whole.group.argsort(stable=True))
 
 
 def joined(several: list[Rollouts]) -> Rollouts:

@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from fuserl.engine import advantages, beams, catalogue, losses, macro_actions, preferences
+from fuserl.engine import advantages, beams, catalogue, judges, losses, macro_actions, preferences, tournaments
 from fuserl.engine.advantages import centred
 from fuserl.engine.batch import Batch
 from fuserl.engine.losses import rollout_mean, rollout_sum, token_mean
@@ -103,6 +103,9 @@ MUTATIONS = {
     "r_to_q-loss": ("r_to_q", "recipe", "preference", lambda beta: preferences.preference(beta=0.9 * beta)),
     "r_to_q-implied": ("r_to_q", r_to_q, "implicit", lambda batch, beta: 1.001 * advantages.implicit(batch, beta)),
     "r_to_q-beams": ("r_to_q", beams, "_likeliest", lambda logits, count: likeliest(-logits, count)),
+    "arena_rl-advantage": ("arena_rl", "recipe", "standardized", larger(advantages.standardized)),
+    "arena_rl-orders": ("arena_rl", judges.Judge, "both_orders", lambda judge, *texts, **more: judge.pairwise(*texts)),
+    "arena_rl-bracket": ("arena_rl", tournaments, "_bracket", lambda count: list(range(count))),
     "sft-loss": ("sft", "recipe", "negative_logprob", scaled(losses.negative_logprob)),
     "sft-reduction": ("sft", losses.negative_logprob, "__kwdefaults__", {"reduce": rollout_mean}),
     "ace-penalty": ("ace", advantages, "PENALTIES", {"softplus": torch.relu}),
@@ -116,6 +119,7 @@ MUTATIONS = {
 
 
 SAMPLED = {"r_to_q": 3, "vpo": 2}  # figures of a recipe that are means of random problems: tolerances are errors
+SAMPLED = {"arena_rl": 3}  # figures of a recipe that are means over random groups, with sampling errors for tolerances
 
 
 @pytest.mark.parametrize("name", catalogue.RECIPES)
