@@ -22,7 +22,7 @@ import torch
 from fuserl.engine import judges, prompts, rewards
 from fuserl.engine.advantages import standardized
 from fuserl.engine.checks import Figure, at_least, example
-from fuserl.engine.contracts import choose
+from fuserl.engine.contracts import require_one_of
 from fuserl.engine.losses import clipped
 from fuserl.engine.recipe import Recipe
 from fuserl.engine.rollouts import sampled, sampled_from_greedy, scored
@@ -54,8 +54,8 @@ def recipe(
         low: the ratio is clipped below 1 - low.
         high: the ratio is clipped above 1 + high.
     """
-    choose("arena_rl", "topology", topology, TOPOLOGIES)
-    choose("arena_rl", "anchor", anchor, ("first", "greedy"))
+    require_one_of("arena_rl", "topology", topology, tuple(TOPOLOGIES))
+    require_one_of("arena_rl", "anchor", anchor, ("first", "greedy"))
     judge = judges.configured(config)
     reward = judges.JudgedScorer(tournament(judge, topology, RUBRIC if rubric is None else rubric), judge)
     drawn = sampled_from_greedy if anchor == "greedy" else sampled
