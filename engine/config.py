@@ -39,14 +39,17 @@ _update = functools.partial(_setting, section="updates")
 _machine = functools.partial(_setting, section="run and machine")
 
 
+TASK = "reasoning_gym:chain_sum:max_terms=2,max_digits=2"
+
+
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run that is not a recipe's own; invalid values raise ValueError when it is made."""
 
     recipe: str = _task("grpo", doc="the system to train with; `fuserl list` names them")
     model: str | None = _task(None, doc="a transformers folder or hub name; default the built-in SmolLM2-135M-Instruct")
-    task: str = _task(
-        "reasoning_gym:chain_sum:max_terms=2,max_digits=2",
+    task: str | None = _task(
+        None,
         doc="a reasoning-gym dataset with options: reasoning_gym:DATASET:option=value,...",
     )
     data: str | None = _task(
@@ -74,7 +77,7 @@ class Config:
     steps: int = _rollout(40, doc="turns of the loop", least=1)
     groups: int | None = _rollout(None, doc="prompts a step", least=1)
     group_size: int | None = _rollout(None, doc="completions of each prompt", least=1)
-    max_new_tokens: int = _rollout(6, doc="tokens after which a completion is cut", least=1)
+    max_new_tokens: int | None = _rollout(None, doc="tokens after which a completion is cut", least=1)
     stop: tuple[str, ...] | None = _rollout(None, doc="texts that end a completion; write a line break as \\n")
     temperature: float = _rollout(1.0, doc="softmax temperature of sampling", above=0.0)
     top_k: int = _rollout(0, doc="sample among the k likeliest tokens; 0 is all", least=0)
@@ -186,6 +189,8 @@ class Config:
         if device != "cpu" and int(device.partition(":")[2] or 0) >= seen:
             raise RuntimeError(f"device: torch must see {device}; it sees {seen} CUDA devices. Use --device cpu.")
         usual = {name: (value, f"as {self.recipe} is run") for name, value in catalogue.defaults(self.recipe).items()}
+        if self.data:
+            usual.pop("task", None)
         chosen = {
             "device": (device, f"torch sees {torch.cuda.get_device_name(0)}" if seen else "torch sees no GPU"),
             **_by_device(device.partition(":")[0]),
@@ -196,6 +201,8 @@ class Config:
             "threads": (torch.get_num_threads(), "torch's own count for this machine"),
             "reward_workers": (min(os.cpu_count() or 1, 8), "a verifier may hang on what a model writes"),
             "few_shot": _few_shot(self),
+            **({} if self.data else {"task": (TASK, "a small model can learn it")}),
+            "max_new_tokens": (6, "an answer is a few tokens"),
             "stop": ((), "a chat model ends its own turn") if _converses(self) else (("\n",), "an answer is one line"),
             **usual,
         }

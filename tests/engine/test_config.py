@@ -14,6 +14,7 @@ from fuserl.engine.metrics import Run
 CPU = {"device": "cpu", "dtype": "float32", "groups": 16, "group_size": 8, "micro_tokens": 4096, "few_shot": 4}
 GPU = {"device": "cuda", "dtype": "bfloat16", "groups": 64, "group_size": 16, "micro_tokens": 32768, "few_shot": 4}
 AUTOMATIC = {*CPU, "lr", "epochs", "minibatches", "importance", "threads", "reward_workers", "stop"}
+AUTOMATIC |= {"task", "max_new_tokens"}
 
 
 def on(monkeypatch, gpus):
@@ -78,6 +79,17 @@ def test_what_a_recipe_is_run_with_fills_only_what_was_not_given(cpu):
     assert config.minibatches == 4 and config.reasons["minibatches"] == "as ppo is run"
     assert Config(recipe="ppo", minibatches=1).resolved().minibatches == 1
     assert Config(recipe="dpo").resolved().group_size == 2 and Config(recipe="grpo").resolved().minibatches == 1
+
+
+def test_a_recipe_may_have_a_task_of_its_own_for_those_who_bring_no_data(tmp_path, cpu, monkeypatch):
+    data = tmp_path / "x.jsonl"
+    data.write_text('{"prompt": "1+1=", "answer": "2"}\n' * 2)
+    monkeypatch.setattr(catalogue, "defaults", lambda name: {"task": "reasoning_gym:gcd", "max_new_tokens": 9})
+    config = Config().resolved()
+    assert (config.task, config.max_new_tokens) == ("reasoning_gym:gcd", 9) and "as grpo" in config.reasons["task"]
+    assert Config(task="reasoning_gym:lcm").resolved().task == "reasoning_gym:lcm"
+    config = Config(data=str(data)).resolved()
+    assert config.task is None and "task" not in config.reasons and config.max_new_tokens == 9
 
 
 def test_examples_are_for_completions_of_tasks(tmp_path, cpu):
