@@ -29,10 +29,14 @@ RECIPES = {
     "sft": "maximum likelihood of the task's answers",
     "ma_rlhf": "PPO whose decisions are runs of tokens (arXiv:2410.02743)",
     "arena_rl": "advantages from a tournament among a group's completions (arXiv:2601.06487)",
+<<<<<<< HEAD
     "vpo": "preferences with a value regulariser: optimism online, pessimism offline (arXiv:2405.19320)",
     "r_to_q": "DPO as soft Q-learning of tokens: implied rewards, and search by beams (arXiv:2404.12358)",
     "rover": "log-ratios regressed on the value of a uniformly random policy (arXiv:2509.24981)",
     "ace": "wrong rollouts that the policy has grown confident of are pushed down harder (arXiv:2602.21420)",
+=======
+    "c_grpo": "search agents rewarded for cited chains of evidence (arXiv:2601.06021)",
+>>>>>>> 1c1c502 (Host C-GRPO: search agents rewarded for cited chains of evidence)
 }
 
 

@@ -6,9 +6,11 @@ A completion is correct when its reward is at least 1.0: all right, whatever is 
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -44,6 +46,16 @@ def evaluate(policy, prompts: Sequence[Prompt], reward: Callable, samples: int =
     if samples:
         row |= sampled(policy, prompts, reward, samples)
     return {**row, "eval_s": time.perf_counter() - started}
+
+
+def talked(reply: Callable, reward: Callable, samples: int) -> Callable:
+    """An evaluate slot: `evaluate` of completions that are answered by `reply`, as of `Policy.generate`, as they go."""
+
+    def evaluated(policy, prompts: Sequence[Prompt]) -> dict[str, float]:
+        talking = SimpleNamespace(generate=functools.partial(policy.generate, reply=reply))
+        return evaluate(talking, prompts, reward, samples)
+
+    return evaluated
 
 
 def accuracy(policy, prompts: Sequence[Prompt], reward: Callable) -> dict[str, float]:

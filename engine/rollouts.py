@@ -13,9 +13,14 @@ from fuserl.engine.batch import Rollouts, offsets_of
 from fuserl.engine.prompts import Prompt
 
 
-def sampled(group_size: int) -> Callable:
-    """A rollout slot: `group_size` completions of every prompt, drawn from the policy as its sampling settings say."""
-    return lambda policy, prompts: policy.generate(prompts, group_size=group_size)
+def sampled(group_size: int, **turns) -> Callable:
+    """A rollout slot: `group_size` completions of every prompt, drawn from the policy as its sampling settings say.
+
+    Args:
+        group_size: completions of each prompt.
+        turns: reply and chunk, as of `Policy.generate`.
+    """
+    return lambda policy, prompts: policy.generate(prompts, group_size=group_size, **turns)
 
 
 def from_reference(policy, prompts: list[Prompt], **drawing) -> Rollouts:

@@ -14,6 +14,7 @@ SETTINGS = dict(
     steps=3, groups=2, group_size=4, max_new_tokens=4, eval_problems=4, lr=0.01, few_shot=0, threads=1,
     reward_workers=0,
 )  # fmt: skip
+ENDING = dict(stop=tuple("+-= \n"), max_new_tokens=30)  # so that many completions end by themselves, with a text
 MACHINE = ("_s", "_gb", "_tflops", "_share", "seconds", "elapsed")  # how names of figures end that no two runs share
 
 

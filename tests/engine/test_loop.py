@@ -20,9 +20,12 @@ def tiny(monkeypatch):
     tiny_runs.use(monkeypatch)
 
 
+MORE = {"c_grpo": {**tiny_runs.ENDING, "group_size": 16}}  # of a recipe that rewards only what ends by itself
+
+
 @pytest.mark.parametrize("recipe", catalogue.RECIPES)
 def test_every_recipe_runs(tmp_path, recipe):
-    rows = run(tmp_path, "run", recipe=recipe, reward=SHORT)
+    rows = run(tmp_path, "run", recipe=recipe, reward=SHORT, **MORE.get(recipe, {}))
     steps = [row for row in rows if "tokens" in row]
     assert all(("reward" in row) != (recipe in ("sft", "dpo", "reward_model", "vpo", "r_to_q")) for row in steps)
     assert [row["step"] for row in steps] == [1, 2, 3] and sum("accuracy" in row for row in rows) == 2

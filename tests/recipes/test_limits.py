@@ -7,7 +7,11 @@ from importlib import import_module
 import pytest
 import torch
 
+<<<<<<< HEAD
 from fuserl.engine import advantages, beams, catalogue, judges, losses, macro_actions, preferences, tournaments
+=======
+from fuserl.engine import advantages, catalogue, citations, judges, losses, preferences, tournaments
+>>>>>>> 1c1c502 (Host C-GRPO: search agents rewarded for cited chains of evidence)
 from fuserl.engine.advantages import centred
 from fuserl.engine.batch import Batch
 from fuserl.engine.losses import rollout_mean, rollout_sum, token_mean
@@ -106,6 +110,8 @@ MUTATIONS = {
     "arena_rl-advantage": ("arena_rl", "recipe", "standardized", larger(advantages.standardized)),
     "arena_rl-orders": ("arena_rl", judges.Judge, "both_orders", lambda judge, *texts, **more: judge.pairwise(*texts)),
     "arena_rl-bracket": ("arena_rl", tournaments, "_bracket", lambda count: list(range(count))),
+    "c_grpo-chain": ("c_grpo", citations, "connected", lambda rubrics, supported: list(supported)),
+    "c_grpo-bonus": ("c_grpo", citations, "mixed", lambda right, share, alpha, **how: [*right]),
     "sft-loss": ("sft", "recipe", "negative_logprob", scaled(losses.negative_logprob)),
     "sft-reduction": ("sft", losses.negative_logprob, "__kwdefaults__", {"reduce": rollout_mean}),
     "ace-penalty": ("ace", advantages, "PENALTIES", {"softplus": torch.relu}),
