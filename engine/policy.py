@@ -234,7 +234,7 @@ class Policy:
 
     def _step(self, batch: Batch, loss: Loss, tally: Tally) -> None:
         index = _taught(batch, loss)
-        tally.agreed(live=torch.tensor(len(index) / len(batch.group)))
+        tally.agreed(live=torch.tensor(len(index) / max(len(batch.group), 1)))
         tally.steps += 1
         if not len(index):
             return
