@@ -18,7 +18,7 @@ def of(config: Config, recipe: Recipe) -> tuple[Policy, Policy | None]:
     """The policy that a resolved configuration and its recipe ask for, and the critic where it is a model apart."""
     reads = {*recipe.reads, *recipe.loss.reads}
     refers = any(field.startswith("ref_") or field == "features" for field in reads)
-    seconds = {"reference": Teacher() if refers else None, "teacher": recipe.teacher}
+    seconds = {"reference": recipe.reference if refers else None, "teacher": recipe.teacher}
     for name, path in (("reference", config.reference), ("teacher", config.teacher)):
         if path and seconds[name] is not None:
             seconds[name] = models.load(path, config.device, torch.float32)[0]

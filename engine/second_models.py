@@ -5,7 +5,8 @@
     old       the policy as it was when the update started
     average   weights <- (1 - rate) weights + rate policy, after each update
 
-Old and average ones hold what is trained once more, and share what is frozen.
+Initial ones may be renewed once, after some updates: the policy as it is then. Old, average and renewed ones hold what
+is trained once more, and share what is frozen.
 """
 
 from __future__ import annotations
@@ -29,8 +30,14 @@ class Teacher:
 
     weights: str = "initial"  # one of WEIGHTS
     rate: float = 0.05  # of "average"
+    renewed: int | None = None  # updates after which "initial" weights become those of the policy, once
 
     def __post_init__(self):
+        if self.renewed is not None and (self.weights != "initial" or self.renewed < 0):
+            raise ValueError(
+                f"Teacher: renewed must be a number of updates >= 0 of initial weights; got {self.renewed} of "
+                f"{self.weights}. Leave it out."
+            )
         if self.weights not in WEIGHTS:
             raise ValueError(
                 f"Teacher: weights must be one of {', '.join(WEIGHTS)}; got {self.weights!r}. "
@@ -53,7 +60,10 @@ class SecondModel:
     def __init__(self, model: nn.Module, source: Teacher | nn.Module, *, offload: bool = False, share: bool = True):
         self._policy, self.teacher = model, source if isinstance(source, Teacher) else None
         self.device = next(model.parameters()).device
-        self._follows = self.teacher is not None and self.teacher.weights in ("old", "average")
+        self.renewed = None if self.teacher is None else self.teacher.renewed
+        self.updates = 0  # begun
+        follows = self.renewed is not None or (self.teacher is not None and self.teacher.weights in ("old", "average"))
+        self._follows = follows
         self.own = self._held(source, share)
         self._offload = offload and self.own is not None and self.device.type != "cpu"
         if self.own is not None:
@@ -65,10 +75,10 @@ class SecondModel:
         """The module that is this one's alone; None where the policy's serves."""
         if isinstance(source, nn.Module):
             return source
-        if source.weights == "current" or (source.weights == "initial" and adapters.present(self._policy)):
-            return None
         if self._follows:
             return twin(self._policy, share=share)
+        if source.weights == "current" or (source.weights == "initial" and adapters.present(self._policy)):
+            return None
         return copy.deepcopy(self._policy)
 
     @contextlib.contextmanager
@@ -90,9 +100,10 @@ class SecondModel:
             yield self.own
 
     def begin(self) -> None:
-        """An update starts: "old" weights are those of now."""
-        if self._follows and self.teacher.weights == "old":
+        """An update starts: "old" weights are those of now, and so are those whose time to be renewed has come."""
+        if self._follows and (self.teacher.weights == "old" or self.updates == self.renewed):
             self._move(1.0)
+        self.updates += 1
 
     def end(self) -> None:
         """An update has ended: "average" weights follow."""
@@ -106,16 +117,20 @@ class SecondModel:
             ours[name].lerp_(parameter.to(ours[name].device), rate)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The weights that nothing else could give back: those of an average."""
-        kept = self._follows and self.teacher.weights == "average"
-        return {name: sharding.whole(x.detach()) for name, x in adapters.trained(self.own).items()} if kept else {}
+        """The weights that nothing else could give back, those of an average or renewed, and the updates begun."""
+        if not self._follows or self.teacher.weights == "old":
+            return {}
+        weights = {name: sharding.whole(x.detach()) for name, x in adapters.trained(self.own).items()}
+        return {"updates": self.updates, **weights}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on with the weights of a `state_dict`."""
-        ours = adapters.trained(self.own) if state else {}
-        for name, value in state.items():
-            sharding.assign(ours[name], value)
+        if not state:
+            return
+        self.updates = state["updates"]
+        for name, parameter in adapters.trained(self.own).items():
+            sharding.assign(parameter, state[name])
 
 
 def twin(model: nn.Module, *, share: bool = True) -> nn.Module:
