@@ -1,6 +1,7 @@
 """Several objectives in one pass: batches laid end to end, or tokens put behind rollouts, each under a loss of its own.
 
 batch = joined(explored, rehearsed)        loss = mixture(clipped(), rehearsal)
+batch = joined(emptied(explored), rehearsed)    the same loss, with nothing for its first part
 each objective's loss sees its own tokens, with its own counts and lengths, as if they were all there are
 """
 
@@ -60,6 +61,28 @@ def joined(*batches: Batch) -> Batch:
             Objective(batch.counts, _within(batch.offsets.diff(), start, len(lengths)))
             for batch, start in zip(batches, starts, strict=True)
         ),
+    )
+
+
+def emptied(batch: Batch) -> Batch:
+    """The batch without its rollouts: an objective that nothing is for."""
+    return only(batch, torch.zeros(len(batch.group), dtype=torch.bool))
+
+
+def only(batch: Batch, chosen: Tensor) -> Batch:
+    """The rollouts `chosen` (B,) bool as if there were no others: they are what normalisers count."""
+    return batch.rollouts_at(chosen.nonzero().squeeze(-1)).counted()
+
+
+def woven(batch: Batch) -> Batch:
+    """A joined batch, its groups numbered so that of each objective every minibatch has its share."""
+    place = torch.full((len(batch.prompt_tokens),), torch.inf, dtype=torch.float64)
+    for objective in batch.objectives:
+        groups = batch.group[objective.lengths > 0].unique()
+        place[groups] = (torch.arange(len(groups)) + 0.5).double() / max(len(groups), 1)
+    order = place.argsort(stable=True)
+    return batch.replace(
+        group=order.argsort()[batch.group], prompt_tokens=[batch.prompt_tokens[group] for group in order.tolist()]
     )
 
 
@@ -125,6 +148,8 @@ def mixture(*losses: Loss) -> Loss:
                 if value.dim() == 1:
                     value = value.new_full((len(batch.tokens),), torch.nan).index_put((rows,), value.detach())
                 statistics.setdefault(name, value)
+        if total is None:  # an empty batch, whose loss is 0
+            total = 0.0 * next(iter(vars(out).values()))
         return total, statistics
 
     def live(batch: Batch) -> Tensor:
