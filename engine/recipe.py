@@ -38,7 +38,7 @@ class Recipe:
     reads: tuple[str, ...] = ()  # what the advantage needs of the batch, as of `Policy.score`
     learns_from: tuple[str, ...] = ()  # completions that every problem must bring: answer, chosen, rejected
     critic: Critic | None = None  # where values do not come from a head on the policy's trunk
-    reference: Teacher = Teacher()  # what is read as ref_..., unless the user names a model of his own
+    reference: Teacher = field(default_factory=Teacher)  # what is read as ref_..., unless the user names a model
     teacher: Teacher | None = None  # the second model whose log-probs or distributions advantage or loss read
     batches: Callable | None = None  # (Batch with advantages) -> list[Batch], updated on in turn; by default it alone
     evaluate: Callable | None = None  # (policy, prompts) -> {name: number}, beside accuracy by the reward
