@@ -33,6 +33,7 @@ RECIPES = {
     "vpo": "preferences with a value regulariser: optimism online, pessimism offline (arXiv:2405.19320)",
     "r_to_q": "DPO as soft Q-learning of tokens: implied rewards, and search by beams (arXiv:2404.12358)",
     "rover": "log-ratios regressed on the value of a uniformly random policy (arXiv:2509.24981)",
+    "dph_rl": "DPH-RL: what the initial policy solves is rehearsed by an f-divergence (arXiv:2509.07430)",
     "ace": "wrong rollouts that the policy has grown confident of are pushed down harder (arXiv:2602.21420)",
     "pre_rl": "PreRL, DSRL: rewards act on the prompt-free likelihood first, then on the prompted (arXiv:2604.14142)",
 >>>>>>> 034948f (Add pre_rl: rewards on the prompt-free likelihood, then ordinary reinforcement learning)

@@ -10,9 +10,10 @@ import torch
 <<<<<<< HEAD
 from fuserl.engine import advantages, beams, catalogue, judges, losses, macro_actions, preferences, tournaments
 from fuserl.engine import advantages, catalogue, citations, judges, losses, preferences, tournaments
-=======
 from fuserl.engine import advantages, catalogue, losses, openings, preferences
->>>>>>> 034948f (Add pre_rl: rewards on the prompt-free likelihood, then ordinary reinforcement learning)
+=======
+from fuserl.engine import advantages, catalogue, generators, losses, openings, preferences
+>>>>>>> 1f24e48 (Add dph_rl: an f-divergence from what the initial policy solves, as rehearsal)
 from fuserl.engine.advantages import centred
 from fuserl.engine.batch import Batch
 from fuserl.engine.losses import rollout_mean, rollout_sum, token_mean
@@ -122,6 +123,7 @@ MUTATIONS = {
     "ma_rlhf-every": ("ma_rlhf", "recipe", "every", lambda n: macro_actions.every(n + 1)),
     "rover-loss": ("rover", "recipe", "token_mean", rollout_sum),
     "rover-next": ("rover", Batch, "last", property(lambda self: self.rollout >= 0)),
+    "dph_rl-generator": ("dph_rl", generators, "generated", scaled(generators.generated)),
     "pre_rl-loss": ("pre_rl", "recipe", "clipped", scaled(losses.clipped)),
     "pre_rl-advantage": ("pre_rl", openings, "centred", advantages.standardized),
     "pre_rl-samples": ("pre_rl", openings, "only", lambda batch, chosen: batch),
