@@ -39,6 +39,7 @@ RECIPES = {
 >>>>>>> 034948f (Add pre_rl: rewards on the prompt-free likelihood, then ordinary reinforcement learning)
     "c_grpo": "search agents rewarded for cited chains of evidence (arXiv:2601.06021)",
 =======
+    "vas": "prompts drawn by the variance and diversity of their completions (arXiv:2509.21268)",
 }
 
 

@@ -60,7 +60,7 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
         held_out = task.held_out()
         ranks.require_same("held-out problems", [prompt.text for prompt in held_out])
         ahead = stack.enter_context(Ahead(policy, recipe, overlap=config.overlap))
-        parts = {"ahead": ahead, **recipe.state, **policy.seconds}
+        parts = {**recipe.state, **policy.seconds, "ahead": ahead}  # which asks the recipe for prompts, when restored
         state = State(recipe.name, {"policy": policy} | ({"critic": critic} if critic else {}), parts)
         if resume is not None:
             state.restore(run)

@@ -225,6 +225,14 @@ def sampler(config) -> Callable[[int], list[Prompt]]:
     return lambda step: asked.drawn(config.seed, (step - 1) * config.groups, config.groups)
 
 
+def pool(config, count: int) -> list[Prompt]:
+    """A data set of known size: all training prompts of the configured file, or `count` of a generator's."""
+    asked = configured(config)
+    endless = asked.source.size is None
+    found = asked.source.distinct(config.seed, count, asked.apart) if endless else asked.source.sample()
+    return [asked.prompt(problem) for problem in found if problem.question not in asked.apart]
+
+
 def held_out(config) -> list[Prompt]:
     """The prompts that the configured run is judged on."""
     return configured(config).held_out()

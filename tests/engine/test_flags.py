@@ -117,7 +117,7 @@ def test_synonyms_lead_somewhere_and_shadow_nothing():
         (["--grop_size", "4"], "unknown argument '--grop-size'. Did you mean '--group-size'?"),
         (["--group", "4"], "Did you mean '--groups'?"),
         (["--batch_size=4"], "unknown argument '--batch-size'. It is --groups here."),
-        (["--lam", "0.9"], "unknown argument '--lam'. lam is an option of ppo."),
+        (["--lam", "0.9"], "unknown argument '--lam'. lam is an option of ppo"),
         (["--vf-coef", "0.9"], "unknown argument '--vf-coef'. value_coef is an option of ppo."),
         (["steps", "9"], "unknown argument 'steps'. It is --steps here."),
         (["--groups", "x"], "argument --groups: must be an integer >= 1; got 'x'"),

@@ -7,17 +7,12 @@ from importlib import import_module
 import pytest
 import torch
 
-<<<<<<< HEAD
-from fuserl.engine import advantages, beams, catalogue, judges, losses, macro_actions, preferences, tournaments
-from fuserl.engine import advantages, catalogue, citations, judges, losses, preferences, tournaments
-from fuserl.engine import advantages, catalogue, losses, openings, preferences
-=======
-from fuserl.engine import advantages, catalogue, generators, losses, openings, preferences
->>>>>>> 1f24e48 (Add dph_rl: an f-divergence from what the initial policy solves, as rehearsal)
+from fuserl.engine import advantages, beams, catalogue, citations, generators, judges, losses, macro_actions, openings, preferences, tournaments
 from fuserl.engine.advantages import centred
 from fuserl.engine.batch import Batch
 from fuserl.engine.losses import rollout_mean, rollout_sum, token_mean
 from fuserl.engine.toys import r_to_q, vpo
+from fuserl.engine.variance_sampling import VarianceSampler
 
 
 def scaled(make):
@@ -127,6 +122,7 @@ MUTATIONS = {
     "pre_rl-loss": ("pre_rl", "recipe", "clipped", scaled(losses.clipped)),
     "pre_rl-advantage": ("pre_rl", openings, "centred", advantages.standardized),
     "pre_rl-samples": ("pre_rl", openings, "only", lambda batch, chosen: batch),
+    "vas-walk": ("vas", VarianceSampler, "_walked", lambda self, step: [0] * (self.groups - self.weighted)),
 }  # fmt: skip
 
 
