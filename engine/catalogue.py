@@ -27,6 +27,7 @@ RECIPES = {
     "dpo": "preference pairs without a reward model (arXiv:2305.18290)",
     "reward_model": "Bradley-Terry reward model of preference pairs (arXiv:2203.02155)",
     "sft": "maximum likelihood of the task's answers",
+<<<<<<< HEAD
     "ma_rlhf": "PPO whose decisions are runs of tokens (arXiv:2410.02743)",
     "arena_rl": "advantages from a tournament among a group's completions (arXiv:2601.06487)",
 <<<<<<< HEAD
@@ -39,6 +40,9 @@ RECIPES = {
 >>>>>>> 034948f (Add pre_rl: rewards on the prompt-free likelihood, then ordinary reinforcement learning)
     "c_grpo": "search agents rewarded for cited chains of evidence (arXiv:2601.06021)",
 =======
+=======
+    "rep_exp": "an elliptical bonus for novel responses, by the initial model's hidden states (arXiv:2510.11686)",
+>>>>>>> cd87353 (Add rep_exp: an elliptical bonus for novel responses)
     "vas": "prompts drawn by the variance and diversity of their completions (arXiv:2509.21268)",
 }
 

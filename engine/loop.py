@@ -123,7 +123,7 @@ def step(
     return {
         **({} if recipe.learns_from else {**_rewarded(rewards, rollouts.group), **drawn}),
         **_described(rollouts),
-        **_numbers({**rollouts.facts, **facts}),
+        **_numbers({**batch.facts, **rollouts.facts, **facts}),
         **_explained(batch),
         "seconds": seconds,
         **policy.meter.row(seconds),

@@ -70,7 +70,8 @@ def test_a_recipe_is_built_from_its_defaults(name, tmp_path):
     recipe = catalogue.recipe(config.resolved())
     assert isinstance(recipe, Recipe) and recipe.name == name
     assert len(recipe.prompts(1)) in (config.resolved().groups, 3 * config.resolved().groups)
-    assert {*recipe.reads, *recipe.loss.reads} <= {"old_logprobs", "ref_logprobs", "values", "old_mean_logprob"}
+    read = {*recipe.reads, *recipe.loss.reads}
+    assert read <= {"old_logprobs", "ref_logprobs", "values", "features", "old_mean_logprob"}
     assert {*recipe.learns_from} <= {"answer", "chosen", "rejected"} and recipe.loss.scope in (
         "token",
         "rollout",
