@@ -44,6 +44,7 @@ RECIPES = {
     "rep_exp": "an elliptical bonus for novel responses, by the initial model's hidden states (arXiv:2510.11686)",
 >>>>>>> cd87353 (Add rep_exp: an elliptical bonus for novel responses)
     "vas": "prompts drawn by the variance and diversity of their completions (arXiv:2509.21268)",
+    "med_grpo": "rewards of several tasks brought to one scale by a baseline's medians (arXiv:2512.06581)",
 }
 
 

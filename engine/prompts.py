@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fuserl.engine import files, lookup
+from fuserl.engine import files, lookup, symbolic_videos
 from fuserl.engine.problems import Generated, Problem, Rows, Source, questions
 
 _GYM = "reasoning_gym:"
@@ -305,6 +305,8 @@ def _turns(problem: Problem) -> tuple[list[dict], list[dict]]:
 def _source(name: str, columns: Sequence[str]) -> Source:
     if Path(name).suffix.lower() in files.SUFFIXES or Path(name).is_file():
         return files.read(name, columns)
+    if name == symbolic_videos.NAME and not columns:
+        return symbolic_videos.Videos()
     if columns:
         raise ValueError(f"columns: they must go with a file (--data); got {', '.join(columns)} for {name}.")
     if name.startswith(_GYM):

@@ -7,15 +7,12 @@ from importlib import import_module
 import pytest
 import torch
 
-<<<<<<< HEAD
-from fuserl.engine import advantages, beams, catalogue, citations, generators, judges, losses, macro_actions, openings, preferences, tournaments
-=======
-from fuserl.engine import advantages, catalogue, elliptical, losses, preferences
->>>>>>> cd87353 (Add rep_exp: an elliptical bonus for novel responses)
+from fuserl.engine import advantages, beams, catalogue, citations, elliptical, generators, judges, losses, macro_actions, openings, preferences, tournaments
 from fuserl.engine.advantages import centred
 from fuserl.engine.batch import Batch
 from fuserl.engine.losses import rollout_mean, rollout_sum, token_mean
 from fuserl.engine.toys import r_to_q, vpo
+from fuserl.engine.task_rewards import Quantiles
 from fuserl.engine.variance_sampling import VarianceSampler
 
 
@@ -115,7 +112,6 @@ MUTATIONS = {
     "c_grpo-bonus": ("c_grpo", citations, "mixed", lambda right, share, alpha, **how: [*right]),
     "sft-loss": ("sft", "recipe", "negative_logprob", scaled(losses.negative_logprob)),
     "sft-reduction": ("sft", losses.negative_logprob, "__kwdefaults__", {"reduce": rollout_mean}),
-<<<<<<< HEAD
     "ace-penalty": ("ace", advantages, "PENALTIES", {"softplus": torch.relu}),
     "ace-advantage": ("ace", "recipe", "overconfident", lambda advantage, alpha: advantage),
     "ma_rlhf-last": ("ma_rlhf", macro_actions, "steps_of", without_last),
@@ -127,10 +123,12 @@ MUTATIONS = {
     "pre_rl-loss": ("pre_rl", "recipe", "clipped", scaled(losses.clipped)),
     "pre_rl-advantage": ("pre_rl", openings, "centred", advantages.standardized),
     "pre_rl-samples": ("pre_rl", openings, "only", lambda batch, chosen: batch),
-=======
     "rep_exp-ridge": ("rep_exp", elliptical, "left_out", lambda b: b),
     "rep_exp-picks": ("rep_exp", elliptical, "coreset", lambda h, size, lamb: [*range(size)]),
->>>>>>> cd87353 (Add rep_exp: an elliptical bonus for novel responses)
+<<<<<<< HEAD
+=======
+    "med_grpo-scale": ("med_grpo", Quantiles, "normalised", lambda self, key, values: values.double()),
+>>>>>>> 050aa34 (Add med_grpo: rewards of several tasks brought to one scale by a baseline's medians)
     "vas-walk": ("vas", VarianceSampler, "_walked", lambda self, step: [0] * (self.groups - self.weighted)),
 }  # fmt: skip
 
