@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -44,6 +44,9 @@ class Loss:
     live: Callable = every_token  # (Batch) -> (N,) bool, or None for all: tokens whose gradient is not known to be zero
     reads: tuple[str, ...] = ()  # fields of the batch: old_logprobs, ref_logprobs, values, or as of `Policy.score`
     divergence: dict | None = None  # beta and alpha of the divergences from the recipe's teacher among the outputs
+    # Outputs of its own by name, beside those of linear_policy_loss: (HeadInput) -> (n,) with their graph, as `distilling`
+    # makes of the policy's states and the teacher's.
+    made: dict[str, Callable] = field(default_factory=dict)
     weighed: Callable | None = None  # (Importance) -> this loss with importance weights, where it can take some
 
     def __call__(self, out, batch: Batch):
@@ -361,7 +364,8 @@ def summed(first: Loss, second: Loss, coefficient: float) -> Loss:
     scope = max(first.scope, second.scope, key=("token", "rollout", "group").index)
     weighed = first.weighed and (lambda given: summed(first.weighed(given), second, coefficient))
     divergence = first.divergence or second.divergence
-    return Loss(loss, outputs=outputs, reads=reads, scope=scope, divergence=divergence, weighed=weighed)
+    terms = {"divergence": divergence, "weighed": weighed, "made": first.made | second.made}
+    return Loss(loss, outputs=outputs, reads=reads, scope=scope, **terms)
 
 
 def needs(loss: Loss) -> tuple[tuple[str, ...], tuple[str, ...]]:

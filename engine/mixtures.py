@@ -170,6 +170,7 @@ def mixture(*losses: Loss) -> Loss:
         reads=reads,
         weighed=first and (lambda given: mixture(first(given), *losses[1:])),
         divergence=next((loss.divergence for loss in losses if loss.divergence), None),
+        made={name: make for loss in losses for name, make in loss.made.items()},
     )
 
 

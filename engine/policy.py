@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fuserl import attention, families, layers
 from fuserl.engine import adapters, gathered, prompts, ranks, second_models, sharding, sources
 from fuserl.engine.batch import Batch, Rollouts, taken
+from fuserl.engine.distilling import HeadInput
 from fuserl.engine.losses import Loss
 from fuserl.engine.meter import Meter, phase, span
 from fuserl.engine.optimizer import Optimizer, schedule
@@ -184,7 +185,7 @@ class Policy:
         """
         index = torch.arange(len(batch.group)) if index is None else index
         missing = [field for field in fields if field not in batch.extra and getattr(batch, field, None) is None]
-        for who, outputs in _sources(field for field in missing if field != "features").items():
+        for who, outputs in second_models.fields(field for field in missing if field != "features").items():
             with self._reading(who) as model:
                 seen = batch.as_taught if who == "teacher" else batch
                 scored = self._scored(seen, index, tuple(outputs.values()), model)
@@ -303,11 +304,15 @@ class Policy:
             return loss(SimpleNamespace(**vars(out), **seen), part.take(rows))
 
         # The entropy comes with the log-probs at no cost, and is worth watching.
-        outputs = tuple(name for name in dict.fromkeys((*loss.outputs, "entropy")) if name not in heads)
-        hidden = taken(states, packed.predictor).to(self.compute)
+        outputs = tuple(name for name in dict.fromkeys((*loss.outputs, "entropy")) if name not in {*places, *loss.made})
+        hidden, reference = taken(states, packed.predictor).to(self.compute), self._taught_by(batch, loss)
+        weight, terms = adapters.head_weight(model).to(hidden.dtype), adapters.head_terms(model)
+        terms |= {"temperature": self.sampling.temperature or 1.0, "chunk": self.updating.chunk}
+        given = HeadInput(hidden, weight, part.tokens, terms, live, reference)
+        heads |= {name: make(given) for name, make in loss.made.items()}
         value, out, statistics = linear_policy_loss(
             hidden,
-            adapters.head_weight(model).to(hidden.dtype),
+            weight,
             part.tokens,
             token_loss,
             outputs=outputs,
@@ -315,10 +320,8 @@ class Policy:
             offsets=batch.group_offsets if loss.scope == "group" else batch.offsets,
             live=live,
             params=tuple(heads.values()),
-            reference=self._taught_by(batch, loss),
-            **adapters.head_terms(model),
-            temperature=self.sampling.temperature or 1.0,
-            chunk=self.updating.chunk,
+            reference=reference if {*outputs} & {*KINDS} else None,
+            **terms,
         )
         return value, _detached({**vars(out), **heads}), statistics
 
@@ -332,13 +335,11 @@ class Policy:
 
     def _taught_by(self, batch: Batch, loss: Loss) -> Reference | None:
         """What the divergences among a loss's outputs are from: the teacher's states at the batch's tokens."""
-        if not {*loss.outputs} & {*KINDS}:
+        if not (loss.made or {*loss.outputs} & {*KINDS}):
             return None
         with self._reading("teacher") as model:
-            states, packed = second_models.inside(model, self.model, lambda: self._states(batch.as_taught, model))
-            weight, bias = second_models.head(model)
-            given = loss.divergence or {}
-            return Reference(states[packed.predictor].to(self.compute), weight.to(self.compute), bias, **given)
+            read = functools.partial(self._states, batch.as_taught, model)
+            return second_models.reference(model, self.model, read, self.compute, **(loss.divergence or {}))
 
     def _features(self, batch: Batch, model) -> Tensor:
         """The mean over each rollout's tokens of the states that have read them, (B, D) float32 on the host."""
@@ -388,13 +389,3 @@ def _attach(model) -> None:
         attention.attach(plain)
     else:
         warnings.warn(f"Policy: updates read each rollout behind a prompt of its own, for {reason}.", stacklevel=3)
-
-
-def _sources(fields: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Which model, and which of its outputs, each field is."""
-    known = {"old_logprobs": "old_logprob", "ref_logprobs": "ref_logprob", "values": "old_value"}
-    found = {}
-    for field in fields:
-        who, _, output = known.get(field, field).partition("_")
-        found.setdefault(who, {})[field] = output
-    return found

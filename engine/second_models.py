@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fuserl.engine import adapters, lookup, sharding
+from fuserl.kernels.second_head import Reference
 
 WEIGHTS = ("initial", "current", "old", "average")
 
@@ -53,7 +54,7 @@ class SecondModel:
     Args:
         model: the policy's.
         source: what it is: a Teacher, or a model of its own, which is frozen.
-        offload: keep it on the host while it is not read, where it has weights of its own.
+        offload: keep what is its own on the host between readings.
         share: whether it may share the policy's frozen parameters.
     """
 
@@ -95,9 +96,16 @@ class SecondModel:
                 yield self._policy
                 return
             if self._offload:
-                self.own.to(self.device)
-                stack.callback(self.own.to, "cpu")
+                self._to(self.device)
+                stack.callback(self._to, "cpu")
             yield self.own
+
+    def _to(self, device: torch.device | str) -> None:
+        """Move what is its own; what it shares with the policy stays there."""
+        shared = {id(parameter) for parameter in self._policy.parameters()}
+        for tensor in (*self.own.parameters(), *self.own.buffers()):
+            if id(tensor) not in shared:
+                tensor.data = tensor.data.to(device)
 
     def begin(self) -> None:
         """An update starts: "old" weights are those of now, and so are those whose time to be renewed has come."""
@@ -156,23 +164,42 @@ def of(model: nn.Module, *, offload: bool, cut: bool, **sources: Teacher | nn.Mo
     return {name: held[source] for name, source in sources.items() if source is not None}
 
 
-def head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias of a second model's head, as a `Reference` takes them.
+def reference(model: nn.Module, policy: nn.Module, read: Callable, dtype: torch.dtype, **numbers: float) -> Reference:
+    """What divergences from a second model take of it, within the forward of the policy, which it may be.
+
+    Args:
+        read: () -> (its states over a batch, where those of each token stand in them).
+        dtype: of the products.
+        numbers: beta and alpha, as of a `Reference`.
 
     Raises:
-        ValueError: there is more to it, an adapter of low rank.
+        ValueError: there is more to its head than one matrix, an adapter of low rank.
     """
-    terms = adapters.head_terms(model)
-    if terms["lora"] is not None:
-        raise ValueError(
-            "teacher: its head must be one matrix; it carries an adapter. Leave lm_head out of --lora-targets."
-        )
-    return adapters.head_weight(model), terms["bias"]
+    own = adapters.base(model)
+
+    def found() -> Reference:
+        states, packed = read()
+        terms, weight = adapters.head_terms(model), adapters.head_weight(model).to(dtype)
+        if terms["lora"] is not None:
+            raise ValueError(
+                "teacher: its head must be one matrix; it carries an adapter. Leave lm_head out of --lora-targets."
+            )
+        bias = terms["bias"]
+        if model is not policy and sharding.is_cut(own):  # its weights are gone where its forward ends
+            weight, bias = weight.clone(), None if bias is None else bias.clone()
+        return Reference(states[packed.predictor].to(dtype), weight, bias, **numbers)
+
+    return found() if model is policy else sharding.inside(own, found)
 
 
-def inside(model: nn.Module, policy: nn.Module, function: Callable):
-    """`function()` as the forward of a second model, within that of the policy, which may be the same."""
-    return function() if model is policy else sharding.inside(adapters.base(model), function)
+def fields(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Which model, and which of its outputs, each field of `Policy.score` is."""
+    known = {"old_logprobs": "old_logprob", "ref_logprobs": "ref_logprob", "values": "old_value"}
+    found = {}
+    for field in names:
+        who, _, output = known.get(field, field).partition("_")
+        found.setdefault(who, {})[field] = output
+    return found
 
 
 def _check_vocabulary(model: nn.Module, other: nn.Module | None) -> None:

@@ -50,6 +50,11 @@ def cut(model: nn.Module, device: torch.device) -> None:
     register_fsdp_forward_method(model, _INSIDE)
 
 
+def is_cut(model: nn.Module) -> bool:
+    """Whether the parameters of a module have been cut over the ranks."""
+    return hasattr(model, _INSIDE)
+
+
 def inside(model: nn.Module, function: Callable):
     """`function()`, as if it were the forward of a model that may be cut: it may use any of its parameters.
 

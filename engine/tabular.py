@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from fuserl.engine.batch import Batch, Counts, offsets_of
+from fuserl.engine.distilling import HeadInput
 from fuserl.engine.losses import Loss
 from fuserl.kernels.divergence import divergence
 from fuserl.kernels.divergence_terms import KINDS
+from fuserl.kernels.second_head import Reference
 
 
 def only(context: int, _tokens: Tensor) -> int:
@@ -93,7 +95,8 @@ class Table:
     def outputs(self, batch: Batch, logits: Tensor | None = None, *, teacher: Tensor | None = None) -> SimpleNamespace:
         """The head's outputs at a batch's tokens, (n,) float64 each, of this table or of other logits (S, V).
 
-        With the logits of a teacher (S, V), divergences from it too.
+        With the logits of a teacher (S, V), divergences from it too; `extra["taught"]` has its states where they are
+        not the table's.
         """
         rows = (self.logits if logits is None else logits)[batch.extra["state"]]
         logs = rows.log_softmax(-1)
@@ -104,13 +107,20 @@ class Table:
             "sum_sq_prob": logs.exp().square().sum(-1),
         }
         if teacher is not None:
-            given = rows, teacher[batch.extra["state"]]
+            given = rows, teacher[batch.extra.get("taught", batch.extra["state"])]
             found |= {kind: divergence(*given, kind, backend="reference")[0] for kind in KINDS}
         return SimpleNamespace(**found)
 
     def loss(self, batch: Batch, loss: Loss, *, teacher: Tensor | None = None) -> Tensor:
         """The loss of a batch at this table, a scalar with its graph."""
-        return loss(self.outputs(batch, teacher=teacher), batch)[0].sum()
+        out = self.outputs(batch, teacher=teacher)
+        if loss.made:
+            head = torch.eye(self.logits.shape[1], dtype=torch.float64)  # whose states are the logits themselves
+            theirs = Reference(teacher[batch.extra.get("taught", batch.extra["state"])], head)
+            terms = {"bias": None, "softcap": None, "logit_scale": None, "lora": None, "temperature": 1.0, "chunk": None}
+            given = HeadInput(self.logits[batch.extra["state"]], head, batch.tokens, terms, None, theirs)
+            vars(out).update({name: make(given) for name, make in loss.made.items()})
+        return loss(out, batch)[0].sum()
 
     def gradient(self, batch: Batch, loss: Loss, *, teacher: Tensor | None = None) -> Tensor:
         """d loss / d logits, (S, V)."""

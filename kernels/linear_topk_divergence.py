@@ -35,6 +35,7 @@ def reference(
     *,
     beta: float = 0.5,
     alpha: float = 0.5,
+    tail: bool = True,
     mask: Tensor | None = None,
     **given,
 ) -> tuple[Tensor, Tensor]:
@@ -44,8 +45,9 @@ def reference(
     z = head_outputs.scaled_logits(hidden.reshape(-1, hidden.shape[-1]), weight, rows.to(hidden.device), head)
     listed = ids if mask is None else torch.where(mask[..., None], ids, torch.arange(ids.shape[-1]).to(ids))
     found = topk_divergence.topk_divergence(
-        z.view(*shape, len(weight)), listed, teacher_logprobs, kind, beta=beta, alpha=alpha, backend="reference"
-    )
+        z.view(*shape, len(weight)), listed, teacher_logprobs, kind, beta=beta, alpha=alpha, tail=tail,
+        backend="reference",
+    )  # fmt: skip
     return found if mask is None else tuple(torch.where(mask, x, 0.0) for x in found)
 
 
@@ -160,6 +162,7 @@ def linear_topk_divergence(
     *,
     beta: float = 0.5,
     alpha: float = 0.5,
+    tail: bool = True,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -182,6 +185,7 @@ def linear_topk_divergence(
             -inf. With k = V they are normalised. Not differentiable.
         kind: as in `divergence`: forward_kl is KL(teacher || student), reverse_kl KL(student || teacher), ...
         beta, alpha: of jensen_shannon and of alpha, as in `divergence`.
+        tail: the other tokens are one bucket more; False leaves them out, and both are normalised over the k.
         bias: (V,), the head's; differentiable.
         temperature: positive number, or one per token, broadcastable to them; not differentiable.
         softcap, logit_scale: positive numbers of the model, as above; not differentiable.
@@ -204,6 +208,7 @@ def linear_topk_divergence(
     terms = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "temperature": temperature}
     buckets, entropy = _buckets(hidden, weight, ids, teacher_logprobs, mask, chunk=chunk, backend=backend, terms=terms)
     given = {"kind": kind, "beta": beta, "alpha": alpha, "backend": backend}
+    buckets = buckets if tail else buckets[..., : ids.shape[-1]]
     value = topk_divergence.from_teacher(buckets, teacher_logprobs, **given)
     return value if mask is None else torch.where(mask.to(value.device), value, 0.0), entropy
 

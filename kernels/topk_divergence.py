@@ -137,6 +137,7 @@ def topk_divergence(
     beta: float = 0.5,
     alpha: float = 0.5,
     temperature: float | Tensor = 1.0,
+    tail: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Divergence of p = softmax(logits / temperature) from a teacher known by its k best tokens, and the entropy of p.
@@ -155,6 +156,7 @@ def topk_divergence(
         beta: of jensen_shannon, as in `divergence`.
         alpha: of alpha, as in `divergence`.
         temperature: of the student; positive number, or one per row, broadcastable to the rows; not differentiable.
+        tail: the other tokens are one bucket more; False leaves them out, and both are normalised over the k.
         backend: "triton", "cpu" or "reference"; the fastest that runs here by default.
 
     Returns:
@@ -171,7 +173,7 @@ def topk_divergence(
     temperatures = row_temperatures("topk_divergence", temperature, logits)
     buckets, entropy, _ = _topk_buckets(logits, ids, temperatures, backend)
     given = {"kind": kind, "beta": beta, "alpha": alpha, "backend": backend}
-    return from_teacher(buckets, teacher_logprobs, **given), entropy
+    return from_teacher(buckets if tail else buckets[..., : ids.shape[-1]], teacher_logprobs, **given), entropy
 
 
 def from_teacher(buckets: Tensor, teacher_logprobs: Tensor, **given) -> Tensor:
