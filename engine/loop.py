@@ -105,7 +105,9 @@ def step(
     with policy.meter.phase("reward"):
         rewards, facts = rollouts.scores or recipe.reward(rollouts)
     run.sampled(state.step, rollouts, rewards)
+    taught = facts.pop("teacher_prompts", None)
     batch = batch_of(rollouts, rewards, step=state.step)
+    batch = batch.replace(teacher_prompts=taught and [policy.encode(text) for text in taught])
     batch = batch.replace(facts=batch.facts | {name: x for name, x in facts.items() if isinstance(x, Tensor)})
     batch = (critic or policy).score(batch, [field for field in recipe.reads if field == "values"])
     batch = policy.score(batch, [field for field in recipe.reads if field != "values"])
