@@ -45,13 +45,13 @@ def generate(
     chunk: tuple[int, int] | None = None,
     rows: int | None = None,
     kv_gb: float | None = None,
+    graphs: bool = True,
 ) -> Rollouts:
     """Completions of `prompts`, `group_size` each, rollout b belonging to prompt b // group_size.
 
     Args:
-        model: a transformers causal language model; it is put in eval mode meanwhile. Where it cannot be given our
-            attention, transformers' own `generate` runs it, prompt by prompt, and a warning says why.
-        tokenizer: its tokenizer.
+        model, tokenizer: a transformers causal language model, in eval mode meanwhile, and its tokenizer. A model that
+            cannot be given our attention runs by transformers' own `generate`, prompt by prompt; a warning says why.
         group_size: completions of each prompt.
         max_new_tokens: tokens after which a completion is cut ("length"), those not drawn included.
         temperature, top_k, top_p, min_p: see `Sampling`; temperature 0 is greedy.
@@ -66,8 +66,8 @@ def generate(
         chunk: (size, carry): whenever that many tokens stand behind its prompt, a completion goes on anew behind the
             prompt and its last `carry` tokens, which are then context, not trained, and not counted again.
         rows: rollouts decoded at once; None is 64 on a CPU and 256 on a GPU. Part of what fixes the bits of a rollout.
-        kv_gb: 1e9 bytes that keys and values may take; None is what fits. Where they run out, the rollouts that came
-            last wait and are read again later, which changes none of them.
+        kv_gb: 1e9 bytes for keys and values; None is what fits. Beyond it the last rollouts wait and are read again.
+        graphs: on a GPU, record passes that read one token of each rollout as CUDA graphs, and replay them.
 
     Returns:
         `Rollouts`, with the log-probability of every token as it was drawn; NaN for those that were not.
@@ -82,7 +82,7 @@ def generate(
     stop_ids = eos_ids(model) if stop_ids is None else frozenset(stop_ids)
     ending = Ending(tokenizer, tuple(stop), stop_ids, max_new_tokens, prompts, reply, chunk)
     rollouts = _begun(prompt_tokens, streams or range(len(prompts)), group_size, forced, max_new_tokens)
-    with _decoding(model, rollouts, max_new_tokens, rows, kv_gb) as run:
+    with _decoding(model, rollouts, max_new_tokens, rows, kv_gb, graphs) as run:
         run(sampling, ending.drew)
     return collected(list(prompts), prompt_tokens, rollouts, ending)
 
@@ -209,11 +209,11 @@ def prepared(model: nn.Module, kv_gb: float | None):
 
 
 @contextlib.contextmanager
-def _decoding(model: nn.Module, rollouts: list[Rollout], most: int, rows: int | None, kv_gb: float | None):
+def _decoding(model, rollouts: list[Rollout], most: int, rows: int | None, kv_gb: float | None, graphs: bool):
     """How tokens are drawn with a model: the `run` of `Decoder`, or transformers' `generate` where that cannot be."""
     with prepared(model, kv_gb) as reason:
         if reason is None:
-            yield Decoder(model, rollouts, most, rows, kv_gb).run
+            yield Decoder(model, rollouts, most, rows, kv_gb, graphs).run
         else:
             yield functools.partial(plain_decoding.run, model, rollouts, most, rows)
 

@@ -6,6 +6,8 @@ other texts are read in the same pass, changes no bit of what a token gets on a 
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -22,11 +24,14 @@ class Pages:
         most: pages there may ever be.
     """
 
+    growth = 0.25  # where there are too few, by what part of them there are to be more, at least
+
     def __init__(self, most: int):
         self.most = most
         self.holders: list[int] = []  # of every page that there is
         self.free: list[int] = []
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.moved = 0  # how often some storage has come to lie elsewhere
 
     @property
     def left(self) -> int:
@@ -36,9 +41,9 @@ class Pages:
     def take(self, count: int) -> list[int]:
         """Pages that nobody holds; at most `left`."""
         if count > len(self.free):
-            # A quarter more than there are, so that a cache that grows page by page is not copied each time.
+            # Not one page more than is wanted, or a cache that grows page by page would be copied each time.
             there = len(self.holders)
-            grown = min(self.most, max(there + count - len(self.free), there + there // 4))
+            grown = min(self.most, max(there + count - len(self.free), there + int(there * self.growth)))
             self.free += range(there, grown)
             self.holders += [0] * (grown - there)
         taken = [self.free.pop() for _ in range(count)]
@@ -59,9 +64,14 @@ class Pages:
 
     def copy(self, page: int, to: int) -> None:
         """Copies all that a page holds."""
+        self.fit()
+        for x in itertools.chain.from_iterable(self.layers.values()):
+            x[PAGE * to : PAGE * (to + 1)] = x[PAGE * page : PAGE * (page + 1)]
+
+    def fit(self) -> None:
+        """Lets all layers that have storage have it for every page."""
         for index, (keys, _) in list(self.layers.items()):
-            for x in self.layer(index, keys.transpose(0, 1)[None]):
-                x[PAGE * to : PAGE * (to + 1)] = x[PAGE * page : PAGE * (page + 1)]
+            self.layer(index, keys.transpose(0, 1)[None])
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (rows, Hkv, D) of one layer, in the dtype and on the device of `like` (1, Hkv, L, D)."""
@@ -71,6 +81,7 @@ class Pages:
             for new, old in zip(grown, before or (), strict=False):
                 new[: len(old)] = old
             self.layers[index] = grown
+            self.moved += 1
         return self.layers[index]
 
 

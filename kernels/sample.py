@@ -19,6 +19,7 @@ r is 64 random bits of Philox4x32-10, keyed by the seed, at the counter (rollout
 from __future__ import annotations
 
 import math
+import struct
 from typing import NamedTuple
 
 import torch
@@ -217,7 +218,6 @@ def _row_kernel(
             goal = top_p * left.to(tl.float64)
             least = tl.maximum(least, _reaching(x_ptr, V, goal, low, peak, scale, bits, True, BLOCK))
         kept = _total(x_ptr, V, least, peak, scale, bits, BLOCK)
-
     # Here, where they take no register of the search.
     tl.store(logprob_ptr + 2 * N + row, least)
     log_full = tl.log(full.to(tl.float32) * unit)
@@ -360,8 +360,8 @@ def drawn(logits, temperature, cuts, seed, rollout_ids, positions, backend) -> t
     row_temperature = None
     if isinstance(temperature, Tensor):
         row_temperature, temperature = temperature.detach().to(logits.device, torch.float32), 1.0
-    # In float32 here, so that all backends mean the same number.
-    log_min_p = torch.tensor(math.log(min_p) if min_p > 0 else -math.inf, dtype=torch.float32).item()
+    # In float32 here, so that all backends mean the same number; without a tensor, of which nothing could be recorded.
+    (log_min_p,) = struct.unpack("f", struct.pack("f", math.log(min_p) if min_p > 0 else -math.inf))
     seed = (int(seed) + 2**63) % 2**64 - 2**63
     return _sample(
         logits.detach(), row_temperature, float(temperature), top_k, float(top_p), log_min_p, seed, rollout_ids,

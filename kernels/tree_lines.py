@@ -77,6 +77,11 @@ class Lines:
             self._plans[window] = self._planned(window)
         return self._plans[window]
 
+    @property
+    def windows(self) -> list[int | None]:
+        """Those that plans were wanted for."""
+        return list(self._plans)
+
     def _planned(self, window: int | None) -> Plan:
         base: dict[int, int] = {}
         members: dict[int, list[int]] = {}
