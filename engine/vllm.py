@@ -11,19 +11,23 @@ and min-p. They differ from the policy's own by rounding, which every step repor
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 import tempfile
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
-from fuserl.engine import adapters, lookup
+from fuserl.engine import adapters, generation, lookup
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.config import Config
 from fuserl.engine.prompts import Prompt
 
+_CALL = inspect.signature(generation.generate)
+_HONOURED = {"group_size", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "seed", "streams"}
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -63,52 +67,41 @@ class Vllm:
         self._engine.apply_model(lambda model: model.load_weights(weights))
         self._engine.reset_prefix_cache()
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        group_size: int = 1,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-        streams: Sequence[int] | None = None,
-        **others,
-    ) -> Rollouts:
-        """Completions of `prompts`; arguments and result are those of `generation.generate`, but `others` are refused.
+    def generate(self, prompts: Sequence[Prompt], **asked) -> Rollouts:
+        """Completions of `prompts`; arguments and result are those of `generation.generate`.
 
-        A completion is a function of `seed`, its prompt's stream and its number in the group as far as vLLM's rounding
-        does not depend on what it decodes beside it.
+        A completion is a function of the seed, its prompt's stream and its number in the group as far as vLLM's
+        rounding does not depend on what it decodes beside it.
 
         Raises:
-            ValueError: one of `others` is not None.
+            ValueError: one of `asked` is something that vLLM does not do, and not None.
             RuntimeError: vLLM gave a completion up.
         """
-        unknown = [name for name, value in others.items() if value is not None]
+        call = _CALL.bind(self.model, self.tokenizer, prompts, **asked)
+        call.apply_defaults()
+        given = SimpleNamespace(**call.arguments)
+        unknown = [name for name, value in asked.items() if name not in _HONOURED and value is not None]
         if unknown:
             raise ValueError(
                 f"vllm: a completion must be drawn in one go, in vLLM's own memory; got {', '.join(unknown)}. Leave it "
                 "out, or --rollout vllm."
             )
-        streams = range(len(prompts)) if streams is None else streams
         prompt_tokens = [torch.tensor(self.tokenizer(p.text).input_ids, dtype=torch.int64) for p in prompts]
         stop_ids = _eos_ids(adapters.base(self.model))
         settings = [
             self._vllm.SamplingParams(
-                n=group_size, seed=_seed(seed, stream), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                max_tokens=max_new_tokens, stop=list(stop), stop_token_ids=stop_ids, logprobs=0,
+                n=given.group_size, seed=_seed(given.seed, stream), temperature=given.temperature, top_k=given.top_k,
+                top_p=given.top_p, min_p=given.min_p, max_tokens=given.max_new_tokens, stop=list(given.stop),
+                stop_token_ids=stop_ids, logprobs=0,
             )
-            for stream in streams
+            for stream in (range(len(prompts)) if given.streams is None else given.streams)
         ]  # fmt: skip
-        given = [{"prompt_token_ids": tokens.tolist()} for tokens in prompt_tokens]
+        texts = [{"prompt_token_ids": tokens.tolist()} for tokens in prompt_tokens]
         # Autocast is for the products of float32 weights; vLLM's have their dtype.
         with torch.autocast(next(self.model.parameters()).device.type, enabled=False):
-            groups = self._engine.generate(given, settings, use_tqdm=False)
+            groups = self._engine.generate(texts, settings, use_tqdm=False)
         completions = [completion for group in groups for completion in group.outputs]
-        return self._collected(list(prompts), prompt_tokens, completions, group_size, (stop, stop_ids))
+        return self._collected(list(prompts), prompt_tokens, completions, given.group_size, (given.stop, stop_ids))
 
     def _collected(
         self, prompts: list[Prompt], prompt_tokens: list[Tensor], completions: list, group_size: int, ending: tuple
