@@ -34,9 +34,10 @@ def test_generation(benchmark, device, smoke, length):
     prompts = [Prompt(text) for text in texts]
     drawn = len(prompts) * ROLLOUTS
 
-    def ours():
+    def ours(graphs=True):
         layers.attach(model)
-        found = generate(model, words, prompts, group_size=ROLLOUTS, max_new_tokens=length, stop_ids=(), seed=1)
+        options = dict(group_size=ROLLOUTS, max_new_tokens=length, stop_ids=(), seed=1, graphs=graphs)
+        found = generate(model, words, prompts, **options)
         return found.tokens.view(drawn, length), found.rollout_logprobs.view(drawn, length)
 
     def theirs():
@@ -65,11 +66,13 @@ def test_generation(benchmark, device, smoke, length):
         assert error < 1e-3, f"a log-prob errs by {error:.1e} nats"
         return error
 
+    without = [Provider("fuserl without CUDA graphs", lambda: ours(graphs=False), right)] if device == "cuda" else []
     compare(
         benchmark,
         Provider("the products of the linear layers alone", products),
         Provider("fuserl", ours, right),
         Provider("transformers", theirs),
+        *without,
         rounds=5 if length == 8 else 3,
         smoke=smoke,
     )

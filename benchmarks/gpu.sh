@@ -33,8 +33,9 @@ fi
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 build ON
 step 120 "${pytest[@]}" -m gpu
-step 140 "$PYTHON" -m fuserl.engine.cli bench --save
-step 120 "$PYTHON" benchmarks/launch_grid.py
+step 40 "$PYTHON" -m fuserl.engine.cli bench generation --save # CUDA graphs on and off
+step 120 "$PYTHON" -m fuserl.engine.cli bench "not generation" --save
+step 100 "$PYTHON" benchmarks/launch_grid.py
 if [ -n "${OUT:-}" ]; then
     cp benchmarks/results/*.jsonl "$OUT"
     for rows in benchmarks/results/launches/*.jsonl; do cp "$rows" "$OUT/launches-$(basename "$rows")"; done

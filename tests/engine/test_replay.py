@@ -1,5 +1,7 @@
 """Recorded decode passes, replayed operation by operation on a CPU, get the bits of passes that run one by one."""
 
+from types import SimpleNamespace
+
 import pytest
 import tape
 import tiny_models
@@ -8,12 +10,12 @@ from test_attention_families import EACH, tiny
 from test_turns import answered
 from tiny_models import Letters
 
-from fuserl import layers
+from fuserl import attention, layers
 from fuserl.engine import decoding, replay
 from fuserl.engine.generation import generate
-from fuserl.engine.kv_cache import Pages, page_bytes
+from fuserl.engine.kv_cache import Pages, Pass, page_bytes
 from fuserl.engine.prompts import Prompt
-from fuserl.kernels import matmul
+from fuserl.kernels import matmul, tree_decode
 from fuserl.kernels.tree_lines import PAGE, Lines
 
 RAGGED = [Prompt(text) for text in ("ABC", "Z", "K:Q3TTRLA4BCC<Y", "abcdabcdabcdefabcdbacdacd", "9876543210")]
@@ -53,7 +55,15 @@ def test_a_model_that_asks_for_numbers_runs_pass_by_pass(monkeypatch):
 def test_where_rollouts_give_way_and_the_cache_moves(family, prompts, monkeypatch):
     model, settings = tiny_models.model(family), dict(group_size=3, max_new_tokens=140, stop_ids=(), rows=16)
     plain = generate(model, Letters(), prompts, **settings)
-    used = tape.attach(monkeypatch)
+    used, step = tape.attach(monkeypatch), replay.Steps._step
+
+    def still(self, shape):
+        before = self.pages.moved
+        found = step(self, shape)
+        assert self.pages.moved == before  # nothing recorded makes room
+        return found
+
+    monkeypatch.setattr(replay.Steps, "_step", still)
     roomy = generate(model, Letters(), prompts, **settings)
     assert same(roomy, plain) and 1 < used.recorded < 9 and used.replayed > 100
     tight = generate(model, Letters(), prompts, kv_gb=10 * page_bytes(model) / 1e9, **settings)
@@ -160,6 +170,23 @@ def test_what_no_recording_can_repeat_is_noticed(step, name):
     with replay._Noticing() as noticing:
         step(torch.tensor([0, 1, -2]))
     assert noticing.found is None if name is None else name in noticing.found
+
+
+@EACH
+def test_no_family_asks_for_a_number_nor_copies_between_devices(family, monkeypatch):
+    """On a device of torch's that has no memory, so that what came from the host, or went there, would be seen."""
+    monkeypatch.setattr(tree_decode, "attend", lambda q, *_: (torch.empty_like(q), None))
+    model = tiny(family).to("meta", torch.bfloat16)
+    attention.attach(model)
+    numbers, marker = torch.zeros(5, 8, dtype=torch.int64), torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    made = SimpleNamespace(model=model, marker=marker.to("meta"), layers=model.config.num_hidden_layers)
+    pages, numbers = Pages(9), numbers.to("meta")
+    pages.take(1)
+    for _ in range(2):  # the first makes the storage
+        with torch.no_grad(), replay._Noticing() as noticing:
+            layout = Pass(pages, numbers[2], None)
+            logits = decoding.Decoder._logits(made, numbers[0:1], numbers[1:2], layout, 0)
+        assert noticing.found is None and logits.shape == (8, tiny_models.VOCABULARY)
 
 
 def test_passes_run_one_by_one_where_recording_fails(monkeypatch):

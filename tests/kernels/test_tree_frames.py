@@ -62,7 +62,10 @@ def test_what_outgrows_its_room_is_refused():
     room = [len(x) for x in fixed.plan(None).arrays]
     assert room == [8, 8, 8, QUERIES + 1, QUERIES, 8]
     assert fixed.take(some_lines(generator, 2, 60)[0], [None])
+    assert (fixed.plan(None).arrays[3].diff() >= 0).all()
     assert not fixed.take(some_lines(generator, 6, 60)[0], [None])
+    three_of_one = Lines((-1,), (0,), (9,), (0, 0, 0), (8, 8, 8), (0,))
+    assert not fixed.take(three_of_one, [None])
     assert all(x.data_ptr() % 16 == 0 for x in fixed.plan(None).arrays)
 
 
