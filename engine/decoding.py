@@ -48,18 +48,29 @@ class Decoder:
         self.scheduler = Scheduler(rollouts, self.pages, slots, self.rows or _CHUNK * slots, shared)
 
     def run(self, sampling: Sampling, drew: Callable[[Rollout], None]) -> None:
-        """Draws until all rollouts have a `finish`, which `drew`, called with each behind each token, is to set."""
+        """Draws until all rollouts have a `finish`, which `drew`, called with each behind each token, is to set.
+
+        And called again, where it has left a rollout with a `reply`, when that has come.
+        """
         scheduler, steps = self.scheduler, self._steps(sampling)
+
+        def told(rollout: Rollout) -> None:
+            drew(rollout)
+            if rollout.finish:
+                scheduler.done(rollout)
+
         while scheduler.live or scheduler.waiting:
+            for rollout in scheduler.replied():
+                told(rollout)
             spans = scheduler.plan()
             reads = any(isinstance(each.text, Source) for each in spans)
             with meter.span("prefill" if reads else "decode"):
                 drawn = self._drawn(spans, sampling, steps)
             for rollout, token, logprob in drawn:
                 rollout.draw(token, logprob)
-                drew(rollout)
-                if rollout.finish:
-                    scheduler.done(rollout)
+                told(rollout)
+            if not spans and not drawn:
+                scheduler.wait()
 
     def _steps(self, sampling: Sampling) -> replay.Steps | None:
         """What decode passes are recorded by."""

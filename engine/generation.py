@@ -6,10 +6,15 @@ on how its tokens fall into passes (shown for float32 on CPUs).
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
+import inspect
+import os
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent import futures
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +27,8 @@ from fuserl.engine.decoding import Decoder
 from fuserl.engine.prompts import Prompt
 from fuserl.engine.sampling import Sampling, stream_of
 from fuserl.engine.scheduling import Rollout, Source
+
+Answer = str | None
 
 
 @torch.no_grad()
@@ -41,7 +48,7 @@ def generate(
     seed: int = 0,
     streams: Sequence[int] | None = None,
     forced: Sequence[Sequence[int]] | None = None,
-    reply: Callable[[Prompt, str], str | None] | None = None,
+    reply: Callable[[Prompt, str], Answer | Awaitable[Answer] | futures.Future] | None = None,
     chunk: tuple[int, int] | None = None,
     rows: int | None = None,
     kv_gb: float | None = None,
@@ -57,12 +64,12 @@ def generate(
         temperature, top_k, top_p, min_p: see `Sampling`; temperature 0 is greedy.
         stop: texts that end a completion ("stop") as soon as it contains one; cut from its text, not from its tokens.
         stop_ids: token ids that end a completion; None is the end-of-text ids of the model's generation config.
-        seed: with `streams`, fixes every random draw.
-        streams: one integer of 32 bits per prompt, naming its random stream; None is 0, 1, 2, ...
+        seed, streams: fix every random draw; streams has an integer of 32 bits per prompt, None is 0, 1, 2, ...
         forced: (B,) token ids that each completion begins with, not drawn and not trained; fewer than max_new_tokens.
         reply: called with a prompt and its completion so far, the text that ended it included, whenever one ends by
             itself. What it returns (a tool's output, the next turn of a talk) is put behind it, neither drawn nor
             trained, and the completion goes on; with None it ends. One without room behind it is left out ("length").
+            While an awaitable or a `concurrent.futures.Future` of it is to come, other rollouts go on.
         chunk: (size, carry): whenever that many tokens stand behind its prompt, a completion goes on anew behind the
             prompt and its last `carry` tokens, which are then context, not trained, and not counted again.
         rows: rollouts decoded at once; None is 64 on a CPU and 256 on a GPU. Part of what fixes the bits of a rollout.
@@ -137,14 +144,21 @@ class Ending:
     stop_ids: frozenset[int]
     max_new_tokens: int
     prompts: Sequence[Prompt]
-    reply: Callable[[Prompt, str], str | None] | None
+    reply: Callable[[Prompt, str], Answer | Awaitable[Answer] | futures.Future] | None
     chunk: tuple[int, int] | None
 
     def drew(self, rollout: Rollout) -> None:
-        """Ends a rollout that has drawn a token, if that is its last, answers it, or begins its next chunk."""
+        """Ends a rollout that has drawn a token, if that is its last, answers it, or begins its next chunk.
+
+        One whose answer is still to come has it as its `reply`, and ends or goes on when it comes here again.
+        """
+        waited, rollout.reply = rollout.reply, None
         rollout.finish = self.reason(rollout)
         if rollout.finish == "stop" and self.reply is not None:
-            text = self.reply(self.prompts[rollout.number], self.seen(rollout.said))
+            text = waited.result() if waited is not None else self._answer(rollout)
+            if isinstance(text, futures.Future):
+                rollout.reply, rollout.finish = text, None
+                return
             if text is not None:
                 ids = self.tokenizer(text, add_special_tokens=False).input_ids
                 room = rollout.count + len(ids) < self.max_new_tokens
@@ -153,6 +167,10 @@ class Ending:
                     rollout.insert(ids)
         if not rollout.finish and self.chunk is not None and len(rollout.tokens) >= self.chunk[0]:
             rollout.begin_anew(self.chunk[1])
+
+    def _answer(self, rollout: Rollout) -> str | futures.Future | None:
+        answer = self.reply(self.prompts[rollout.number], self.seen(rollout.said))
+        return asyncio.run_coroutine_threadsafe(answer, _loop(os.getpid())) if inspect.isawaitable(answer) else answer
 
     def reason(self, rollout: Rollout) -> str | None:
         """ "stop", "length", or None while the completion goes on."""
@@ -179,6 +197,14 @@ class Ending:
     def seen(self, tokens: list[int]) -> str:
         """Tokens as text."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@functools.cache
+def _loop(process: int) -> asyncio.AbstractEventLoop:
+    """Where replies are awaited: a thread of this process, which its children have not."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="replies", daemon=True).start()
+    return loop
 
 
 def eos_ids(model: nn.Module) -> frozenset[int]:

@@ -71,6 +71,8 @@ class _Drawing(LogitsProcessor):
             rollout.draw(token, logprob)
             size = len(rollout.tokens)
             self.drew(rollout)
+            while rollout.reply is not None:
+                self.drew(rollout)
             if rollout.finish or len(rollout.tokens) != size:
                 del self.going[row]
         return chosen

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from concurrent import futures
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -57,6 +58,7 @@ class Rollout(Text):
     trained: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: str | None = None
+    reply: futures.Future | None = None  # what is to stand behind its tokens, waited for
     chunks: list[list[int]] = field(default_factory=list)  # earlier ones, each behind the prompt
     carried: int = 0  # tokens of a later chunk that are the last ones of the chunk before it
 
@@ -132,7 +134,16 @@ class Scheduler:
 
     def ready(self) -> list[Rollout]:
         """Live rollouts all of whose tokens are read, their prompts' too: their next token can be drawn."""
-        return [each for each in self.live if each.source.complete and each.read == len(each.tokens)]
+        return [each for each in self._going() if each.source.complete and each.read == len(each.tokens)]
+
+    def replied(self) -> list[Rollout]:
+        """Live rollouts whose reply has come."""
+        return [each for each in self.live if each.reply is not None and each.reply.done()]
+
+    def wait(self) -> None:
+        """Until the reply of some live rollout has come, if one waits for any."""
+        replies = [each.reply for each in self.live if each.reply is not None]
+        futures.wait(replies, return_when=futures.FIRST_COMPLETED)
 
     def done(self, rollout: Rollout) -> None:
         """Takes a finished rollout out."""
@@ -143,6 +154,10 @@ class Scheduler:
             if source is not rollout.source or not self.shared:
                 self._forget(source)
 
+    def _going(self) -> list[Rollout]:
+        """Live rollouts that wait for no reply; the others keep their places and pages."""
+        return [each for each in self.live if each.reply is None]
+
     def _spans(self) -> list[Span]:
         """Prompts first, for rollouts wait for them; then rollouts, the oldest first."""
         spans, left = [], self.rows
@@ -150,7 +165,7 @@ class Scheduler:
             if left and not source.complete:
                 spans.append(Span(source, source.read, min(len(source.tokens), source.read + left)))
                 left -= spans[-1].stop - source.read
-        for rollout in self.live:
+        for rollout in self._going():
             if left and rollout.source.complete and rollout.read < len(rollout.tokens):
                 spans.append(Span(rollout, rollout.read, min(len(rollout.tokens), rollout.read + left)))
                 left -= spans[-1].stop - rollout.read

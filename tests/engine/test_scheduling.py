@@ -1,6 +1,7 @@
 """The scheduler: nothing lost, doubled or overwritten, over any lengths, ends, refills and shortages of pages."""
 
 import random
+from concurrent import futures
 
 import pytest
 import torch
@@ -35,8 +36,15 @@ def drawn(source, stream, position):
 
 def simulated(scheduler, ends, replies, pages):
     """Runs a schedule as the decoder does; how often each token was read and each rollout finished."""
-    finished, fed, preempted = [], 0, 0
+    finished, fed, preempted, late, passes = [], 0, 0, [], 0
     while scheduler.live or scheduler.waiting:
+        passes += 1
+        for due, reply in late:
+            if due == passes:
+                reply.set_result(None)
+        for rollout in scheduler.replied():
+            rollout.reply = None
+            rollout.insert([7, 8, 9])
         before = set(scheduler.live)
         spans = scheduler.plan()
         preempted += len(before - set(scheduler.live))
@@ -53,7 +61,9 @@ def simulated(scheduler, ends, replies, pages):
             fed += stop - start
         # Whoever may draw finds what it wrote, on pages that nobody else writes on.
         ready = scheduler.ready()
-        assert spans or ready, "nothing to do with work left"
+        waited = [rollout for rollout in scheduler.live if rollout.reply is not None]
+        assert spans or ready or waited, "nothing to do with work left"
+        assert not {span.text for span in spans} & set(waited) and not set(ready) & set(waited)
         for rollout in ready:
             for text in (rollout.source, rollout):
                 assert [pages.held[row(text, at)] for at in range(text.read)] == [
@@ -62,7 +72,8 @@ def simulated(scheduler, ends, replies, pages):
         for rollout in ready:
             rollout.draw(drawn(rollout.source, rollout.stream, len(rollout.tokens)), 0.0)
             if len(rollout.tokens) in replies and len(rollout.tokens) + 3 < ends[rollout.stream]:
-                rollout.insert([7, 8, 9])
+                rollout.reply = futures.Future()
+                late.append((passes + 1 + 5 * (rollout.stream % 3), rollout.reply))
             elif len(rollout.tokens) >= ends[rollout.stream]:
                 rollout.finish = "stop"
                 finished.append(rollout.stream)

@@ -1,20 +1,24 @@
 """Completions that are not all the policy's own: begun by others, or answered where they end, and trained in part."""
 
+import asyncio
 import dataclasses
 import itertools
+import random
+from concurrent import futures
 
 import pytest
 import tiny_models
 import torch
 from tiny_models import Letters
 
-from fuserl.engine import generation
+from fuserl.engine import decoding, generation
 from fuserl.engine.batch import Rollouts, batch_of
 from fuserl.engine.generation import generate
 from fuserl.engine.losses import Loss
 from fuserl.engine.policy import Policy, Sampling, Updating
 from fuserl.engine.prompts import Prompt
 from fuserl.engine.rollouts import joined, selected
+from fuserl.engine.scheduling import Scheduler
 
 PROMPTS = [Prompt(text) for text in ("ABC", "K:Q3TTRLA4BCC<Y", "9876543210")]
 
@@ -104,8 +108,6 @@ def test_replies_are_read_and_not_drawn():
 
 
 def test_a_continued_rollout_reads_nothing_twice(monkeypatch):
-    from fuserl.engine import decoding
-
     read, forward = [], decoding.Decoder._forward
 
     def counting(self, spans):
@@ -124,6 +126,75 @@ def test_replies_change_no_bit_whatever_is_beside_and_however_little_room_there_
     tight, _ = answered(model, kv_gb=3 * 24576 / 1e9)
     assert torch.equal(together.tokens, tight.tokens) and together.texts == tight.texts
     assert torch.equal(together.rollout_logprobs.nan_to_num(1), tight.rollout_logprobs.nan_to_num(1))
+
+
+class Late:
+    """Replies that come some passes after they were asked for, in any order."""
+
+    def __init__(self, monkeypatch, seed):
+        self.chance, self.waiting, self.beside = random.Random(seed), [], 0
+        answer, drawn, wait = generation.Ending._answer, decoding.Decoder._drawn, Scheduler.wait
+
+        def later(ending, rollout):
+            self.waiting.append((futures.Future(), answer(ending, rollout)))
+            return self.waiting[-1][0]
+
+        def beside(decoder, *given):
+            found = drawn(decoder, *given)
+            self.beside += bool(found and self.waiting)
+            self.come(0.2)
+            return found
+
+        def waits(scheduler):
+            self.come(1.0)
+            wait(scheduler)
+
+        monkeypatch.setattr(generation.Ending, "_answer", later)
+        monkeypatch.setattr(decoding.Decoder, "_drawn", beside)
+        monkeypatch.setattr(Scheduler, "wait", waits)
+
+    def come(self, share):
+        for each in [each for each in self.waiting if self.chance.random() < share]:
+            self.waiting.remove(each)
+            each[0].set_result(each[1])
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_replies_that_come_late_change_no_bit(seed, monkeypatch):
+    model = tiny_models.model()
+    at_once, _ = answered(model)
+    late = Late(monkeypatch, seed)
+    for room in (None, 3 * 24576 / 1e9):
+        before = late.beside
+        found, _ = answered(model, kv_gb=room)
+        assert torch.equal(at_once.tokens, found.tokens) and at_once.texts == found.texts
+        assert torch.equal(at_once.rollout_logprobs.nan_to_num(1), found.rollout_logprobs.nan_to_num(1))
+        assert late.beside > before  # passes that drew while somebody waited
+
+
+@pytest.mark.filterwarnings("ignore:generate")
+@pytest.mark.parametrize("own", [True, False])
+def test_replies_may_be_awaited(own, monkeypatch):
+    if not own:
+        monkeypatch.setattr(generation.families, "unsupported", lambda model: "a test")
+    settings = dict(max_new_tokens=40, stop=("9", "A"))
+
+    def reply(prompt, text):
+        return None if text.count("QRS") > 2 else f"QRS{len(text)}"
+
+    async def awaited(prompt, text):
+        await asyncio.sleep(0)
+        return reply(prompt, text)
+
+    async def broken(prompt, text):
+        raise KeyError("broken")
+
+    model = tiny_models.model()
+    at_once, found = (generate(model, Talker(), PROMPTS, reply=each, **settings) for each in (reply, awaited))
+    assert torch.equal(at_once.tokens, found.tokens) and at_once.finish == found.finish
+    assert (~found.trained).sum() > 9
+    with pytest.raises(KeyError, match="broken"):
+        generate(model, Talker(), PROMPTS, reply=broken, **settings)
 
 
 def test_what_a_reply_says_ends_nothing():

@@ -125,10 +125,7 @@ MUTATIONS = {
     "pre_rl-samples": ("pre_rl", openings, "only", lambda batch, chosen: batch),
     "rep_exp-ridge": ("rep_exp", elliptical, "left_out", lambda b: b),
     "rep_exp-picks": ("rep_exp", elliptical, "coreset", lambda h, size, lamb: [*range(size)]),
-<<<<<<< HEAD
-=======
     "med_grpo-scale": ("med_grpo", Quantiles, "normalised", lambda self, key, values: values.double()),
->>>>>>> 050aa34 (Add med_grpo: rewards of several tasks brought to one scale by a baseline's medians)
     "vas-walk": ("vas", VarianceSampler, "_walked", lambda self, step: [0] * (self.groups - self.weighted)),
 }  # fmt: skip
 
