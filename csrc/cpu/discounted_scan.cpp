@@ -4,25 +4,9 @@
 
 namespace fuserl {
 
-namespace baseline {
-extern const ScanKernels scan;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const ScanKernels scan;
-}
-namespace avx512 {
-extern const ScanKernels scan;
-}
-#endif
+FUSERL_KERNELS(ScanKernels, scan)
 
-const ScanKernels& scan_kernels() {
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) return avx512::scan;
-  if (isa() == Isa::avx2) return avx2::scan;
-#endif
-  return baseline::scan;
-}
+const ScanKernels& scan_kernels() { return kernels(); }
 
 namespace {
 

@@ -12,29 +12,11 @@
 
 namespace fuserl {
 
-namespace baseline {
-extern const DivergenceTable divergence;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const DivergenceTable divergence;
-}
-namespace avx512 {
-extern const DivergenceTable divergence;
-}
-#endif
+FUSERL_KERNELS(DivergenceTable, divergence)
 
 namespace {
 
 using At = DivergenceStatistic;
-
-const DivergenceTable& kernels() {
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) return avx512::divergence;
-  if (isa() == Isa::avx2) return avx2::divergence;
-#endif
-  return baseline::divergence;
-}
 
 const DivergenceKernels<float>& kernels_of(const float*) { return kernels().f32; }
 const DivergenceKernels<double>& kernels_of(const double*) { return kernels().f64; }

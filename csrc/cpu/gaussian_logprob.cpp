@@ -10,30 +10,12 @@
 
 namespace fuserl {
 
-namespace baseline {
-extern const GaussianTable gaussian_logprob;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const GaussianTable gaussian_logprob;
-}
-namespace avx512 {
-extern const GaussianTable gaussian_logprob;
-}
-#endif
+FUSERL_KERNELS(GaussianTable, gaussian_logprob)
 
 namespace {
 
 constexpr std::int64_t group_elements = 1 << 14;  // at least
 constexpr std::int64_t most_groups = 32, least_summed = 4;  // groups, and rows of each, where it has sums of its own
-
-const GaussianTable& kernels() {
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) return avx512::gaussian_logprob;
-  if (isa() == Isa::avx2) return avx2::gaussian_logprob;
-#endif
-  return baseline::gaussian_logprob;
-}
 
 const auto& kernels_of(const float*) { return kernels().f32; }
 const auto& kernels_of(const double*) { return kernels().f64; }

@@ -12,3 +12,22 @@ bool intel();  // whether the processor is Intel's, for which torch's library of
 void set_isa(const char* name);
 
 }  // namespace fuserl
+
+// Inside of namespace fuserl: kernels(), the copy of a table that was compiled for what runs.
+#if defined(__x86_64__)
+#define FUSERL_KERNELS(Table, table)                                                                        \
+  namespace baseline { extern const Table table; }                                                          \
+  namespace avx2 { extern const Table table; }                                                              \
+  namespace avx512 { extern const Table table; }                                                            \
+  namespace {                                                                                               \
+  const Table& kernels() {                                                                                  \
+    return isa() == Isa::avx512 ? avx512::table : isa() == Isa::avx2 ? avx2::table : baseline::table;       \
+  }                                                                                                         \
+  }
+#else
+#define FUSERL_KERNELS(Table, table)               \
+  namespace baseline { extern const Table table; } \
+  namespace {                                      \
+  const Table& kernels() { return baseline::table; } \
+  }
+#endif

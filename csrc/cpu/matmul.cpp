@@ -9,17 +9,7 @@
 
 namespace fuserl {
 
-namespace baseline {
-extern const MatmulTable matmul;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const MatmulTable matmul;
-}
-namespace avx512 {
-extern const MatmulTable matmul;
-}
-#endif
+FUSERL_KERNELS(MatmulTable, matmul)
 
 namespace {
 
@@ -27,14 +17,6 @@ constexpr const char* function = "matmul";
 // Of the output at once: rows of a that a processor's second cache holds, columns that make packing worth their while.
 constexpr std::int64_t block_rows = 256, block_columns = 1536, least_rows = 96;
 constexpr std::int64_t tasks_per_thread = 8;  // so that a thread that is held up does not hold up all
-
-const MatmulTable& kernels() {
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) return avx512::matmul;
-  if (isa() == Isa::avx2) return avx2::matmul;
-#endif
-  return baseline::matmul;
-}
 
 std::int64_t up(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
 

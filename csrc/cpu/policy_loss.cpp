@@ -11,17 +11,7 @@
 
 namespace fuserl {
 
-namespace baseline {
-extern const PolicyLossKernels policy_loss;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const PolicyLossKernels policy_loss;
-}
-namespace avx512 {
-extern const PolicyLossKernels policy_loss;
-}
-#endif
+FUSERL_KERNELS(PolicyLossKernels, policy_loss)
 
 namespace {
 
@@ -30,14 +20,6 @@ template <class T>
 constexpr std::int64_t block_tokens = sizeof(T) == sizeof(float) ? 4096 : 512;
 constexpr std::int64_t blocks_at_once = 4;  // what is worth handing to another thread
 constexpr double infinity = std::numeric_limits<double>::infinity();
-
-const PolicyLossKernels& kernels() {
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) return avx512::policy_loss;
-  if (isa() == Isa::avx2) return avx2::policy_loss;
-#endif
-  return baseline::policy_loss;
-}
 
 const auto& kernel_of(const float*) { return kernels().f32; }
 const auto& kernel_of(const double*) { return kernels().f64; }

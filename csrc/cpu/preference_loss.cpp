@@ -11,17 +11,7 @@
 
 namespace fuserl {
 
-namespace baseline {
-extern const PreferenceLossKernels preference_loss;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const PreferenceLossKernels preference_loss;
-}
-namespace avx512 {
-extern const PreferenceLossKernels preference_loss;
-}
-#endif
+FUSERL_KERNELS(PreferenceLossKernels, preference_loss)
 
 namespace {
 
@@ -30,14 +20,6 @@ constexpr std::int64_t part_tokens = 32768;  // of a rollout, summed by one thre
 constexpr std::int64_t block_items = 256;
 constexpr std::int64_t blocks_at_once = 8;  // what is worth handing to another thread
 constexpr double log_half = -0.69314718055994530942;
-
-const PreferenceLossKernels& kernels() {
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) return avx512::preference_loss;
-  if (isa() == Isa::avx2) return avx2::preference_loss;
-#endif
-  return baseline::preference_loss;
-}
 
 const auto& kernel_of(const float*) { return kernels().f32; }
 const auto& kernel_of(const double*) { return kernels().f64; }

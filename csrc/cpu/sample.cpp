@@ -15,17 +15,7 @@
 
 namespace fuserl {
 
-namespace baseline {
-extern const SampleKernels sample;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const SampleKernels sample;
-}
-namespace avx512 {
-extern const SampleKernels sample;
-}
-#endif
+FUSERL_KERNELS(SampleKernels, sample)
 
 namespace {
 
@@ -34,14 +24,6 @@ constexpr float infinity = std::numeric_limits<float>::infinity();
 constexpr float log2e = 0x1.715476p0f;
 constexpr std::int64_t block = 1024;  // tokens whose weights are summed apart, to find the drawn one again
 constexpr std::int64_t few = 32;      // tokens that are sorted rather than bisected further
-
-const SampleKernels& kernels() {
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) return avx512::sample;
-  if (isa() == Isa::avx2) return avx2::sample;
-#endif
-  return baseline::sample;
-}
 
 std::int64_t filled_up(std::int64_t n) { return (n + sample_step - 1) / sample_step * sample_step; }
 

@@ -12,29 +12,11 @@
 
 namespace fuserl {
 
-namespace baseline {
-extern const SoftmaxRowsKernels softmax_rows;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const SoftmaxRowsKernels softmax_rows;
-}
-namespace avx512 {
-extern const SoftmaxRowsKernels softmax_rows;
-}
-#endif
+FUSERL_KERNELS(SoftmaxRowsKernels, softmax_rows)
 
 namespace {
 
 float exp2_scale(double temperature) { return static_cast<float>(1.4426950408889634 / temperature); }
-
-const SoftmaxRowsKernels& kernels() {
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) return avx512::softmax_rows;
-  if (isa() == Isa::avx2) return avx2::softmax_rows;
-#endif
-  return baseline::softmax_rows;
-}
 
 // Vectors are f32, or f64 when the logits are.
 struct Vector {

@@ -13,31 +13,13 @@
 
 namespace fuserl {
 
-namespace baseline {
-extern const TreeTable tree_attention;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const TreeTable tree_attention;
-}
-namespace avx512 {
-extern const TreeTable tree_attention;
-}
-#endif
+FUSERL_KERNELS(TreeTable, tree_attention)
 
 namespace {
 
 constexpr const char* function = "tree_attention";
 // The backward's tasks: fixed numbers of query tiles, so that no sum depends on the number of threads.
 constexpr std::int64_t most_parts = 8, least_tiles = 8;
-
-const TreeTable& kernels() {
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) return avx512::tree_attention;
-  if (isa() == Isa::avx2) return avx2::tree_attention;
-#endif
-  return baseline::tree_attention;
-}
 
 const TreeKernels<double>& kernels_of(const double*, DType) { return kernels().f64; }
 const TreeKernels<float>& kernels_of(const float*, DType dtype) {

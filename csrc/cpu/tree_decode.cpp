@@ -13,29 +13,11 @@
 
 namespace fuserl {
 
-namespace baseline {
-extern const DecodeTable tree_decode;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const DecodeTable tree_decode;
-}
-namespace avx512 {
-extern const DecodeTable tree_decode;
-}
-#endif
+FUSERL_KERNELS(DecodeTable, tree_decode)
 
 namespace {
 
 constexpr const char* function = "tree_decode";
-
-const DecodeTable& kernels() {
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) return avx512::tree_decode;
-  if (isa() == Isa::avx2) return avx2::tree_decode;
-#endif
-  return baseline::tree_decode;
-}
 
 const DecodeKernel<double>& kernel_of(const double*, DType) { return kernels().f64; }
 const DecodeKernel<float>& kernel_of(const float*, DType dtype) {
