@@ -27,22 +27,16 @@ RECIPES = {
     "dpo": "preference pairs without a reward model (arXiv:2305.18290)",
     "reward_model": "Bradley-Terry reward model of preference pairs (arXiv:2203.02155)",
     "sft": "maximum likelihood of the task's answers",
-<<<<<<< HEAD
     "ma_rlhf": "PPO whose decisions are runs of tokens (arXiv:2410.02743)",
     "arena_rl": "advantages from a tournament among a group's completions (arXiv:2601.06487)",
-<<<<<<< HEAD
     "vpo": "preferences with a value regulariser: optimism online, pessimism offline (arXiv:2405.19320)",
     "r_to_q": "DPO as soft Q-learning of tokens: implied rewards, and search by beams (arXiv:2404.12358)",
     "rover": "log-ratios regressed on the value of a uniformly random policy (arXiv:2509.24981)",
     "dph_rl": "DPH-RL: what the initial policy solves is rehearsed by an f-divergence (arXiv:2509.07430)",
     "ace": "wrong rollouts that the policy has grown confident of are pushed down harder (arXiv:2602.21420)",
     "pre_rl": "PreRL, DSRL: rewards act on the prompt-free likelihood first, then on the prompted (arXiv:2604.14142)",
->>>>>>> 034948f (Add pre_rl: rewards on the prompt-free likelihood, then ordinary reinforcement learning)
-    "c_grpo": "search agents rewarded for cited chains of evidence (arXiv:2601.06021)",
-=======
-=======
     "rep_exp": "an elliptical bonus for novel responses, by the initial model's hidden states (arXiv:2510.11686)",
->>>>>>> cd87353 (Add rep_exp: an elliptical bonus for novel responses)
+    "c_grpo": "search agents rewarded for cited chains of evidence (arXiv:2601.06021)",
     "vas": "prompts drawn by the variance and diversity of their completions (arXiv:2509.21268)",
     "med_grpo": "rewards of several tasks brought to one scale by a baseline's medians (arXiv:2512.06581)",
 }

@@ -44,8 +44,8 @@ class Loss:
     live: Callable = every_token  # (Batch) -> (N,) bool, or None for all: tokens whose gradient is not known to be zero
     reads: tuple[str, ...] = ()  # fields of the batch: old_logprobs, ref_logprobs, values, or as of `Policy.score`
     divergence: dict | None = None  # beta and alpha of the divergences from the recipe's teacher among the outputs
-    # Outputs of its own by name, beside those of linear_policy_loss: (HeadInput) -> (n,) with their graph, as `distilling`
-    # makes of the policy's states and the teacher's.
+    # Outputs of its own by name, beside those of linear_policy_loss: (HeadInput) -> (n,) with their graph, as
+    # `distilling` makes of the policy's states and the teacher's.
     made: dict[str, Callable] = field(default_factory=dict)
     weighed: Callable | None = None  # (Importance) -> this loss with importance weights, where it can take some
 

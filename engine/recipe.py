@@ -31,8 +31,8 @@ class Recipe:
     name: str
     prompts: Callable  # (step) -> list[Prompt]: samplers, curricula; a function of the step, so that runs resume
     rollout: Callable  # (policy, prompts) -> Rollouts: where tokens come from
-    # (Rollouts) -> (B,) float32, and {name: number, or (B, ...) of facts; "teacher_prompts": B texts that a teacher reads
-    # in the prompt's place}; None where completions come with rewards
+    # (Rollouts) -> (B,) float32, and {name: number, or (B, ...) of facts; "teacher_prompts": B texts that a teacher
+    # reads in the prompt's place}; None where completions come with rewards
     reward: Callable | None
     advantage: Callable  # (Batch) -> (B,) or (N,), or a Batch that has them, of other rollouts too: credit; no gradient
     loss: Loss  # (out, Batch) -> (per-token loss, statistics)

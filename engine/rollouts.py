@@ -34,20 +34,30 @@ def from_reference(policy, prompts: list[Prompt], **drawing) -> Rollouts:
             return policy.generate(prompts, **drawing)
         finally:
             policy.source = own
+
+
 def sampled_from_greedy(group_size: int) -> Callable:
     """A rollout slot: of every prompt the greedy completion, and `group_size` - 1 drawn as the settings say."""
+
     def rollout(policy, prompts: list[Prompt]) -> Rollouts:
         greedy = policy.generate(prompts, group_size=1, greedy=True)
         return greedy if group_size == 1 else beside(greedy, policy.generate(prompts, group_size=group_size - 1))
+
     return rollout
+
+
 def scored(draw: Callable, reward: Callable) -> Callable:
     """The rollout slot `draw`, with a reward that is for training: the recipe's own judges held-out problems.
+
     Args:
         draw: (policy, prompts) -> Rollouts.
         reward: as of a recipe.
+    """
+
     def rollout(policy, prompts: list[Prompt]) -> Rollouts:
         rollouts, rewards, facts = _rewarded(policy, draw(policy, prompts), reward)
         return dataclasses.replace(rollouts, scores=(rewards, facts))
+
     rollout.close = getattr(reward, "close", lambda: None)
     return rollout
 

@@ -117,7 +117,14 @@ class Table:
         if loss.made:
             head = torch.eye(self.logits.shape[1], dtype=torch.float64)  # whose states are the logits themselves
             theirs = Reference(teacher[batch.extra.get("taught", batch.extra["state"])], head)
-            terms = {"bias": None, "softcap": None, "logit_scale": None, "lora": None, "temperature": 1.0, "chunk": None}
+            terms = {
+                "bias": None,
+                "softcap": None,
+                "logit_scale": None,
+                "lora": None,
+                "temperature": 1.0,
+                "chunk": None,
+            }
             given = HeadInput(self.logits[batch.extra["state"]], head, batch.tokens, terms, None, theirs)
             vars(out).update({name: make(given) for name, make in loss.made.items()})
         return loss(out, batch)[0].sum()

@@ -61,7 +61,9 @@ def test_each_is_its_definition_with_its_gradient(case, taught):
                         for kind in (torch.float64, torch.float32))  # fmt: skip
         assert row["each"] == pytest.approx(float(truth[0]), rel=1e-5)
         size = {name: x.norm() for name, x in truth[1].items()}
-        rows = [torch.cat([(x / size[name]).flatten() for name, x in g.items()]) for g in (taken[0], truth[1], plain[1])]
+        rows = [
+            torch.cat([(x / size[name]).flatten() for name, x in g.items()]) for g in (taken[0], truth[1], plain[1])
+        ]
         tolerance.check_rows("gradient", *rows, torch.float32)
 
 

@@ -7,12 +7,25 @@ from importlib import import_module
 import pytest
 import torch
 
-from fuserl.engine import advantages, beams, catalogue, citations, elliptical, generators, judges, losses, macro_actions, openings, preferences, tournaments
+from fuserl.engine import (
+    advantages,
+    beams,
+    catalogue,
+    citations,
+    elliptical,
+    generators,
+    judges,
+    losses,
+    macro_actions,
+    openings,
+    preferences,
+    tournaments,
+)
 from fuserl.engine.advantages import centred
 from fuserl.engine.batch import Batch
 from fuserl.engine.losses import rollout_mean, rollout_sum, token_mean
-from fuserl.engine.toys import r_to_q, vpo
 from fuserl.engine.task_rewards import Quantiles
+from fuserl.engine.toys import r_to_q, vpo
 from fuserl.engine.variance_sampling import VarianceSampler
 
 
