@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Iterator
 
+import measured_tables
 from docstrings import docstring, prose, slug, table
 
 import fuserl
@@ -56,8 +57,22 @@ def ops() -> str:
 
 def recipes() -> str:
     """Recipes by name."""
-    rows = [[f"[`{name}`](docs/settings.md#{slug(name)})", prose(says)] for name, says in catalogue.RECIPES.items()]
-    return table(["recipe", "what"], rows)
+    checks = measured_tables.checks()
+    rows = [
+        [
+            str(catalogue.SYSTEMS.get(name, "")), f"[`{name}`](docs/settings.md#{slug(name)})", prose(says),
+            "objective" if name in catalogue.SYSTEMS else "baseline", _checked(name, checks),
+        ]
+        for name, says in catalogue.RECIPES.items()
+    ]  # fmt: skip
+    return table(["no.", "recipe", "what", "family", "figures of its check that hold"], rows)
+
+
+def _checked(name: str, checks: dict[str, dict]) -> str:
+    if name not in checks:
+        return "not run"
+    figures = checks[name]["figures"]
+    return f"[{sum(figure['holds'] for figure in figures)} of {len(figures)}](docs/checks.md#{slug(name)})"
 
 
 def trl() -> str:

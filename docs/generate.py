@@ -27,6 +27,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/api.md": api_page.page,
     "docs/settings.md": code_tables.settings_page,
     "docs/metrics.md": metrics_page.page,
+    "docs/checks.md": measured_tables.checks_page,
     "docs/numerics.md": measured_tables.numerics_page,
     "docs/benchmarks.md": measured_tables.benchmarks_page,
 }

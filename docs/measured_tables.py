@@ -42,6 +42,12 @@ _BENCHMARKS = """\
 `fuserl bench` takes these figures: correctness is checked before anything is timed, all providers of a case run in turn
 in one process, and "times the floor" is the median of the ratios within the run to the first provider. Spread is the
 interquartile range; peak memory is above the inputs. `make bench ARGS=--save` appends new rows; the newest count."""
+_CHECKS = """\
+# Checks
+
+`fuserl check RECIPE` compares what a recipe must reduce to, and what its paper claims where that can be enumerated, with
+what it does: each figure was made by the recipe's own advantage and loss. `python benchmarks/checks.py` takes the rows
+below anew; a figure that does not hold says so here, and its cause stands in the recipe's docstring."""
 _NUMERICS = """\
 # Numerics
 
@@ -163,6 +169,21 @@ def endtoend() -> str:
     ]  # fmt: skip
     facts = dict.fromkeys(f"{row['device']}, torch {row['torch']}, TRL {row['trl']}" for row in newest)
     return f"{table(heads, rows)}\n\n{'; '.join(facts)}."
+
+
+def checks() -> dict[str, dict]:
+    """The newest row of every recipe's check."""
+    newest = {row["recipe"]: row for row in _newest([RESULTS / "checks.jsonl"], "recipe")}
+    return {name: newest[name] for name in catalogue.RECIPES if name in newest}
+
+
+def checks_page() -> str:
+    """Every figure of every recipe's check, beside what was expected."""
+    body = [_CHECKS]
+    for name, row in checks().items():
+        figures = [f"- {'' if figure['holds'] else '**does not hold:** '}{figure['what']}" for figure in row["figures"]]
+        body += [f"## {name}", "\n".join(figures), f"{_facts(row, 'device')}; {row['seconds']:g} s."]
+    return "\n\n".join(body) + "\n"
 
 
 def curve() -> str:
