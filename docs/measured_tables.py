@@ -45,9 +45,9 @@ interquartile range; peak memory is above the inputs. `make bench ARGS=--save` a
 _CHECKS = """\
 # Checks
 
-`fuserl check RECIPE` compares what a recipe must reduce to, and what its paper claims where that can be enumerated, with
-what it does: each figure was made by the recipe's own advantage and loss. `python benchmarks/checks.py` takes the rows
-below anew; a figure that does not hold says so here, and its cause stands in the recipe's docstring."""
+`fuserl check RECIPE` compares what a recipe must reduce to, and what its paper claims where that can be enumerated,
+with what it does: each figure was made by the recipe's own advantage and loss. `python benchmarks/checks.py` takes the
+rows below anew; a figure that does not hold says so here, and its cause stands in the recipe's docstring."""
 _NUMERICS = """\
 # Numerics
 

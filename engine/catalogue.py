@@ -44,9 +44,9 @@ RECIPES = {
 
 # The numbers of published systems in the list that this product hosts; the other recipes are the field's baselines.
 SYSTEMS = {
-    "ma_rlhf": 1, "arena_rl": 2, "kl_bayes": 3, "cgpo": 5, "vpo": 10, "r_to_q": 11, "rover": 15, "dph_rl": 17, "ace": 26,
-    "rorecomp": 27, "advantage_alignment": 28, "sdpo": 32, "pre_rl": 35, "rep_exp": 39, "self_interference": 43,
-    "mdpo": 44, "laser": 45, "c_grpo": 53, "vas": 57, "med_grpo": 59, "vla_opd": 66,
+    "ma_rlhf": 1, "arena_rl": 2, "kl_bayes": 3, "cgpo": 5, "vpo": 10, "r_to_q": 11, "rover": 15, "dph_rl": 17,
+    "ace": 26, "rorecomp": 27, "advantage_alignment": 28, "sdpo": 32, "pre_rl": 35, "rep_exp": 39,
+    "self_interference": 43, "mdpo": 44, "laser": 45, "c_grpo": 53, "vas": 57, "med_grpo": 59, "vla_opd": 66,
 }  # fmt: skip
 
 TYPES = {"int": int, "float": float, "bool": bool, "str": str}

@@ -33,7 +33,7 @@ class Decoder:
     """
 
     def __init__(
-        self, model: nn.Module, rollouts: list[Rollout], most: int, rows: int | None, kv_gb: float | None, graphs: bool
+        self, model: nn.Module, rollouts: list[Rollout], most: int, rows: int | None, kv_gb: float | None, graphs=False
     ):
         self.model, self.recorder = model, replay.recorder(model) if graphs else None
         self.device = next(model.parameters()).device

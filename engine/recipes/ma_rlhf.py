@@ -28,7 +28,7 @@ from fuserl.engine.recipe import Critic, Recipe
 from fuserl.engine.rollouts import sampled
 from fuserl.engine.toys import ma_rlhf as toy
 
-DEFAULTS = {"minibatches": 4, "temperature": 0.8}
+DEFAULTS = {"minibatches": 4}
 
 
 def recipe(

@@ -125,7 +125,7 @@ def test_an_unknown_recipe_is_answered_with_the_nearest(call):
 
 
 def test_owners_of_an_option():
-    assert catalogue.owners("gamma") == "gamma is an option of ppo." and catalogue.owners("gama") == ""
+    assert catalogue.owners("critic_lr") == "critic_lr is an option of ppo, ma_rlhf." and catalogue.owners("gama") == ""
     assert all(name in catalogue.owners("beta") for name in ("grpo", "rloo", "dpo")) and catalogue.known("sft") == "sft"
 
 

@@ -143,8 +143,8 @@ MUTATIONS = {
 }  # fmt: skip
 
 
-SAMPLED = {"r_to_q": 3, "vpo": 2}  # figures of a recipe that are means of random problems: tolerances are errors
-SAMPLED = {"arena_rl": 3}  # figures of a recipe that are means over random groups, with sampling errors for tolerances
+# Figures of a recipe that are means over random problems, with sampling errors for tolerances.
+SAMPLED = {"r_to_q": 3, "vpo": 2, "arena_rl": 3, "dph_rl": 2}
 
 
 @pytest.mark.parametrize("name", catalogue.RECIPES)
