@@ -130,21 +130,24 @@ def preferred(given: Tree, loss: Callable, steps: int) -> list[Tensor]:
     """Policies (S, ACTIONS) that a loss of pairs trains on infinitely many exact preferences, from the reference on."""
     batch, weights = every_pair(given)
     table, texts = Table(given.reference), leaves(given, given.reference)
+    # A node counts for as many texts as go on from it: in these units all move alike.
+    below = torch.cat([torch.full((ACTIONS**level,), ACTIONS ** (level - given.depth)) for level in range(given.depth)])
+    units, moved = below.double().sqrt()[:, None], torch.zeros_like(given.reference, requires_grad=True)
     settings = dict(max_iter=1, max_eval=50, history_size=50, tolerance_grad=0, tolerance_change=0)
-    optimizer = torch.optim.LBFGS([table.logits], line_search_fn="strong_wolfe", **settings)
+    optimizer = torch.optim.LBFGS([moved], line_search_fn="strong_wolfe", **settings)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        sums = texts.rollout_sum(table.outputs(texts).logprob)
+        sums = texts.rollout_sum(table.outputs(texts, given.reference + units * moved).logprob)
         each = loss(SimpleNamespace(logprob=sums[batch.extra["state"]]), batch)[0]
         total = len(weights) * (each * weights.repeat_interleave(2)).sum()  # torch's L-BFGS forgets tiny steps
         total.backward()
         return total
 
-    found = [table.logits.detach().log_softmax(-1)]
+    found = [given.reference]
     for _ in range(steps):
         optimizer.step(closure)
-        found.append(table.logits.detach().log_softmax(-1))
+        found.append((given.reference + units * moved.detach()).log_softmax(-1))
     return found
 
 
