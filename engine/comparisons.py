@@ -6,6 +6,7 @@ The first two completions of each prompt are a pair; those behind, which the ref
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Callable
 
 import torch
@@ -29,7 +30,7 @@ def drawn(reward: Callable, *, second: str = "policy") -> Callable:
         if second == "policy":
             pairs = policy.generate(prompts, group_size=2)
         else:
-            pairs = _beside(policy.generate(prompts, group_size=1), rollouts.from_reference(policy, prompts))
+            pairs = _beside(policy.generate(prompts, group_size=1), _by_reference(policy, prompts))
         with policy.meter.phase("reward"):
             return dataclasses.replace(pairs, scores=reward(pairs))
 
@@ -45,12 +46,18 @@ def calibrated(slot: Callable) -> Callable:
     def rollout(policy, prompts: list[Prompt]) -> Rollouts:
         pairs = slot(policy, prompts)
         rewards, facts = pairs.scores
-        both = _beside(pairs, rollouts.from_reference(policy, prompts))
+        both = _beside(pairs, _by_reference(policy, prompts))
         mean = torch.zeros(len(prompts)).index_add(0, pairs.group, rewards) / 2
         numbers = {name: x for name, x in facts.items() if not isinstance(x, Tensor)}
         return dataclasses.replace(both, scores=(torch.cat([rewards, mean]), numbers))
 
     return rollout
+
+
+def _by_reference(policy, prompts: list[Prompt]) -> Rollouts:
+    """A completion of each prompt by the reference; that it is not the policy's draw shows in its log-probs, NaN."""
+    drawn = rollouts.from_reference(policy, prompts)
+    return dataclasses.replace(drawn, rollout_logprobs=torch.full_like(drawn.rollout_logprobs, torch.nan))
 
 
 def _beside(first: Rollouts, second: Rollouts) -> Rollouts:
@@ -68,14 +75,14 @@ def apart(batch: Batch) -> tuple[Batch, Batch]:
     return batch.rollouts_at(index[:pairs]).counted(), batch.rollouts_at(index[pairs:]).counted()
 
 
-def preferred(pairs: Batch, oracle: str, random: torch.Generator) -> Batch:
+def preferred(pairs: Batch, oracle: str, chance: torch.Generator) -> Batch:
     """The pairs with rewards of 1 and 0 for what an oracle prefers; where it cannot, a pair is left out.
 
     Args:
         pairs: two rollouts in each group.
         oracle: "larger" prefers the larger reward, and neither of equals; "bradley_terry" the first of two with the
             chance sigmoid(its reward - the other's).
-        random: what the second one draws from.
+        chance: what the second one draws from.
     """
     require("preferred", "oracle", oracle, oracle in ORACLES, f"one of {', '.join(ORACLES)}")
     one, two = pairs.group.argsort(stable=True).view(-1, 2).unbind(1)
@@ -83,7 +90,7 @@ def preferred(pairs: Batch, oracle: str, random: torch.Generator) -> Batch:
     if oracle == "larger":
         known, first = more != 0, more > 0
     else:
-        known, first = more == more, torch.rand(len(more), generator=random) < more.sigmoid()
+        known, first = more == more, torch.rand(len(more), generator=chance) < more.sigmoid()
     labels = torch.zeros_like(pairs.rewards).index_fill(0, torch.where(first, one, two), 1.0)
     kept = torch.stack([one, two], 1)[known].flatten().sort().values
     return pairs.replace(rewards=labels).rollouts_at(kept).counted()
@@ -105,15 +112,16 @@ class Buffer:
         self.kept: list[tuple[Batch, Batch]] = []
 
     def grown(self, batch: Batch) -> list[Batch]:
-        """A step's batches, in a random order: its own, and earlier ones; pairs are objective 0, the rest is 1."""
-        random = torch.Generator().manual_seed((self.seed << 32) + batch.step)
+        """A step's batches: its own, then earlier ones in a random order; pairs are objective 0, the rest is 1."""
+        # torch's generator hears of a seed its last 32 bits alone.
+        named = random.Random(f"{self.seed} {batch.step}").getrandbits(32)
+        chance = torch.Generator().manual_seed(named)
         pairs, rest = apart(batch)
-        new = preferred(pairs, self.oracle, random), rest
-        order = torch.randperm(len(self.kept), generator=random)
+        new = preferred(pairs, self.oracle, chance), rest
+        order = torch.randperm(len(self.kept), generator=chance)
         older = [self.kept[at] for at in order[: self.replay].tolist()]
         self.kept.append(tuple(_plain(each) for each in new))
-        several = [mixtures.joined(*each) for each in [new, *older]]
-        return [several[at] for at in torch.randperm(len(several), generator=random).tolist()]
+        return [mixtures.joined(*each) for each in [new, *older]]
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that was collected, end to end."""
