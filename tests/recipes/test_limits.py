@@ -21,6 +21,7 @@ from fuserl.engine import (
     preferences,
     tournaments,
 )
+from fuserl.engine import advantages, catalogue, losses, macro_actions, preferences, targets
 from fuserl.engine.advantages import centred
 from fuserl.engine.batch import Batch
 from fuserl.engine.losses import rollout_mean, rollout_sum, token_mean
@@ -68,6 +69,8 @@ def without(bound):
 
 
 real_pairs, likeliest = preferences._pairs, beams._likeliest
+real_pairs = preferences._pairs
+real_sums = targets.sums
 
 
 def smoothed(**options):
@@ -130,6 +133,8 @@ MUTATIONS = {
     "ma_rlhf-last": ("ma_rlhf", macro_actions, "steps_of", without_last),
     "ma_rlhf-sigma": ("ma_rlhf", macro_actions, "_weights", lambda sigma, place, *_: (place == 0).double()),
     "ma_rlhf-every": ("ma_rlhf", "recipe", "every", lambda n: macro_actions.every(n + 1)),
+    "kl_bayes-sums": ("kl_bayes", targets, "sums", lambda batch: real_sums(batch)[::-1]),
+    "kl_bayes-loss": ("kl_bayes", targets, "rollout_sum", rollout_mean),
     "rover-loss": ("rover", "recipe", "token_mean", rollout_sum),
     "rover-next": ("rover", Batch, "last", property(lambda self: self.rollout >= 0)),
     "dph_rl-generator": ("dph_rl", generators, "generated", scaled(generators.generated)),

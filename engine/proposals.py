@@ -1,0 +1,56 @@
+"""Drawing rollouts from the best policy so far, where an update can learn from another's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fuserl.engine import adapters
+from fuserl.engine.batch import Rollouts
+
+
+class Proposal:
+    """The weights that rollouts are drawn with: those of the policy when it was last adopted, at first as it starts.
+
+    Memory: what is trained, once more.
+    """
+
+    def __init__(self):
+        self.weights: dict[str, Tensor] = {}
+
+    def adopt(self) -> None:
+        """Take the policy's weights when rollouts are drawn next."""
+        self.weights = {}
+
+    def drawing(self, rollout: Callable) -> Callable:
+        """The rollout slot, drawn with these weights; the policy has its own back when it returns, or raises."""
+
+        @torch.no_grad()
+        def slot(policy, prompts) -> Rollouts:
+            ours = adapters.trained(policy.model)
+            if not self.weights:
+                self.weights = {name: x.detach().clone() for name, x in ours.items()}
+                return rollout(policy, prompts)
+            kept = {name: x.detach().clone() for name, x in ours.items()}
+            _assign(ours, self.weights)
+            try:
+                return rollout(policy, prompts)
+            finally:
+                _assign(ours, kept)
+
+        return slot
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights; empty where the policy's are taken next."""
+        return dict(self.weights)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on with a `state_dict`."""
+        self.weights = dict(state)
+
+
+def _assign(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
