@@ -62,7 +62,7 @@ def recipe(
     apart = proposal == "best" and (config.overlap or config.rollout != "embedded")
     require("kl_bayes", "proposal", proposal, not apart, "policy where rollouts are drawn ahead or by vLLM")
     best, partition = Proposal() if proposal == "best" else None, targets.Partition(z_rate)
-    moments = targets.Moments([float(x) for x in moment.split(",")], lr=moment_lr, steps=moment_steps)
+    moments = targets.Moments(_numbers(moment), lr=moment_lr, steps=moment_steps)
     rollout, scorer = sampled(config.group_size), rewards.scorer(config)
     state = {"partition": partition} | ({"proposal": best} if best else {})
 
@@ -85,6 +85,15 @@ def recipe(
     )  # fmt: skip
 
 
+def _numbers(moment: str) -> list[float]:
+    try:
+        return [float(x) for x in moment.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"kl_bayes: moment must be numbers with commas between them; got {moment!r}. Give one per feature."
+        ) from error
+
+
 def show() -> list[Figure]:
     """The identity and its gradient, the collapse without KL and none with it, and a sampled gradient, enumerated."""
     world, beta, loss = toy.Enumerable(moved=1.0), 0.5, targets.reinforced()
@@ -96,7 +105,7 @@ def show() -> list[Figure]:
     batch = exact(world.every())
     ours = world.table.gradient(batch, loss)
     drawn = toy.sampled_error(world, targets.inferred(beta=beta), loss, slope)
-    free = toy.Enumerable(lr=100.0).trained(targets.inferred(beta=0.0, baseline=False), loss, 1000)
+    free = toy.Enumerable(lr=400.0).trained(targets.inferred(beta=0.0, baseline=False), loss, 300)
     held = toy.Enumerable(lr=10.0).trained(exact, loss, 2000)
     forward = toy.Enumerable(lr=4.0).trained(targets.inferred("dpg", beta=beta, baseline=False), loss, 2000)
     return [

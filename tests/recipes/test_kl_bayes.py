@@ -74,6 +74,10 @@ def test_what_goes_on_from_batch_to_batch_is_kept(tmp_path):
         assert {*recipe(tmp_path, "kl_bayes", **options).state} == names
     with pytest.raises(ValueError, match="proposal must be policy where rollouts are drawn ahead or by vLLM"):
         recipe(tmp_path, "kl_bayes", proposal="best", overlap=True)
+    for moment in ("", "0.3,x", "0.3;1"):
+        with pytest.raises(ValueError, match=r"^kl_bayes: moment must be numbers with commas between them; got "):
+            recipe(tmp_path, "kl_bayes", moment=moment)
+    assert recipe(tmp_path, "kl_bayes", target="moments", moment="0.3, 1").state["moments"].moments.tolist() == [0.3, 1]
 
 
 def test_dead_rollouts_change_nothing(tmp_path):
@@ -126,11 +130,11 @@ def test_the_best_proposal_is_the_nearest_to_the_target(toward):
 
 @pytest.mark.slow
 def test_collapse_and_no_collapse_from_several_starts():
-    for seed in range(1, 6):
+    for seed in (1, 2):
         p, _ = toy.Enumerable(seed=seed).posterior(0.5)
-        for objective, most in (("kl_rl", 1e-4), ("dpg", 1e-3)):
+        for objective, lr, most in (("kl_rl", 10.0, 1e-4), ("dpg", 2.0, 1e-3)):
             credit = targets.inferred(objective, beta=0.5, baseline=False)
-            logs = toy.Enumerable(seed=seed, lr=10.0).trained(credit, targets.reinforced(), 4000)
+            logs = toy.Enumerable(seed=seed, lr=lr).trained(credit, targets.reinforced(), 4000)
             apart = toy.divergence(logs, p) if objective == "kl_rl" else toy.divergence(p, logs)
             assert apart < most and toy.entropy(logs) == pytest.approx(toy.entropy(p), abs=0.02)
         free = targets.inferred(beta=0.0, baseline=False)
