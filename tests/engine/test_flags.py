@@ -118,7 +118,7 @@ def test_synonyms_lead_somewhere_and_shadow_nothing():
         (["--group", "4"], "Did you mean '--groups'?"),
         (["--batch_size=4"], "unknown argument '--batch-size'. It is --groups here."),
         (["--lam", "0.9"], "unknown argument '--lam'. lam is an option of ppo"),
-        (["--vf-coef", "0.9"], "unknown argument '--vf-coef'. value_coef is an option of ppo."),
+        (["--vf-coef", "0.9"], "unknown argument '--vf-coef'. value_coef is an option of ppo"),
         (["steps", "9"], "unknown argument 'steps'. It is --steps here."),
         (["--groups", "x"], "argument --groups: must be an integer >= 1; got 'x'"),
         (["--lr", "fast"], "argument --lr: must be a number > 0.0; got 'fast'"),
