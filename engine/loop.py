@@ -109,6 +109,7 @@ def step(
     batch = batch_of(rollouts, rewards, step=state.step)
     batch = batch.replace(teacher_prompts=taught and [policy.encode(text) for text in taught])
     batch = batch.replace(facts=batch.facts | {name: x for name, x in facts.items() if isinstance(x, Tensor)})
+    batch = batch if recipe.packed is None else recipe.packed(batch)
     batch = (critic or policy).score(batch, [field for field in recipe.reads if field == "values"])
     batch = policy.score(batch, [field for field in recipe.reads if field != "values"])
     advantages = recipe.advantage(batch)

@@ -307,7 +307,8 @@ class Policy:
         outputs = tuple(name for name in dict.fromkeys((*loss.outputs, "entropy")) if name not in {*places, *loss.made})
         hidden, reference = taken(states, packed.predictor).to(self.compute), self._taught_by(batch, loss)
         weight, terms = adapters.head_weight(model).to(hidden.dtype), adapters.head_terms(model)
-        terms |= {"temperature": self.sampling.temperature or 1.0, "chunk": self.updating.chunk}
+        terms["temperature"] = part.extra.get("temperature", self.sampling.temperature or 1.0)
+        terms["chunk"] = self.updating.chunk
         given = HeadInput(hidden, weight, part.tokens, terms, live, reference)
         heads |= {name: make(given) for name, make in loss.made.items()}
         value, out, statistics = linear_policy_loss(

@@ -41,6 +41,7 @@ class Recipe:
     critic: Critic | None = None  # where values do not come from a head on the policy's trunk
     reference: Teacher = field(default_factory=Teacher)  # what is read as ref_..., unless the user names a model
     teacher: Teacher | None = None  # the second model whose log-probs or distributions advantage or loss read
+    packed: Callable | None = None  # (Batch) -> Batch, before it is scored: tokens put behind rollouts
     batches: Callable | None = None  # (Batch with advantages) -> list[Batch], updated on in turn; by default it alone
     evaluate: Callable | None = None  # (policy, prompts) -> {name: number}, beside accuracy by the reward
     state: dict = field(default_factory=dict)  # name -> object with state_dict and load_state_dict: is checkpointed
