@@ -74,6 +74,14 @@ def only(batch: Batch, chosen: Tensor) -> Batch:
     return batch.rollouts_at(chosen.nonzero().squeeze(-1)).counted()
 
 
+def together(*batches: Batch) -> Batch:
+    """Batches one after the other as one of a single objective, with only the prompts that it has rollouts of."""
+    found = joined(*batches)
+    used, group = found.group.unique(return_inverse=True)
+    prompts = [found.prompt_tokens[each] for each in used.tolist()]
+    return found.replace(group=group, prompt_tokens=prompts, objective=None, objectives=()).counted()
+
+
 def woven(batch: Batch) -> Batch:
     """A joined batch, its groups numbered so that of each objective every minibatch has its share."""
     place = torch.full((len(batch.prompt_tokens),), torch.inf, dtype=torch.float64)

@@ -22,6 +22,7 @@ from fuserl.engine import (
     tournaments,
 )
 from fuserl.engine import advantages, catalogue, losses, macro_actions, preferences, targets
+from fuserl.engine import advantages, catalogue, generators, losses, openings, preferences, recomposition
 from fuserl.engine.advantages import centred
 from fuserl.engine.batch import Batch
 from fuserl.engine.losses import rollout_mean, rollout_sum, token_mean
@@ -145,6 +146,7 @@ MUTATIONS = {
     "rep_exp-picks": ("rep_exp", elliptical, "coreset", lambda h, size, lamb: [*range(size)]),
     "med_grpo-scale": ("med_grpo", Quantiles, "normalised", lambda self, key, values: values.double()),
     "vas-walk": ("vas", VarianceSampler, "_walked", lambda self, step: [0] * (self.groups - self.weighted)),
+    "rorecomp-choice": ("rorecomp", recomposition, "priority", lambda batch, *_: batch.rewards > 2),
 }  # fmt: skip
 
 
