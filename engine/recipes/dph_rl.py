@@ -74,7 +74,7 @@ def recipe(
     stored = Rehearsal(scorer, samples=presamples, threshold=solved)
 
     def rollout(policy, asked):
-        if divergence != "none":
+        if divergence != "none" and not stored.drawn:
             every = itertools.chain.from_iterable(map(sampler, range(1, config.steps + 1)))
             stored.draw(policy, [*every], config.groups)
         return policy.generate(stored.unsolved(asked) or asked[:1], group_size=config.group_size)
@@ -132,13 +132,13 @@ def show() -> list[Figure]:
             Figure(f"{kind}: f(1) and f'(1)", max(abs(value), abs(slope)), 0, 1e-12),
             Figure(f"{kind}: f''(1)", curvature, at_one, 1e-6),
         ]
-    pulls = {kind: toys.forgotten(both(kind, eta=1.0), 10.0) for kind in ("forward", "jensen_shannon")}
+    stops, pulls = (toys.forgotten(both(k, eta=1.0), d) for k, d in (("jensen_shannon", 30.0), ("forward", 10.0)))
     kept, lost = (toys.arms(both(kind, eta=0.2), mixed, seeds=(0, 1)) for kind in ("forward", "none"))
     return [
         *found,
-        Figure("jensen_shannon where u = e^-10: f", pulls["jensen_shannon"][0], math.log(2), 1e-3 / 2),
-        Figure("its gradient", pulls["jensen_shannon"][1], 0, 1e-3 / 2),
-        Figure("forward's gradient there", pulls["forward"][1], math.expm1(-10)),
+        Figure("jensen_shannon where u = e^-30: f", stops[0], math.log(2), 1e-9),
+        Figure("its gradient there", stops[1], 0, 1e-9),
+        Figure("forward's gradient where u = e^-10", pulls[1], math.expm1(-10)),
         at_least("effective number of right arms, forward over none", kept["number"] / lost["number"], 2.0),
         at_least("least probability of a right arm, forward over none", kept["least"] / lost["least"], 20.0),
         at_least("probability of what is rewarded, forward", kept["rewarded"], 0.9),
