@@ -137,10 +137,22 @@ class Batch:
         )
 
     def seen_by(self, number: int) -> tuple[Tensor, Batch]:
-        """The rows (n,) of the tokens for objective `number`, and the batch of them with its sizes."""
+        """The rows (n,) of the tokens for objective `number`, and the batch of them, their rollouts and its sizes."""
         rows, sizes = (self.objective == number).nonzero().squeeze(-1), self.objectives[number]
+        index = (sizes.lengths > 0).nonzero().squeeze(-1)
+        at = index.to(self.rewards.device)
         return rows, dataclasses.replace(
-            self.take(rows), counts=sizes.counts, offsets=offsets_of(sizes.lengths), objective=None, objectives=()
+            self.take(rows),
+            rollout=torch.searchsorted(at, self.rollout[rows]),
+            group=self.group[at],
+            rewards=self.rewards[at],
+            completions=self.completions and [self.completions[b] for b in index.tolist()],
+            facts={name: value[index.to(value.device)] for name, value in self.facts.items()},
+            teacher_prompts=self.teacher_prompts and [self.teacher_prompts[b] for b in index.tolist()],
+            counts=sizes.counts,
+            offsets=offsets_of(sizes.lengths[index]),
+            objective=None,
+            objectives=(),
         )
 
     @property

@@ -1,12 +1,15 @@
 """Several objectives in one pass: each part's loss and gradient are those it has alone, however the batch is cut."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from batches import ragged
+from batches import pairs, ragged
 
 from fuserl.engine import checks
 from fuserl.engine.losses import clipped, mean_over, negative_logprob, rollout_mean, rollout_sum, token_mean
 from fuserl.engine.mixtures import appended, joined, mixture
+from fuserl.engine.preferences import preference
 
 
 def two():
@@ -81,3 +84,18 @@ def test_what_has_several_objectives_is_refused():
     for again in (lambda: joined(whole, whole), lambda: appended(whole, whole.tokens, whole.rewards > 0)):
         with pytest.raises(ValueError, match="must have one objective"):
             again()
+
+
+def test_pairs_may_be_one_of_several_objectives():
+    """What couples rollouts sees those of its own objective alone."""
+    explored = ragged((3, 1, 2), (0, 0, 0))
+    paired = pairs((2, 1, 3, 2))
+    paired = paired.replace(advantages=torch.ones_like(paired.advantages))
+    first, second = clipped(), preference(beta=0.3)
+    for batches, losses in (((explored, paired), (first, second)), ((paired, explored), (second, first))):
+        whole = joined(*batches)
+        logprob = whole.rollout_logprobs + 0.1
+        found = mixture(*losses)(SimpleNamespace(logprob=logprob), whole)[0]
+        each = logprob.split([len(batch.tokens) for batch in batches])
+        parts = [loss(SimpleNamespace(logprob=x), b)[0] for loss, x, b in zip(losses, each, batches, strict=True)]
+        assert torch.equal(found, torch.cat(parts))
