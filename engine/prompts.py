@@ -3,6 +3,8 @@
 task("reasoning_gym:chain_sum:max_terms=2,max_digits=1")    problems without end, with a verifier of their own
 task("web:hops=3,others=4")                                 questions to be answered from small generated webs
 task("problems.jsonl")                                      a user's rows: prompt, answer, chosen, rejected, metadata
+
+A run of several tasks names them all, `A + B`: see `blends`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fuserl.engine import files, lookup, symbolic_videos
+from fuserl.engine import blends, files, lookup, symbolic_videos
 from fuserl.engine.problems import Generated, Problem, Rows, Source, questions
 
 _GYM = "reasoning_gym:"
@@ -241,8 +243,9 @@ def held_out(config) -> list[Prompt]:
 def configured(config) -> Task:
     """The task of a resolved configuration, built once for as long as its files do not change."""
     name = config.data or config.task
+    several = blends.parts(name)
     return _built(
-        name,
+        tuple(several),
         held_from=config.eval_data,
         columns=tuple(config.columns),
         shots=config.few_shot,
@@ -250,12 +253,24 @@ def configured(config) -> Task:
         chats=config.chat,
         instruction=config.system,
         model=config.model,
-        stamps=tuple(_stamp(path) for path in (name, config.eval_data)),
+        stamps=tuple(_stamp(path) for path in (*(part for _, part in several), config.eval_data)),
     )
 
 
 @functools.lru_cache(maxsize=8)
-def _built(name: str, *, held_from, columns, shots, held_out, chats, instruction, model, stamps) -> Task:
+def _built(several: tuple, *, held_from, columns, shots, held_out, chats, instruction, model, stamps) -> Task:
+    if len(several) > 1:
+        if held_from:
+            raise ValueError(
+                f"eval_data: it must go with one task; got {held_from} for {len(several)}. Leave it out: each task "
+                "holds out problems of its own."
+            )
+        each = None if held_out is None else -(-held_out // len(several))
+        given = dict(held_from=None, columns=columns, shots=shots, held_out=each, stamps=stamps)
+        model_given = dict(chats=chats, instruction=instruction, model=model)
+        tasks = [_built(((1, name),), **given, **model_given) for _, name in several]
+        return blends.blended(tasks, [share for share, _ in several])
+    [(_, name)] = several
     source = _source(name, columns)
     judged = files.read(held_from, columns) if held_from else None
     render = completion

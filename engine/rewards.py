@@ -27,11 +27,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fuserl.engine import lookup, problems, prompts, ranks, reward_worker, wording
+from fuserl.engine import blends, lookup, problems, prompts, ranks, reward_worker, wording
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.reward_pool import Pool
 from fuserl.engine.reward_worker import Failure, Outcome, Scores
-from fuserl.engine.verifiers import Verifier, exact, math_equal
+from fuserl.engine.verifiers import ByTask, Verifier, exact, math_equal
 
 # What a reward function may ask for, in the words of its own parameters.
 SINGLE = ("prompt", "completion", "answer", "metadata", "finish")
@@ -252,6 +252,9 @@ def verifier(task: prompts.Task, *, partial_credit: bool = False) -> Callable:
             f"reward: every problem must have an answer to compare with; {task.source.unverifiable}. "
             "Add it, or name a reward with --reward module:function."
         )
+    if isinstance(task.source, blends.Blend):
+        each = {name: verifier(part, partial_credit=partial_credit) for name, part in task.source.by_name.items()}
+        return ByTask({name: (function, wanted(function)) for name, function in each.items()})
     if isinstance(task.source, problems.Generated):
         return Verifier(task.name.partition(":")[2], partial_credit, task.source)
     return exact

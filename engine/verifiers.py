@@ -62,3 +62,19 @@ class Verifier:
     def __call__(self, completion: str, answer: str | None, metadata: dict) -> float:
         score = self.source.score(answer_in(completion, answer), metadata)
         return score if self.partial_credit else float(score == 1.0)
+
+
+class ByTask:
+    """The verifier of several tasks: each problem is judged by that of the task in its metadata.
+
+    Args:
+        verifiers: name of a task -> (its verifier, what that asks for among completion, answer and metadata).
+    """
+
+    def __init__(self, verifiers: dict[str, tuple]):
+        self.verifiers = verifiers
+
+    def __call__(self, completion: str, answer: str | None, metadata: dict) -> float:
+        function, names = self.verifiers[metadata["task"]]
+        known = {"completion": completion, "answer": answer, "metadata": metadata}
+        return function(**{name: known[name] for name in names})
