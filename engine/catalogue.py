@@ -30,6 +30,7 @@ RECIPES = {
     "ma_rlhf": "PPO whose decisions are runs of tokens (arXiv:2410.02743)",
     "arena_rl": "advantages from a tournament among a group's completions (arXiv:2601.06487)",
     "kl_bayes": "reverse KL, forward KL or any f-divergence to a target distribution (arXiv:2205.11275)",
+    "cgpo": "a mixture of judges as constraints, three optimisers, several tasks (arXiv:2409.20370)",
     "vpo": "preferences with a value regulariser: optimism online, pessimism offline (arXiv:2405.19320)",
     "r_to_q": "DPO as soft Q-learning of tokens: implied rewards, and search by beams (arXiv:2404.12358)",
     "rover": "log-ratios regressed on the value of a uniformly random policy (arXiv:2509.24981)",

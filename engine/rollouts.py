@@ -50,12 +50,15 @@ def scored(draw: Callable, reward: Callable) -> Callable:
     """The rollout slot `draw`, with a reward that is for training: the recipe's own judges held-out problems.
 
     Args:
-        draw: (policy, prompts) -> Rollouts.
+        draw: (policy, prompts) -> Rollouts; those that come with rewards keep them.
         reward: as of a recipe.
     """
 
     def rollout(policy, prompts: list[Prompt]) -> Rollouts:
-        rollouts, rewards, facts = _rewarded(policy, draw(policy, prompts), reward)
+        drawn = draw(policy, prompts)
+        if drawn.scores is not None:
+            return drawn
+        rollouts, rewards, facts = _rewarded(policy, drawn, reward)
         return dataclasses.replace(rollouts, scores=(rewards, facts))
 
     rollout.close = getattr(reward, "close", lambda: None)
@@ -100,18 +103,18 @@ def _rewarded(policy, rollouts: Rollouts, reward: Callable) -> tuple[Rollouts, T
 
 def demonstrations(policy, prompts: list[Prompt]) -> Rollouts:
     """A rollout slot: each prompt's own answer as its one completion, ended as the policy's end, with reward 1."""
-    rollouts = _given(policy, prompts, [(prompt.answer,) for prompt in prompts])
+    rollouts = given(policy, prompts, [(prompt.answer,) for prompt in prompts])
     return dataclasses.replace(rollouts, scores=(torch.ones(len(prompts)), {}))
 
 
 def pairs(policy, prompts: list[Prompt]) -> Rollouts:
     """A rollout slot: each prompt's chosen and rejected completion, with rewards 1 and 0."""
-    rollouts = _given(policy, prompts, [(prompt.chosen, prompt.rejected) for prompt in prompts])
+    rollouts = given(policy, prompts, [(prompt.chosen, prompt.rejected) for prompt in prompts])
     return dataclasses.replace(rollouts, scores=(torch.tensor([1.0, 0.0]).repeat(len(prompts)), {}))
 
 
-def _given(policy, prompts: list[Prompt], texts: list[tuple[str, ...]]) -> Rollouts:
-    """Completions that the data brings, as many for each prompt."""
+def given(policy, prompts: list[Prompt], texts: list[tuple[str, ...]]) -> Rollouts:
+    """Completions that the data brings, `texts` of each prompt, as many for all: with rollout_logprobs of NaN."""
     for prompt, several in zip(prompts, texts, strict=True):
         if None in several:
             raise ValueError(

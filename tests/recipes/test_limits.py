@@ -12,6 +12,7 @@ from fuserl.engine import (
     beams,
     catalogue,
     citations,
+    constrained,
     elliptical,
     generators,
     judges,
@@ -19,14 +20,15 @@ from fuserl.engine import (
     macro_actions,
     openings,
     preferences,
+    recomposition,
+    targets,
     tournaments,
 )
-from fuserl.engine import advantages, catalogue, losses, macro_actions, preferences, targets
-from fuserl.engine import advantages, catalogue, generators, losses, openings, preferences, recomposition
 from fuserl.engine.advantages import centred
 from fuserl.engine.batch import Batch
 from fuserl.engine.losses import rollout_mean, rollout_sum, token_mean
 from fuserl.engine.task_rewards import Quantiles
+from fuserl.engine.toys import cgpo as toy_cgpo
 from fuserl.engine.toys import r_to_q, vpo
 from fuserl.engine.variance_sampling import VarianceSampler
 
@@ -125,6 +127,9 @@ MUTATIONS = {
     "arena_rl-advantage": ("arena_rl", "recipe", "standardized", larger(advantages.standardized)),
     "arena_rl-orders": ("arena_rl", judges.Judge, "both_orders", lambda judge, *texts, **more: judge.pairwise(*texts)),
     "arena_rl-bracket": ("arena_rl", tournaments, "_bracket", lambda count: list(range(count))),
+    "cgpo-bound": ("cgpo", constrained, "log_ratios", lambda batch: torch.zeros_like(batch.rewards)),
+    "cgpo-verdicts": ("cgpo", toy_cgpo, "PASSES", torch.ones(4, dtype=torch.float64)),
+    "cgpo-calibration": ("cgpo", toy_cgpo, "calibrated", lambda score, group, stored: score),
     "c_grpo-chain": ("c_grpo", citations, "connected", lambda rubrics, supported: list(supported)),
     "c_grpo-bonus": ("c_grpo", citations, "mixed", lambda right, share, alpha, **how: [*right]),
     "sft-loss": ("sft", "recipe", "negative_logprob", scaled(losses.negative_logprob)),
@@ -151,7 +156,9 @@ MUTATIONS = {
 
 
 # Figures of a recipe that are means over random problems, with sampling errors for tolerances.
-SAMPLED = {"r_to_q": 3, "vpo": 2, "arena_rl": 3, "dph_rl": 2}
+SAMPLED = {"r_to_q": 3, "vpo": 2, "arena_rl": 3, "dph_rl": 2, "cgpo": 6}
+# Figures of a recipe that are means over random groups, or of training that is cut short, with tolerances for that.
+
 
 
 @pytest.mark.parametrize("name", catalogue.RECIPES)
