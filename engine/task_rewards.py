@@ -124,6 +124,14 @@ class TaskScorer:
         found = grounding.temporal_iou(grounding.interval(text), grounding.interval(answer))
         return found if self.threshold is None else float(found >= self.threshold)
 
+    def state_dict(self) -> dict:
+        """The names of the pairs: their numbers are in rollouts that are drawn ahead."""
+        return {"pairs": list(self.pairs)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on with the numbers of a `state_dict`."""
+        self.pairs[:] = state["pairs"]
+
     def close(self) -> None:
         """End the reward's workers, and the judge."""
         for each in (self.plain, self._marked):

@@ -15,6 +15,7 @@ SETTINGS = dict(
     reward_workers=0,
 )  # fmt: skip
 ENDING = dict(stop=tuple("+-= \n"), max_new_tokens=30)  # so that many completions end by themselves, with a text
+SHORTER = {"advantage_alignment": {"rounds": 2}}  # games are long
 MACHINE = ("_s", "_gb", "_tflops", "_share", "seconds", "elapsed")  # how names of figures end that no two runs share
 
 
@@ -24,7 +25,8 @@ class Characters:
     eos_token_id = 2
 
     def __call__(self, text, add_special_tokens=True):
-        return types.SimpleNamespace(input_ids=[LETTERS.index(letter) + 3 for letter in text])
+        # What it does not know reads as a line break.
+        return types.SimpleNamespace(input_ids=[LETTERS.find(letter) % len(LETTERS) + 3 for letter in text])
 
     def save_pretrained(self, folder):
         """Leave a mark that `from_pretrained` looks for."""
@@ -53,7 +55,8 @@ def problems(folder, count=8):
 
 def config(folder, name, **changes):
     """The configuration of a run in folder/name; options of the recipe among the changes."""
-    settings = {**SETTINGS, **catalogue.fixed(changes.get("recipe", "grpo")), **changes}
+    recipe = changes.get("recipe", "grpo")
+    settings = {**SETTINGS, **catalogue.fixed(recipe), **SHORTER.get(recipe, {}), **changes}
     return Config.from_dict(dict(data=problems(folder), out=str(folder / name), **settings))
 
 

@@ -81,7 +81,7 @@ def recipe(
         reward=raw,
         advantage=with_shares(ADV_NORMS[adv_norm], raw.pairs),
         loss=clipped(low=low, high=high),
-        state={"quantiles": quantiles},
+        state={"quantiles": quantiles, "pairs": raw},
     )
 
 

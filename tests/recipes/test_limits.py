@@ -19,6 +19,7 @@ from fuserl.engine import (
     losses,
     macro_actions,
     openings,
+    opponent_shaping,
     preferences,
     recomposition,
     targets,
@@ -147,6 +148,9 @@ MUTATIONS = {
     "pre_rl-loss": ("pre_rl", "recipe", "clipped", scaled(losses.clipped)),
     "pre_rl-advantage": ("pre_rl", openings, "centred", advantages.standardized),
     "pre_rl-samples": ("pre_rl", openings, "only", lambda batch, chosen: batch),
+    "advantage_alignment-now": (
+        "advantage_alignment", opponent_shaping, "shaping_weights", lambda a, gamma, **_: torch.zeros_like(a),
+    ),
     "rep_exp-ridge": ("rep_exp", elliptical, "left_out", lambda b: b),
     "rep_exp-picks": ("rep_exp", elliptical, "coreset", lambda h, size, lamb: [*range(size)]),
     "med_grpo-scale": ("med_grpo", Quantiles, "normalised", lambda self, key, values: values.double()),
