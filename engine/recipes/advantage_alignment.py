@@ -14,7 +14,8 @@ those of the dilemma; for trust gamma is 0.96 and shaping 2. Other moves (`alter
 act at once.
 
 Check: two players with tables of five states, the start and the last round; logits of D begin at -1, 128 games of 16
-rounds, steps of Adam at 0.05. `fuserl check` trains one seed, a slow test three of each shaping.
+rounds, 600 steps of Adam at 0.05. `fuserl check` trains one seed (and a naive pair for 200 steps), a slow test three.
+Shaping 1 came to 2.44 to 2.62 a round, 2 to 2.39 to 2.58, 0.5 to 2.23.
 """
 
 from fuserl.engine import checks, games, rewards

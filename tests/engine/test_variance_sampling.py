@@ -40,10 +40,10 @@ def test_drawn_and_walked_prompts_take_turns_and_the_walk_visits_all():
 def test_a_checkpoint_goes_on_with_the_same_prompts():
     one, other = sampler(), sampler()
     one.refresh(CORRECT, DIVERSE)
-    one.places(7)
-    one.refresh(1 - CORRECT, DIVERSE.flip(0))  # as when the next step's rollouts are drawn ahead
+    drawn = list(one.places(7))
+    one.refresh(torch.tensor([[0, 1]] + [[0, 0]] * 5), torch.zeros(6))  # as when step 7's rollouts are drawn ahead
     other.load_state_dict(one.state_dict())
-    assert other.places(7) == one.places(7) and other.places(8) == one.places(8) and other.spent == 24
+    assert other.places(7) == one.places(7) == drawn and other.places(8) == one.places(8) and other.spent == 24
     fresh = sampler()
     fresh.load_state_dict(sampler().state_dict())
     assert fresh.scores is None
