@@ -43,6 +43,7 @@ RECIPES = {
     "c_grpo": "search agents rewarded for cited chains of evidence (arXiv:2601.06021)",
     "vas": "prompts drawn by the variance and diversity of their completions (arXiv:2509.21268)",
     "med_grpo": "rewards of several tasks brought to one scale by a baseline's medians (arXiv:2512.06581)",
+    "vla_opd": "a teacher scores the tokens of the student: reverse KL on its own states (arXiv:2603.26666)",
 }
 
 

@@ -8,7 +8,7 @@ in `extra["state"]`; advantages and losses are the ones that train language mode
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -92,11 +92,19 @@ class Table:
         )
         return batch.replace(rollout_logprobs=self.outputs(batch).logprob)
 
-    def outputs(self, batch: Batch, logits: Tensor | None = None, *, teacher: Tensor | None = None) -> SimpleNamespace:
+    def outputs(
+        self,
+        batch: Batch,
+        logits: Tensor | None = None,
+        *,
+        teacher: Tensor | None = None,
+        kinds: Sequence[str] = KINDS,
+        **numbers: float,
+    ) -> SimpleNamespace:
         """The head's outputs at a batch's tokens, (n,) float64 each, of this table or of other logits (S, V).
 
-        With the logits of a teacher (S, V), divergences from it too; `extra["taught"]` has its states where they are
-        not the table's.
+        With the logits of a teacher (S, V), divergences from it too, of these kinds, with beta and alpha among the
+        numbers; `extra["taught"]` has its states where they are not the table's.
         """
         rows = (self.logits if logits is None else logits)[batch.extra["state"]]
         logs = rows.log_softmax(-1)
@@ -108,12 +116,13 @@ class Table:
         }
         if teacher is not None:
             given = rows, teacher[batch.extra.get("taught", batch.extra["state"])]
-            found |= {kind: divergence(*given, kind, backend="reference")[0] for kind in KINDS}
+            found |= {kind: divergence(*given, kind, **numbers, backend="reference")[0] for kind in kinds}
         return SimpleNamespace(**found)
 
     def loss(self, batch: Batch, loss: Loss, *, teacher: Tensor | None = None) -> Tensor:
         """The loss of a batch at this table, a scalar with its graph."""
-        out = self.outputs(batch, teacher=teacher)
+        kinds = [kind for kind in loss.outputs if kind in KINDS]
+        out = self.outputs(batch, teacher=teacher, kinds=kinds, **(loss.divergence or {}))
         if loss.made:
             head = torch.eye(self.logits.shape[1], dtype=torch.float64)  # whose states are the logits themselves
             theirs = Reference(teacher[batch.extra.get("taught", batch.extra["state"])], head)

@@ -1,6 +1,6 @@
 """The likeliest tokens of each row, or given ones, with their log-probs, straight from hidden states.
 
-    z = head(hidden @ weight.T) / temperature      ids[n] = the k largest of z[n]      logprobs = z[ids] - log sum e^z
+    z = head(hidden @ weight.T) / temperature      ids[n] = the k largest of z[n]      logprobs = log_softmax(z)[ids]
 
 Chunks of rows stream through one buffer of logits, and nothing but k numbers a row is kept: no gradient.
 """

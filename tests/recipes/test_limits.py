@@ -134,6 +134,8 @@ MUTATIONS = {
     "c_grpo-chain": ("c_grpo", citations, "connected", lambda rubrics, supported: list(supported)),
     "c_grpo-bonus": ("c_grpo", citations, "mixed", lambda right, share, alpha, **how: [*right]),
     "sft-loss": ("sft", "recipe", "negative_logprob", scaled(losses.negative_logprob)),
+    "vla_opd-gap": ("vla_opd", "recipe", "gap", larger(lambda batch: batch.extra["teacher_logprob"])),
+    "vla_opd-loss": ("vla_opd", "recipe", "truncated", scaled(losses.truncated)),
     "sft-reduction": ("sft", losses.negative_logprob, "__kwdefaults__", {"reduce": rollout_mean}),
     "ace-penalty": ("ace", advantages, "PENALTIES", {"softplus": torch.relu}),
     "ace-advantage": ("ace", "recipe", "overconfident", lambda advantage, alpha: advantage),
