@@ -25,6 +25,7 @@ from fuserl.engine import (
     targets,
     tournaments,
 )
+from fuserl.engine import advantages, catalogue, losses, mirror, preferences
 from fuserl.engine.advantages import centred
 from fuserl.engine.batch import Batch
 from fuserl.engine.losses import rollout_mean, rollout_sum, token_mean
@@ -134,6 +135,8 @@ MUTATIONS = {
     "c_grpo-chain": ("c_grpo", citations, "connected", lambda rubrics, supported: list(supported)),
     "c_grpo-bonus": ("c_grpo", citations, "mixed", lambda right, share, alpha, **how: [*right]),
     "sft-loss": ("sft", "recipe", "negative_logprob", scaled(losses.negative_logprob)),
+    "mdpo-loss": ("mdpo", "recipe", "proximal", scaled(mirror.proximal)),
+    "mdpo-clip": ("mdpo", mirror, "clipped", lambda **options: losses.clipped(reduce=options["reduce"], high=0.0)),
     "vla_opd-gap": ("vla_opd", "recipe", "gap", larger(lambda batch: batch.extra["teacher_logprob"])),
     "vla_opd-loss": ("vla_opd", "recipe", "truncated", scaled(losses.truncated)),
     "sft-reduction": ("sft", losses.negative_logprob, "__kwdefaults__", {"reduce": rollout_mean}),
