@@ -40,6 +40,7 @@ RECIPES = {
     "advantage_alignment": "games of two agents, each shaping what the other learns (arXiv:2511.19405)",
     "pre_rl": "PreRL, DSRL: rewards act on the prompt-free likelihood first, then on the prompted (arXiv:2604.14142)",
     "rep_exp": "an elliptical bonus for novel responses, by the initial model's hidden states (arXiv:2510.11686)",
+    "self_interference": "SELF: trained only where greedy decoding fails, held by a forward KL (arXiv:2510.02230)",
     "mdpo": "mirror descent: a full-vocabulary KL to the turn's start, weighing more and more (arXiv:2005.09814)",
     "c_grpo": "search agents rewarded for cited chains of evidence (arXiv:2601.06021)",
     "vas": "prompts drawn by the variance and diversity of their completions (arXiv:2509.21268)",

@@ -135,6 +135,8 @@ MUTATIONS = {
     "c_grpo-chain": ("c_grpo", citations, "connected", lambda rubrics, supported: list(supported)),
     "c_grpo-bonus": ("c_grpo", citations, "mixed", lambda right, share, alpha, **how: [*right]),
     "sft-loss": ("sft", "recipe", "negative_logprob", scaled(losses.negative_logprob)),
+    "self_interference-loss": ("self_interference", "recipe", "summed", scaled(losses.summed)),
+    "self_interference-advantage": ("self_interference", "recipe", "standardized", lambda batch: -batch.rewards),
     "mdpo-loss": ("mdpo", "recipe", "proximal", scaled(mirror.proximal)),
     "mdpo-clip": ("mdpo", mirror, "clipped", lambda **options: losses.clipped(reduce=options["reduce"], high=0.0)),
     "vla_opd-gap": ("vla_opd", "recipe", "gap", larger(lambda batch: batch.extra["teacher_logprob"])),
