@@ -134,7 +134,7 @@ class Scheduler:
 
     def ready(self) -> list[Rollout]:
         """Live rollouts all of whose tokens are read, their prompts' too: their next token can be drawn."""
-        return [each for each in self._going() if each.source.complete and each.read == len(each.tokens)]
+        return [each for each in self.live if each.source.complete and each.read == len(each.tokens)]
 
     def replied(self) -> list[Rollout]:
         """Live rollouts whose reply has come."""
@@ -154,10 +154,6 @@ class Scheduler:
             if source is not rollout.source or not self.shared:
                 self._forget(source)
 
-    def _going(self) -> list[Rollout]:
-        """Live rollouts that wait for no reply; the others keep their places and pages."""
-        return [each for each in self.live if each.reply is None]
-
     def _spans(self) -> list[Span]:
         """Prompts first, for rollouts wait for them; then rollouts, the oldest first."""
         spans, left = [], self.rows
@@ -165,8 +161,9 @@ class Scheduler:
             if left and not source.complete:
                 spans.append(Span(source, source.read, min(len(source.tokens), source.read + left)))
                 left -= spans[-1].stop - source.read
-        for rollout in self._going():
-            if left and rollout.source.complete and rollout.read < len(rollout.tokens):
+        for rollout in self.live:
+            # One that waits for a reply keeps its place and its pages; its last token is read with what comes.
+            if left and rollout.reply is None and rollout.source.complete and rollout.read < len(rollout.tokens):
                 spans.append(Span(rollout, rollout.read, min(len(rollout.tokens), rollout.read + left)))
                 left -= spans[-1].stop - rollout.read
         return spans

@@ -15,6 +15,7 @@ from fuserl.engine import decoding, replay
 from fuserl.engine.generation import generate
 from fuserl.engine.kv_cache import Pages, Pass, page_bytes
 from fuserl.engine.prompts import Prompt
+from fuserl.engine.scheduling import Scheduler
 from fuserl.kernels import matmul, tree_decode
 from fuserl.kernels.tree_lines import PAGE, Lines
 
@@ -74,9 +75,10 @@ def test_where_rollouts_give_way_and_the_cache_moves(family, prompts, monkeypatc
 
 def test_replies_and_chunks(monkeypatch):
     model = tiny_models.model()
-    plain = [answered(model, **settings)[0] for settings in ({}, {"chunk": (9, 4)})]
+    some = ({}, {"chunk": (9, 4)}, {"rows": 3})  # with three rows a pass may read one token of a reply of three
+    plain = [answered(model, **settings)[0] for settings in some]
     used = tape.attach(monkeypatch)
-    recorded = [answered(model, **settings)[0] for settings in ({}, {"chunk": (9, 4)})]
+    recorded = [answered(model, **settings)[0] for settings in some]
     assert all(map(same, plain, recorded)) and used.replayed > 50
 
 
@@ -89,6 +91,8 @@ def narrow(monkeypatch):
 def test_shapes_follow_the_rows_that_are_left(monkeypatch):
     model, settings = narrow(monkeypatch), dict(group_size=7, max_new_tokens=70, rows=24, stop_ids=(2, 7))
     assert decoding.row_by_row(model)
+    plans, plan = [], Scheduler.plan
+    monkeypatch.setattr(Scheduler, "plan", lambda self: plans.append(self) or plan(self))
     plain = generate(model, Letters(), RAGGED, **settings)
     used, rows = tape.attach(monkeypatch), []
     step = replay.Steps._step
@@ -99,6 +103,7 @@ def test_shapes_follow_the_rows_that_are_left(monkeypatch):
 
     monkeypatch.setattr(replay.Steps, "_step", noted)
     assert same(generate(model, Letters(), RAGGED, **settings), plain)
+    assert plans.count(plans[0]) == plans.count(plans[-1]) == len(plans) / 2  # nobody waits longer for a place
     assert len(set(rows)) > 3 and set(rows) <= {24, 16, 8, 4, 2, 1} and used.replayed > used.recorded
 
 
@@ -209,11 +214,18 @@ def test_where_passes_are_recorded():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_on_a_gpu(dtype, monkeypatch):
-    """Greedy, for which a padded product's other bits matter only near ties, of which this model has none."""
-    model, settings = tiny_models.model(dtype=dtype).cuda(), dict(group_size=3, max_new_tokens=70, rows=16)
-    plain = generate(model, Letters(), ALIKE, temperature=0, graphs=False, **settings)
+@pytest.mark.parametrize(
+    ("dtype", "error", "settings"),
+    [
+        (torch.float32, 1e-3, dict(group_size=3)),
+        # All passes of the power of two of rows that they are padded to: no product may have other bits.
+        (torch.bfloat16, 1e-2, dict(group_size=4, stop_ids=())),
+    ],
+    ids=["fp32", "bf16"],
+)
+def test_on_a_gpu(dtype, error, settings, monkeypatch):
+    model, settings = tiny_models.model(dtype=dtype).cuda(), dict(max_new_tokens=70, rows=16, **settings)
+    plain = generate(model, Letters(), ALIKE[:4], temperature=0, graphs=False, **settings)
     replayed, record = [], replay.Recorder.record
 
     def counted(self, step):
@@ -221,11 +233,9 @@ def test_on_a_gpu(dtype, monkeypatch):
         return lambda: (replayed.append(1), again()), found
 
     monkeypatch.setattr(replay.Recorder, "record", counted)
-    recorded = generate(model, Letters(), ALIKE, temperature=0, **settings)
+    recorded = generate(model, Letters(), ALIKE[:4], temperature=0, **settings)
     assert len(replayed) > 50
     assert torch.equal(plain.tokens, recorded.tokens)
-    assert torch.allclose(plain.rollout_logprobs, recorded.rollout_logprobs, atol=0.5 if dtype.itemsize == 2 else 1e-3)
-    again = generate(model, Letters(), ALIKE, temperature=0, **settings)
-    assert same(again, recorded)
+    assert torch.allclose(plain.rollout_logprobs, recorded.rollout_logprobs, atol=error)
     drawn = [generate(model, Letters(), ALIKE, seed=4, **settings) for _ in range(2)]
     assert same(*drawn)
