@@ -158,9 +158,10 @@ class _Shape:
         self.results: tuple[Tensor, ...] = ()
 
     def write(self, numbers: Sequence[Sequence[int]], spare: int) -> None:
-        """Replaces the last pass's numbers; rows beyond them, whatever they read, write to the page at `spare`."""
+        """Replaces the last pass's numbers; rows beyond them are alike, and write to the page at `spare`."""
         count = len(numbers[0])
         self._host[:, :count] = torch.tensor(numbers)
+        self._host[:, count:] = 0
         self._host[2, count:] = spare + torch.arange(self._host.shape[1] - count) % PAGE
         self.numbers.copy_(self._host, non_blocking=True)
 

@@ -126,7 +126,7 @@ class Scheduler:
     def plan(self) -> list[Span]:
         """What the next pass reads; nothing where no more is to be read before tokens are drawn."""
         for rollout in list(self.live):
-            while rollout in self.live and not self._hold(rollout, rollout.source):
+            while rollout.missing and rollout in self.live and not self._hold(rollout, rollout.source):
                 self._preempt(next(reversed(self.live)))
         while self.waiting and len(self.live) < self.slots and self._admit(self.waiting[0]):
             pass
