@@ -18,6 +18,7 @@ from fuserl.engine import (
     judges,
     losses,
     macro_actions,
+    mirror,
     openings,
     opponent_shaping,
     preferences,
@@ -25,7 +26,6 @@ from fuserl.engine import (
     targets,
     tournaments,
 )
-from fuserl.engine import advantages, catalogue, losses, mirror, preferences
 from fuserl.engine.advantages import centred
 from fuserl.engine.batch import Batch
 from fuserl.engine.losses import rollout_mean, rollout_sum, token_mean
@@ -169,7 +169,6 @@ MUTATIONS = {
 # Figures of a recipe that are means over random problems, with sampling errors for tolerances.
 SAMPLED = {"r_to_q": 3, "vpo": 2, "arena_rl": 3, "dph_rl": 2, "cgpo": 6}
 # Figures of a recipe that are means over random groups, or of training that is cut short, with tolerances for that.
-
 
 
 @pytest.mark.parametrize("name", catalogue.RECIPES)
