@@ -1,6 +1,6 @@
 """Pairs of a policy's own completions, an oracle's preferences between them, and all that were ever collected.
 
-The first two completions of each prompt are a pair; those behind, which the reference draws, calibrate.
+Of three completions of each prompt the first two are a pair, and the last, which the reference draws, calibrates.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def drawn(reward: Callable, *, second: str = "policy") -> Callable:
         if second == "policy":
             pairs = policy.generate(prompts, group_size=2)
         else:
-            pairs = _beside(policy.generate(prompts, group_size=1), _by_reference(policy, prompts))
+            pairs = rollouts.beside(policy.generate(prompts, group_size=1), _by_reference(policy, prompts))
         with policy.meter.phase("reward"):
             return dataclasses.replace(pairs, scores=reward(pairs))
 
@@ -46,10 +46,9 @@ def calibrated(slot: Callable) -> Callable:
     def rollout(policy, prompts: list[Prompt]) -> Rollouts:
         pairs = slot(policy, prompts)
         rewards, facts = pairs.scores
-        both = _beside(pairs, _by_reference(policy, prompts))
-        mean = torch.zeros(len(prompts)).index_add(0, pairs.group, rewards) / 2
+        both, each = rollouts.beside(pairs, _by_reference(policy, prompts)), rewards.view(-1, 2)
         numbers = {name: x for name, x in facts.items() if not isinstance(x, Tensor)}
-        return dataclasses.replace(both, scores=(torch.cat([rewards, mean]), numbers))
+        return dataclasses.replace(both, scores=(torch.cat([each, each.mean(1, keepdim=True)], 1).flatten(), numbers))
 
     return rollout
 
@@ -60,19 +59,10 @@ def _by_reference(policy, prompts: list[Prompt]) -> Rollouts:
     return dataclasses.replace(drawn, rollout_logprobs=torch.full_like(drawn.rollout_logprobs, torch.nan))
 
 
-def _beside(first: Rollouts, second: Rollouts) -> Rollouts:
-    """Rollouts of the same prompts, the second ones behind the first and in their groups."""
-    none = (torch.zeros(0), {})
-    both = rollouts.joined([dataclasses.replace(each, scores=none, facts={}) for each in (first, second)])
-    group = torch.cat([first.group, second.group])
-    return dataclasses.replace(both, prompts=first.prompts, prompt_tokens=first.prompt_tokens, group=group, scores=None)
-
-
 def apart(batch: Batch) -> tuple[Batch, Batch]:
-    """The pairs of a batch, and the rollouts that calibrate."""
-    pairs = 2 * batch.counts.groups
-    index = torch.arange(len(batch.group))
-    return batch.rollouts_at(index[:pairs]).counted(), batch.rollouts_at(index[pairs:]).counted()
+    """The pairs of a batch, and the rollouts that calibrate: of three in a group the last."""
+    index = torch.arange(len(batch.group)).view(-1, 3)
+    return tuple(batch.rollouts_at(each.flatten()).counted() for each in (index[:, :2], index[:, 2]))
 
 
 def preferred(pairs: Batch, oracle: str, chance: torch.Generator) -> Batch:
