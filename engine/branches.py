@@ -40,11 +40,6 @@ class Branches(Decoder):
         super().__init__(model, [first], PAGE * pages, rows, kv_gb)
 
     @property
-    def slots(self) -> int:
-        """Rollouts at once."""
-        return self.scheduler.slots
-
-    @property
     def prompts(self) -> int:
         """How many may be open at once."""
         return self.pages.most // self.each
