@@ -57,6 +57,16 @@ def test_dpg_is_the_forward_kl_and_kl_rl_the_reverse():
     torch.testing.assert_close(slope(ours, inferred(beta=0.7, baseline=False)), 0.7 * reverse, rtol=1e-11, atol=1e-13)
 
 
+def test_the_baseline_of_dpg_is_one_on_policy():
+    ours = world()
+    batch = ours.given(torch.arange(64))
+    p, z = ours.posterior(0.7)[0], Partition()
+    plain, held = (inferred("dpg", beta=0.7, baseline=each, partition=z)(batch) for each in (False, True))
+    torch.testing.assert_close(held.advantages, plain.advantages - 1, rtol=1e-12, atol=1e-12)
+    weights = (p - ours.logs(ours.table.logits.detach())).exp()
+    torch.testing.assert_close(plain.advantages[::2], weights / weights.mean(), rtol=1e-12, atol=1e-12)
+
+
 def test_diagnostics_are_the_numbers_that_they_estimate():
     ours = world()
     logs, prior, (p, _) = ours.logs(ours.table.logits.detach()), ours.logs(ours.prior), ours.posterior(0.7)
