@@ -92,4 +92,4 @@ def _at(loss: Loss, d: Tensor) -> tuple[Tensor, Tensor]:
     """The value and the gradient at one token of log-ratio d, (1,)."""
     batch = _rehearsed(Table(torch.zeros(1, 2)), torch.zeros(1, dtype=torch.int64), torch.full_like(d, -30.0))
     seen = joined(emptied(batch), batch).replace(rollout_logprobs=d - 30.0)
-    return torch.tensor(checks.value(seen, loss)), checks.gradient(seen, loss)
+    return torch.tensor(checks.value(seen, loss), dtype=torch.float64), checks.gradient(seen, loss)
