@@ -42,6 +42,7 @@ RECIPES = {
     "rep_exp": "an elliptical bonus for novel responses, by the initial model's hidden states (arXiv:2510.11686)",
     "self_interference": "SELF: trained only where greedy decoding fails, held by a forward KL (arXiv:2510.02230)",
     "mdpo": "mirror descent: a full-vocabulary KL to the turn's start, weighing more and more (arXiv:2005.09814)",
+    "laser": "LaSeR: the policy's own verdict, read from one token behind its answer (arXiv:2510.14943)",
     "c_grpo": "search agents rewarded for cited chains of evidence (arXiv:2601.06021)",
     "vas": "prompts drawn by the variance and diversity of their completions (arXiv:2509.21268)",
     "med_grpo": "rewards of several tasks brought to one scale by a baseline's medians (arXiv:2512.06581)",

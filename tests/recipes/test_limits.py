@@ -26,6 +26,7 @@ from fuserl.engine import (
     targets,
     tournaments,
 )
+from fuserl.engine import advantages, catalogue, generators, losses, openings, preferences, recomposition, verdicts
 from fuserl.engine.advantages import centred
 from fuserl.engine.batch import Batch
 from fuserl.engine.losses import rollout_mean, rollout_sum, token_mean
@@ -162,6 +163,7 @@ MUTATIONS = {
     "rep_exp-picks": ("rep_exp", elliptical, "coreset", lambda h, size, lamb: [*range(size)]),
     "med_grpo-scale": ("med_grpo", Quantiles, "normalised", lambda self, key, values: values.double()),
     "vas-walk": ("vas", VarianceSampler, "_walked", lambda self, step: [0] * (self.groups - self.weighted)),
+    "laser-loss": ("laser", verdicts, "squared_verdict", scaled(verdicts.squared_verdict)),
     "rorecomp-choice": ("rorecomp", recomposition, "priority", lambda batch, *_: batch.rewards > 2),
 }  # fmt: skip
 
