@@ -25,8 +25,8 @@ from fuserl.engine import (
     recomposition,
     targets,
     tournaments,
+    verdicts,
 )
-from fuserl.engine import advantages, catalogue, generators, losses, openings, preferences, recomposition, verdicts
 from fuserl.engine.advantages import centred
 from fuserl.engine.batch import Batch
 from fuserl.engine.losses import rollout_mean, rollout_sum, token_mean
