@@ -46,6 +46,10 @@ def test_draws_go_round_the_tasks_and_each_walks_on(tmp_path):
     assert [question[0] for question in walk] == ["a", "a", "b"] * 8
     pieces = [each.metadata["question"] for start in range(0, 24, 4) for each in blend.drawn(0, start, 4)]
     assert pieces == walk
+    for part in blend.source.tasks:  # as if it were alone
+        alone = [each.question for each in part.source.take(0, 0, 16, blend.apart)]
+        own = [question for question in walk if question[0] == alone[0][0]]
+        assert own == alone[: len(own)]
     held = {prompt.metadata["question"] for prompt in blend.held_out()}
     assert len(held) == 4 and {question[0] for question in held} == {"a", "b"}
     seen = {question for question in walk if question[0] == "a"}
