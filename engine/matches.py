@@ -109,16 +109,16 @@ def collected(turns: Turns, matches: list[Match], branches: dict | None = None) 
     return dataclasses.replace(together, scores=(earned[:, 0].contiguous(), {"unread": unread}), facts=facts)
 
 
-def branched(turns: Turns, speakers: tuple[Speaker, Speaker], *, count: int, gamma: float) -> dict:
-    """Returns of `count` other moves at each round: one agent alone draws anew, and the game goes on from there.
+def branched(turns: Turns, speakers: tuple[Speaker, Speaker], *, count: int, gamma: float, agents=(0, 1)) -> dict:
+    """Returns of `count` other moves at each round: one of `agents` alone draws anew, and the game goes on from there.
 
     Returns:
-        (match, agent, round) -> [discounted returns, from that round on, of each alternative]. Cost: count times two
-        times the rounds of games to play, each as long as what is left of it.
+        (match, agent, round) -> [discounted returns, from that round on, of each alternative]. Cost: for each match,
+        agent and round `count` games to play, each as long as what is left of it.
     """
     tried, places = [], []
     for match, game, said in turns.before:
-        for agent in (0, 1):
+        for agent in agents:
             for _ in range(count):
                 tried.append(Match(game.copied(), told={1 - agent: said[1 - agent]}))
                 places.append((match.number, agent, game.round))
@@ -184,7 +184,8 @@ class Arena:
         for some, speakers, seats in tables:
             played = play(some, speakers, kept=lambda _, agent, seats=seats: agent in seats, meet=self.alternatives > 0)
             if self.alternatives:
-                branches |= branched(played, speakers, count=self.alternatives, gamma=self.gamma)
+                how = {"count": self.alternatives, "gamma": self.gamma}
+                branches |= branched(played, speakers, agents=seats, **how)
             turns.rollouts.extend(played.rollouts)
             turns.seats.extend(played.seats)
         self.past.keep(policy, step)
