@@ -338,9 +338,13 @@ class Policy:
         """What the divergences among a loss's outputs are from: the teacher's states at the batch's tokens."""
         if not (loss.made or {*loss.outputs} & {*KINDS}):
             return None
-        with self._reading("teacher") as model:
-            read = functools.partial(self._states, batch.as_taught, model)
-            return second_models.reference(model, self.model, read, self.compute, **(loss.divergence or {}))
+        found = []
+        for share, second in self.seconds["teacher"].parts:
+            with second.reading() as model:
+                read = functools.partial(self._states, batch.as_taught, model)
+                given = model, self.model, read, self.compute
+                found.append((share, second_models.reference(*given, **(loss.divergence or {}))))
+        return second_models.mixed(found, adapters.head_terms(self.model)["softcap"])
 
     def _features(self, batch: Batch, model) -> Tensor:
         """The mean over each rollout's tokens of the states that have read them, (B, D) float32 on the host."""

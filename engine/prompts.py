@@ -2,6 +2,7 @@
 
 task("reasoning_gym:chain_sum:max_terms=2,max_digits=1")    problems without end, with a verifier of their own
 task("web:hops=3,others=4")                                 questions to be answered from small generated webs
+task("symbolic_videos")                                     made-up videos, several kinds of questions
 task("problems.jsonl")                                      a user's rows: prompt, answer, chosen, rejected, metadata
 
 A run of several tasks names them all, `A + B`: see `blends`.

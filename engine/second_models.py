@@ -4,6 +4,7 @@
     current   the policy as it is, under another prompt say
     old       the policy as it was when the update started
     average   weights <- (1 - rate) weights + rate policy, after each update
+    mixed     logits (1 - rate) initial + rate current, of both under one prompt: for divergences only
 
 Initial ones may be renewed once, after some updates: the policy as it is then. Old, average and renewed ones hold what
 is trained once more, and share what is frozen.
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from fuserl.engine import adapters, lookup, sharding
 from fuserl.kernels.second_head import Reference
 
-WEIGHTS = ("initial", "current", "old", "average")
+WEIGHTS = ("initial", "current", "old", "average", "mixed")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Teacher:
     """The second model that a recipe's loss reads, unless the user names a model of his own with --teacher."""
 
     weights: str = "initial"  # one of WEIGHTS
-    rate: float = 0.05  # of "average"
+    rate: float = 0.05  # of "average" and "mixed"
     renewed: int | None = None  # updates after which "initial" weights become those of the policy, once
 
     def __post_init__(self):
@@ -81,6 +82,11 @@ class SecondModel:
         if source.weights == "current" or (source.weights == "initial" and adapters.present(self._policy)):
             return None
         return copy.deepcopy(self._policy)
+
+    @property
+    def parts(self) -> list[tuple[float, SecondModel]]:
+        """Whose logits, by what share, make this one's."""
+        return [(1.0, self)]
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[nn.Module]:
@@ -141,6 +147,45 @@ class SecondModel:
             sharding.assign(parameter, state[name])
 
 
+class Mixed:
+    """A second model whose logits are a mix of the policy's and of those that it started with."""
+
+    def __init__(self, model: nn.Module, source: Teacher, **given: bool):
+        initial, current = (SecondModel(model, Teacher(weights), **given) for weights in ("initial", "current"))
+        self.parts, self.own = [(1 - source.rate, initial), (source.rate, current)], initial.own
+
+    def reading(self):
+        """Refuse to be one model."""
+        raise ValueError(
+            "teacher: mixed logits must be read by divergences; got a score. Take another kind of weights."
+        )
+
+    def begin(self) -> None:
+        """Nothing: neither part moves by itself."""
+
+    def end(self) -> None:
+        """Nothing either."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing that would be lost."""
+        return {}
+
+    def load_state_dict(self, _state: dict[str, Tensor]) -> None:
+        """Nothing to go on from."""
+
+
+def mixed(several: list[tuple[float, Reference]], softcap: float | None) -> Reference:
+    """One reference whose logits are the mix of several, by their shares: their states and heads side by side."""
+    if len(several) == 1:
+        return several[0][1]
+    if softcap is not None:
+        raise ValueError("teacher: mixed logits must not be capped; this model caps them. Take other weights.")
+    biases = [share * each.bias for share, each in several if each.bias is not None]
+    hidden = torch.cat([share * each.hidden for share, each in several], -1)
+    weight = torch.cat([each.weight for _, each in several], -1)
+    return several[0][1]._replace(hidden=hidden, weight=weight, bias=sum(biases) if biases else None)
+
+
 def twin(model: nn.Module, *, share: bool = True) -> nn.Module:
     """A copy of the transformers model in `model` whose trained parameters are its own; frozen ones are shared."""
     plain = adapters.base(model)
@@ -159,7 +204,8 @@ def of(model: nn.Module, *, offload: bool, cut: bool, **sources: Teacher | nn.Mo
     held: dict[object, SecondModel] = {}
     for source in sources.values():
         if source is not None and source not in held:
-            held[source] = SecondModel(model, source, offload=offload, share=not cut)
+            mixes = isinstance(source, Teacher) and source.weights == "mixed"
+            held[source] = (Mixed if mixes else SecondModel)(model, source, offload=offload, share=not cut)
             _check_vocabulary(model, held[source].own)
     return {name: held[source] for name, source in sources.items() if source is not None}
 
