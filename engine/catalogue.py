@@ -38,6 +38,7 @@ RECIPES = {
     "ace": "wrong rollouts that the policy has grown confident of are pushed down harder (arXiv:2602.21420)",
     "rorecomp": "RoRecomp: short right and long wrong rollouts first, the rest from a buffer (arXiv:2509.25958)",
     "advantage_alignment": "games of two agents, each shaping what the other learns (arXiv:2511.19405)",
+    "sdpo": "the policy that has read feedback or a sibling's solution teaches it (arXiv:2601.20802)",
     "pre_rl": "PreRL, DSRL: rewards act on the prompt-free likelihood first, then on the prompted (arXiv:2604.14142)",
     "rep_exp": "an elliptical bonus for novel responses, by the initial model's hidden states (arXiv:2510.11686)",
     "self_interference": "SELF: trained only where greedy decoding fails, held by a forward KL (arXiv:2510.02230)",

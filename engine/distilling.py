@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fuserl.engine.batch import Batch
 from fuserl.engine.contracts import require
-from fuserl.engine.losses import Loss, token_mean
+from fuserl.engine.losses import Loss, token_mean, with_advantage
 from fuserl.kernels.linear_logprob import linear_logprob
 from fuserl.kernels.linear_topk_divergence import linear_topk_divergence
 from fuserl.kernels.second_head import Reference
@@ -108,6 +109,52 @@ def following(*, reduce: Callable = token_mean) -> Loss:
 
     made = {"teacher_logprob": teacher_logprob}
     return Loss(loss, outputs=("logprob", *made), made=made)
+
+
+def taught(batch: Batch) -> Tensor:
+    """1 for the tokens of rollouts whose fact `taught` is 1, over the share that they are of all, (N,).
+
+    As advantages they make a mean over all tokens one over those.
+    """
+    chosen = batch.to_tokens(batch.facts["taught"].to(batch.dtype))
+    return chosen * (len(chosen) / chosen.sum().clamp(min=1))
+
+
+def self_distilled(
+    alpha: float, *, k: int = 0, tail: bool = True, sampled: bool = False, is_clip: float | None = None
+) -> Loss:
+    """Distillation of a teacher on the policy's own rollouts (SDPO, arXiv:2601.20802), times the advantages.
+
+    Args:
+        alpha: 0 is KL(teacher || policy), 1 KL(policy || teacher), between them
+            (1 - alpha) KL(p || m) + alpha KL(q || m) with m = (1 - alpha) p + alpha q.
+        k: over the policy's k likeliest tokens; 0 is the whole vocabulary.
+        tail: with the other tokens as one more; else both are normalised over the k.
+        sampled: from log-probs of the tokens alone: the score-function form, for alpha 1.
+        is_clip: most of the ratio to the old log-probs, by which each token counts; None is no ratio.
+    """
+    require("self_distilled", "alpha", alpha, 0 <= alpha <= 1, "in [0, 1]")
+    require("self_distilled", "k", k, k >= 0, "an integer >= 0")
+    require("self_distilled", "sampled", sampled, not sampled or alpha == 1, "left out unless alpha is 1")
+    require("self_distilled", "is_clip", is_clip, is_clip is None or is_clip > 0, "a number > 0, or None")
+    kind = {0: "forward_kl", 1: "reverse_kl"}.get(alpha, "jensen_shannon")
+    made, numbers = {}, {"beta": alpha} if kind == "jensen_shannon" else None
+    if sampled:
+        made = {"teacher_logprob": teacher_logprob}
+    elif k:
+        made = {"listed": listed_divergence(kind, k, tail=tail, **(numbers or {}))}
+    name = next(iter(made), kind)
+
+    def loss(out, batch: Batch):
+        gap = out.logprob.detach() - out.teacher_logprob if sampled else None
+        each = gap * out.logprob if sampled else getattr(out, name)
+        weight = batch.advantages * token_mean(batch)
+        if is_clip is not None and batch.old_logprobs is not None:
+            weight = weight * (out.logprob.detach() - batch.old_logprobs).clamp(-20, 20).exp().clamp(max=is_clip)
+        return each * weight, {"distilled": gap if sampled else each}
+
+    divergence = None if made else numbers
+    return Loss(loss, outputs=("logprob", name), live=with_advantage, divergence=divergence, made=made)
 
 
 def _mask(given: HeadInput) -> Tensor | None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from fuserl.engine import rewards
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.prompts import Prompt
 
@@ -26,9 +28,9 @@ class Shown:
 
     def __call__(self, rollouts: Rollouts) -> tuple[Tensor, dict]:
         """The rewards, and their facts with `teacher_prompts` among them."""
-        rewards, facts = self.scorer(rollouts)
-        texts, more = self.texts(rollouts, rewards)
-        return rewards, {**facts, **more, "teacher_prompts": texts}
+        scored, facts = self.scorer(rollouts)
+        texts, more = self.texts(rollouts, scored)
+        return scored, {**facts, **more, "teacher_prompts": texts}
 
     def close(self) -> None:
         """End the scorer's workers."""
@@ -60,3 +62,62 @@ def answered(rollouts: Rollouts, _rewards: Tensor) -> tuple[list[str], dict]:
         seam = "" if prompt.text[-1:].isspace() or prompt.answer[:1].isspace() else " "
         texts.append(f"{prompt.text}{seam}{prompt.answer}\n{prompt.text}")
     return texts, {}
+
+
+def reprompted(scorer: Callable, *, success: float, most: int, skip_solved: bool) -> Callable:
+    """Texts for `Shown`: a sibling's right solution, and feedback on the completion itself, then the question again.
+
+    The fact `taught` is 1 for rollouts that have either.
+
+    Args:
+        scorer: whose function may give feedback: see `rewards.feedback`.
+        success: a rollout with this reward is a solution.
+        most: characters of the notes, and so at least as many tokens.
+        skip_solved: a rollout that succeeds itself is not taught.
+    """
+
+    def texts(rollouts: Rollouts, scored: Tensor) -> tuple[list[str], dict]:
+        said, found, taught = rewards.feedback(scorer, rollouts), [], []
+        group, good = rollouts.group.tolist(), (scored >= success).tolist()
+        for b, number in enumerate(group):
+            others = (other for other, its in enumerate(group) if its == number and other != b and good[other])
+            solution = next((rollouts.texts[other] for other in others), None)
+            notes = [] if solution is None else [f"Correct solution:\n{solution.strip()}"]
+            notes += [] if said[b] is None or good[b] else [f"Feedback on an earlier attempt:\n{said[b].strip()}"]
+            taught.append(float(bool(notes) and not (skip_solved and good[b])))
+            again = "Correctly solve the original question."
+            text = "\n\n".join([*notes, again])[:most]
+            found.append(informed(rollouts.prompts[number], text) if notes else rollouts.prompts[number].text)
+        return found, {"taught": torch.tensor(taught)}
+
+    return texts
+
+
+class Discovery:
+    """Texts for `Shown` with facts of how one question goes: `attempts` so far, and whether it is `discovered`.
+
+    Args:
+        texts: those that are shown.
+        success: reward of a right solution.
+    """
+
+    def __init__(self, texts: Callable, success: float):
+        self.texts, self.success = texts, success
+        self.attempts, self.at = 0, None  # at: the number of the first attempt that succeeded, from 1
+
+    def __call__(self, rollouts: Rollouts, scored: Tensor) -> tuple[list[str], dict]:
+        """The texts, and the facts."""
+        texts, facts = self.texts(rollouts, scored)
+        good = (scored >= self.success).nonzero()
+        if self.at is None and len(good) and len(rollouts.tokens):
+            self.at = self.attempts + int(good[0]) + 1
+        self.attempts += len(rollouts) if len(rollouts.tokens) else 0  # one that is made up to rehearse is none
+        return texts, {**facts, "attempts": self.at or self.attempts, "discovered": float(self.at is not None)}
+
+    def state_dict(self) -> dict:
+        """Where it stands."""
+        return {"attempts": self.attempts, "at": self.at}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a `state_dict`."""
+        self.attempts, self.at = state["attempts"], state["at"]

@@ -236,6 +236,12 @@ def pool(config, count: int) -> list[Prompt]:
     return [asked.prompt(problem) for problem in found if problem.question not in asked.apart]
 
 
+def repeated(config, number: int) -> Callable[[int], list[Prompt]]:
+    """The `prompts` slot of a recipe that asks one training problem at every step: draw `number` of the task."""
+    asked = configured(config)
+    return lambda step: asked.drawn(config.seed, number, 1)
+
+
 def held_out(config) -> list[Prompt]:
     """The prompts that the configured run is judged on."""
     return configured(config).held_out()

@@ -182,6 +182,20 @@ def scorer(config, *, required: bool = True) -> Scorer | None:
     return Scorer(configured(config), workers=-(-config.reward_workers // ranks.world()), timeout=config.reward_timeout)
 
 
+def feedback(scorer: Callable, rollouts: Rollouts) -> list[str | None]:
+    """What a scorer's function says of each completion in words: its `feedback`, a function with the same arguments.
+
+    None where it says nothing, or has none to say it with: `def reward(completion): ...; reward.feedback = explain`.
+    """
+    function = getattr(getattr(scorer, "function", None), "feedback", None)
+    if function is None:
+        return [None] * len(rollouts)
+    names = wanted(function)
+    if "completions" in names:
+        raise ValueError("reward: feedback must be about one completion; it asks for completions. Declare completion.")
+    return [function(**call.arguments) or None for call in _calls(rollouts, names)]
+
+
 def score(function: Callable, rollouts: Rollouts) -> Tensor:
     """Reward every rollout in this process, (B,) float32."""
     with Scorer(function) as scored:

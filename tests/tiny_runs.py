@@ -20,7 +20,7 @@ MACHINE = ("_s", "_gb", "_tflops", "_share", "seconds", "elapsed")  # how names 
 
 
 class Characters:
-    """A tokenizer of arithmetic, one token per character; token 2 ends a text."""
+    """A tokenizer of arithmetic, one token per character, the same for any other one; token 2 ends a text."""
 
     eos_token_id = 2
 

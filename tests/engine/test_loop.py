@@ -20,12 +20,15 @@ def tiny(monkeypatch):
     tiny_runs.use(monkeypatch)
 
 
-MORE = {"c_grpo": {**tiny_runs.ENDING, "group_size": 16}}  # of a recipe that rewards only what ends by itself
+MORE = {
+    "c_grpo": {**tiny_runs.ENDING, "group_size": 16},  # it rewards only what ends by itself
+    "self_interference": {"reward": "tiny_runs:modest"},  # what the tiny model says greedily is right by SHORT
+}
 
 
 @pytest.mark.parametrize("recipe", catalogue.RECIPES)
 def test_every_recipe_runs(tmp_path, recipe):
-    rows = run(tmp_path, "run", recipe=recipe, reward=SHORT, **MORE.get(recipe, {}))
+    rows = run(tmp_path, "run", recipe=recipe, **{"reward": SHORT, **MORE.get(recipe, {})})
     steps = [row for row in rows if "tokens" in row]
     assert all(("reward" in row) != (recipe in ("sft", "dpo", "reward_model", "vpo", "r_to_q")) for row in steps)
     assert [row["step"] for row in steps] == [1, 2, 3] and sum("accuracy" in row for row in rows) == 2
@@ -37,7 +40,7 @@ def test_every_recipe_runs(tmp_path, recipe):
 @pytest.mark.parametrize("recipe", catalogue.RECIPES)
 def test_a_seed_repeats_and_another_differs(tmp_path, recipe):
     first, again, other = (
-        numbers(run(tmp_path, name, recipe=recipe, reward=SHORT, seed=seed))
+        numbers(run(tmp_path, name, recipe=recipe, seed=seed, **{"reward": SHORT, **MORE.get(recipe, {})}))
         for name, seed in zip("abc", (0, 0, 2), strict=True)
     )
     assert first == again and first != other
