@@ -242,3 +242,16 @@ def test_bad_input_gets_one_sentence(change, message):
 @cpu_only
 def test_triton_in_the_interpreter():
     run_interpreted(__file__)
+
+
+@each_backend
+def test_without_a_tail_it_is_that_of_the_logits(device, backend):
+    (hidden, weight, _), ids, teacher = operands(torch.float64, device)
+    leaf, other = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    given = ids, teacher.double(), "forward_kl"
+    found = linear_topk_divergence(leaf, weight, *given, tail=False, backend=backend)[0]
+    expected = topk_divergence(other @ weight.T, *given, tail=False, backend=backend)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    for each in (found, expected):
+        each.sum().backward()
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-9, atol=1e-12)

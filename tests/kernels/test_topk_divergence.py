@@ -215,3 +215,18 @@ def test_bad_input_gets_one_sentence(change, message):
 @cpu_only
 def test_triton_in_the_interpreter():
     run_interpreted(__file__)
+
+
+@each_backend
+@each_kind
+def test_without_a_tail_both_are_normalised_over_the_list(kind, device, backend):
+    logits, ids, teacher = lists(ROWS, 60, k=7, device=device)
+    leaf = logits.double().requires_grad_()
+    value, entropy = topk_divergence(leaf, ids, teacher.double(), kind, tail=False, backend=backend)
+    again = logits.double().requires_grad_()
+    expected = divergence(again.gather(-1, ids), teacher.double(), kind, backend="reference")[0]
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+    for each in (value, expected):
+        each.sum().backward()
+    torch.testing.assert_close(leaf.grad, again.grad, rtol=1e-9, atol=1e-12)
+    assert torch.equal(entropy, topk_divergence(leaf, ids, teacher.double(), kind, backend=backend)[1])
