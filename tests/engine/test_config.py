@@ -201,7 +201,6 @@ def test_an_option_of_other_recipes_only_is_refused_with_their_names(make):
     with pytest.raises(
         ValueError, match=r"an option of dapo; got 'beta'\. beta is an option of grpo, .*rloo.*dpo.*\.$"
     ):
-    with pytest.raises(ValueError, match=r"an option of dapo; got 'beta'\. beta is an option of grpo, .*rloo.*dpo.*\.$"):
         make()
 
 
