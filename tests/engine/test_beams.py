@@ -10,7 +10,7 @@ from test_generation import ALIKE, RAGGED, completion
 from tiny_models import Letters
 
 from fuserl import families
-from fuserl.engine import branches
+from fuserl.engine import beams, branches
 from fuserl.engine.beams import Beams, search
 from fuserl.engine.generation import generate
 from fuserl.engine.kv_cache import page_bytes
@@ -185,3 +185,11 @@ def test_wrong_arguments_are_refused():
         search(tiny(), Letters(), TWO, Beams(9), group_size=6, max_new_tokens=1)
     with pytest.raises(ValueError, match="prompts must not be empty"):
         search(tiny(), Letters(), [Prompt("")], Beams(2), max_new_tokens=3)
+
+
+def test_the_greedy_token_is_among_few_of_many_equals():
+    logits = torch.zeros(3, 64)
+    logits[:, :2] = -1  # topk of the rest may take any
+    ids, logprobs = beams._likeliest(logits, 2)
+    assert ids[:, 0].tolist() == [2, 2, 2] and (ids[:, 1] > 2).all()
+    assert logprobs[:, 0].tolist() == logprobs[:, 1].tolist() == pytest.approx(logits.log_softmax(-1)[:, 2].tolist())
