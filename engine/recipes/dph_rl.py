@@ -20,8 +20,7 @@ reverse and jensen_shannon in a slow test. The means are of p and q near enough 
 import dataclasses
 import itertools
 import math
-
-import torch
+import random
 
 from fuserl.engine import generators, prompts, rewards
 from fuserl.engine.advantages import standardized
@@ -80,8 +79,7 @@ def recipe(
         return policy.generate(stored.unsolved(asked) or asked[:1], group_size=config.group_size)
 
     def second_half(step):
-        random = torch.Generator().manual_seed((config.seed << 32) + step)
-        return float(torch.rand(1, generator=random)) < mean_share
+        return random.Random(f"{config.seed} {step}").random() < mean_share
 
     clip = {"low": low, "high": high, "dual": dual}
     loss = both(divergence, eta=eta, alpha=alpha, beta=beta, when=second_half, **clip)

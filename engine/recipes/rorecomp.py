@@ -17,8 +17,7 @@ Check: a softmax over 16 lengths (toys/rorecomp.py), four seeds.
 """
 
 import math
-
-import torch
+import random
 
 from fuserl.engine import prompts, rewards
 from fuserl.engine.advantages import generalised, over_batch, standardized
@@ -72,8 +71,7 @@ def recipe(
 
     def chance(step):
         now = p_comp + (p_comp_end - p_comp) * (step - 1) / max(1, config.steps - 1)
-        random = torch.Generator().manual_seed((config.seed << 32) + step)
-        return float(torch.rand(1, generator=random)) < now
+        return random.Random(f"{config.seed} {step}").random() < now
 
     surrogate = clipped(low=low, high=high, **({"reduce": token_mean} if critic else {}))
     return Recipe(

@@ -171,7 +171,7 @@ MUTATIONS = {
 
 
 # Figures of a recipe that are means over random problems, with sampling errors for tolerances.
-SAMPLED = {"r_to_q": 3, "vpo": 2, "arena_rl": 3, "dph_rl": 2, "cgpo": 6}
+SAMPLED = {"r_to_q": 3, "vpo": 2, "arena_rl": 3, "cgpo": 6}
 # Figures of a recipe that are means over random groups, or of training that is cut short, with tolerances for that.
 
 
