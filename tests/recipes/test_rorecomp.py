@@ -167,6 +167,7 @@ def test_a_buffer_goes_to_a_checkpoint_and_back(partly):
     one.add(given)
     two.load_state_dict({name: value.clone() for name, value in one.state_dict().items()})
     first, second = one.pop(3, step=5), two.pop(3, step=5)
+    assert torch.equal(first.tokens, given.tokens[:9]) and torch.equal(one.held.tokens, given.tokens[9:])  # the oldest
     for buffer in (one, two):
         assert len(buffer) == 5
     for a, b in ((first, second), (one.held, two.held)):
