@@ -137,7 +137,7 @@ MUTATIONS = {
     "c_grpo-bonus": ("c_grpo", citations, "mixed", lambda right, share, alpha, **how: [*right]),
     "sft-loss": ("sft", "recipe", "negative_logprob", scaled(losses.negative_logprob)),
     "sdpo-loss": ("sdpo", "recipe", "self_distilled", lambda alpha, **options: scaled(losses.clipped)()),
-    "sdpo-mask": ("sdpo", "recipe", "taught", lambda batch: -batch.rollout_logprobs),
+    "sdpo-mask": ("sdpo", "recipe", "taught", lambda batch: batch.rollout_logprobs),
     "self_interference-loss": ("self_interference", "recipe", "summed", scaled(losses.summed)),
     "self_interference-advantage": ("self_interference", "recipe", "standardized", lambda batch: -batch.rewards),
     "mdpo-loss": ("mdpo", "recipe", "proximal", scaled(mirror.proximal)),
