@@ -22,6 +22,7 @@ TABLES = (
     code_tables.ops, code_tables.recipes, code_tables.trl,
     measured_tables.learning, measured_tables.baselines, measured_tables.speed, measured_tables.benchmarks,
     measured_tables.trainers, measured_tables.endtoend, measured_tables.curve,
+    measured_tables.objectives,
 )  # fmt: skip
 PAGES: dict[str, Callable[[], str]] = {
     "docs/api.md": api_page.page,

@@ -186,6 +186,35 @@ def checks_page() -> str:
     return "\n\n".join(body) + "\n"
 
 
+def objectives() -> str:
+    """Every system whose idea is the objective on one toy problem, beside GRPO, with the picture."""
+    path = RESULTS / "objectives.jsonl"
+    found = {row["recipe"]: row for row in _newest([path], "recipe")}
+    ordered = [found[name] for name in catalogue.RECIPES if name in found]
+    if not ordered:
+        return "Not measured yet: `python benchmarks/objectives.py --save` takes the rows."
+    names = ("pass@1", "pass@16", "entropy", "steps")
+    rows = [
+        [f"[`{row['recipe']}`](docs/settings.md#{slug(row['recipe'])})", *(_over_seeds(row[name]) for name in names)]
+        for row in ordered
+    ]
+    heads = ["recipe", "pass@1", "pass@16", "entropy at the end, nats", "steps to 0.8 of its own reward"]
+    facts = dict.fromkeys(_facts(row, "device") for row in ordered)
+    image = f"![pass@1 and pass@16 of every recipe](benchmarks/results/{path.with_suffix('.png').name})"
+    counted = f"{ordered[0]['training_steps']} steps, {len(ordered[0]['pass@1'])} seeds."
+    return f"{table(heads, rows)}\n\n{counted} {'; '.join(facts)}.\n\n{image}"
+
+
+def _over_seeds(values: list[float]) -> str:
+    """The mean and its standard error; how many seeds never came there."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return "never" if values else ""
+    error = f" ± {statistics.stdev(known) / len(known) ** 0.5:.2g}" if len(known) > 1 else ""
+    missing = f" ({len(values) - len(known)} never)" if len(known) < len(values) else ""
+    return f"{statistics.mean(known):.3g}{error}{missing}"
+
+
 def curve() -> str:
     """The reward of GRPO as it trains, here and in TRL's trainer, over seeds, with the picture of both."""
     path = RESULTS / "learning_trl.jsonl"

@@ -13,7 +13,9 @@ policy - initial.
 Ours: beta 0.001 (the released script has 0); tokens are averaged over the batch; --teacher names another model than the
 initial one.
 
-Check: engine/toys/shared_softmax.py: two problems, one softmax, 400 steps, 20 seeds.
+Check: engine/toys/shared_softmax.py: two problems, one softmax, 400 steps, 20 seeds. Nearly every run of GRPO ends near
+p = (.998, .001), and how many of twenty end at the other answer is luck: their mean is (.93, .07) and pass@8 .61 here,
+where (.979, .018) and .547 are expected.
 """
 
 from fuserl.engine import distilling, prompts, rewards
