@@ -41,12 +41,12 @@ CHANGES = {"ppo": {"lr": 5e-4}, "dpo": {"lr": 1e-4}}
 
 
 class Digits:
-    """A tokenizer of digits, one token per character; token 2 ends a text."""
+    """A tokenizer of digits, one token per character, what it does not know a line break; token 2 ends a text."""
 
     eos_token_id = 2
 
     def __call__(self, text, add_special_tokens=True):
-        return types.SimpleNamespace(input_ids=[LETTERS.index(letter) + 3 for letter in text])
+        return types.SimpleNamespace(input_ids=[LETTERS.find(letter) % len(LETTERS) + 3 for letter in text])
 
     def decode(self, tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False):
         """The letters of tokens, without those that mark an end."""

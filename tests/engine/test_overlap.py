@@ -183,7 +183,7 @@ def test_a_reward_that_fails_loses_nothing_that_was_drawn(tmp_path, recipe, monk
 
 
 # Completions are given, or weights are part of the system.
-OTHERS = ("sft", "dpo", "reward_model", "vpo", "r_to_q", "rover", "c_grpo", "sdpo")
+OTHERS = ("sft", "dpo", "reward_model", "vpo", "r_to_q", "rover", "kl_bayes", "c_grpo", "sdpo")
 
 
 @pytest.mark.parametrize("name", [name for name in catalogue.RECIPES if name not in OTHERS])
