@@ -6,6 +6,7 @@ I(i -> j) = <gradient of log p(correct answer of j), step on i>        negative 
 from __future__ import annotations
 
 import dataclasses
+import copy
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -79,8 +80,7 @@ def measured(policy, batches: Sequence[Batch], loss: Loss, solutions: Batch) -> 
     learnt = policy.parameters()
     kept = {name: x.detach().clone() for name, x in learnt.items()}
     count, moments = policy.optimizer.count, {n: x.clone() for n, x in policy.optimizer.state_dict().items()}
-    followed = {name: second.state_dict() for name, second in policy.seconds.items()}
-    followed = {name: {n: x.clone() for n, x in each.items()} for name, each in followed.items()}
+    followed = {name: copy.deepcopy(second.state_dict()) for name, second in policy.seconds.items()}
     before, rows = _logprobs(policy, solutions), []
     for batch in batches:
         policy.update(batch, loss)
