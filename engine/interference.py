@@ -5,8 +5,8 @@ I(i -> j) = <gradient of log p(correct answer of j), step on i>        negative 
 
 from __future__ import annotations
 
-import dataclasses
 import copy
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 
