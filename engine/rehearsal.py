@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fuserl.engine.batch import Batch, Counts, batch_of, offsets_of
 from fuserl.engine.prompts import Prompt
-from fuserl.engine.rollouts import taken
+from fuserl.engine.rollouts import rollouts_at
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Rehearsal:
             index = first[(share >= self.threshold) & right[first]]
             if not len(index):
                 continue
-            kept = taken(rollouts, index)
+            kept = rollouts_at(rollouts, index)
             batch = policy.score(batch_of(kept, torch.ones(len(kept))), ["old_logprobs"])
             lengths = batch.offsets.diff().tolist()
             parts = zip(batch.tokens.split(lengths), batch.old_logprobs.split(lengths), strict=True)

@@ -144,7 +144,7 @@ def selected(rollouts: Rollouts, groups: Tensor, rewards: Tensor) -> Rollouts:
     members = [(rollouts.group == group).nonzero().squeeze(-1) for group in groups.tolist()]
     index = torch.cat([torch.zeros(0, dtype=torch.int64), *members])
     return dataclasses.replace(
-        taken(rollouts, index),
+        rollouts_at(rollouts, index),
         prompts=[rollouts.prompts[group] for group in groups.tolist()],
         prompt_tokens=[rollouts.prompt_tokens[group] for group in groups.tolist()],
         group=torch.cat([index[:0], *(torch.full_like(each, new) for new, each in enumerate(members))]),
@@ -152,7 +152,7 @@ def selected(rollouts: Rollouts, groups: Tensor, rewards: Tensor) -> Rollouts:
     )
 
 
-def taken(rollouts: Rollouts, index: Tensor) -> Rollouts:
+def rollouts_at(rollouts: Rollouts, index: Tensor) -> Rollouts:
     """The rollouts `index` (b,) in their order, of the same prompts, without scores."""
     rows = [torch.arange(rollouts.offsets[b], rollouts.offsets[b + 1]) for b in index.tolist()]
     rows = torch.cat([torch.zeros(0, dtype=torch.int64), *rows])
@@ -181,7 +181,7 @@ def beside(*several: Rollouts) -> Rollouts:
     whole = dataclasses.replace(
         whole, prompts=prompts, prompt_tokens=several[0].prompt_tokens, group=whole.group % len(prompts)
     )
-    return taken(whole, whole.group.argsort(stable=True))
+    return rollouts_at(whole, whole.group.argsort(stable=True))
 
 
 def joined(several: list[Rollouts]) -> Rollouts:
