@@ -32,7 +32,7 @@ class Rollouts:
     finish: list[str]  # B, "stop" or "length"
     scores: tuple[Tensor, dict] | None = None  # rewards (B,) and their statistics, where making them took the reward
     trained: Tensor | None = None  # (N,) bool, False for what others put in, which is context only; all True by default
-    chunks: list[list[int]] | None = None  # B lists of tokens, each each read right behind the prompt; by default one
+    chunks: list[list[int]] | None = None  # B lists of token counts, each read right behind the prompt; by default one
     facts: dict[str, Tensor] = field(default_factory=dict)  # (B, ...) each, what is known of a rollout besides
 
     def __post_init__(self):
@@ -128,11 +128,7 @@ class Batch:
             self.take(self.rows_of(index)),
             rollout=torch.arange(len(index)).repeat_interleave(lengths),
             offsets=offsets_of(lengths),
-            group=self.group[index],
-            rewards=self.rewards[index],
-            completions=self.completions and [self.completions[b] for b in index.tolist()],
-            facts={name: value[index.to(value.device)] for name, value in self.facts.items()},
-            teacher_prompts=self.teacher_prompts and [self.teacher_prompts[b] for b in index.tolist()],
+            **self._of_rollouts(index),
             objectives=tuple(dataclasses.replace(each, lengths=each.lengths[index]) for each in self.objectives),
         )
 
@@ -140,20 +136,26 @@ class Batch:
         """The rows (n,) of the tokens for objective `number`, and the batch of them, their rollouts and its sizes."""
         rows, sizes = (self.objective == number).nonzero().squeeze(-1), self.objectives[number]
         index = (sizes.lengths > 0).nonzero().squeeze(-1)
-        at = index.to(self.rewards.device)
         return rows, dataclasses.replace(
             self.take(rows),
-            rollout=torch.searchsorted(at, self.rollout[rows]),
-            group=self.group[at],
-            rewards=self.rewards[at],
-            completions=self.completions and [self.completions[b] for b in index.tolist()],
-            facts={name: value[index.to(value.device)] for name, value in self.facts.items()},
-            teacher_prompts=self.teacher_prompts and [self.teacher_prompts[b] for b in index.tolist()],
+            rollout=torch.searchsorted(index.to(self.rollout.device), self.rollout[rows]),
+            **self._of_rollouts(index),
             counts=sizes.counts,
             offsets=offsets_of(sizes.lengths[index]),
             objective=None,
             objectives=(),
         )
+
+    def _of_rollouts(self, index: Tensor) -> dict[str, Any]:
+        """The fields that have one element per rollout, of the rollouts `index` (b,) on the host."""
+        at, numbers = index.to(self.group.device), index.tolist()
+        return {
+            "group": self.group[at],
+            "rewards": self.rewards[at],
+            "completions": self.completions and [self.completions[b] for b in numbers],
+            "facts": {name: value[at] for name, value in self.facts.items()},
+            "teacher_prompts": self.teacher_prompts and [self.teacher_prompts[b] for b in numbers],
+        }
 
     @property
     def as_taught(self) -> Batch:
@@ -199,13 +201,14 @@ class Batch:
 
     def counted(self) -> Batch:
         """A copy whose counts are its own: what is here is the whole of it."""
-        groups = lambda alive: len(self.group[alive].unique())  # noqa: E731
-        objectives = tuple(
-            Objective(Counts(int(each.sum()), int((each > 0).sum()), groups(each > 0)), each)
-            for each in (objective.lengths for objective in self.objectives)
-        )
         counts = Counts(len(self.tokens), len(self.group), len(self.group.unique()))
+        objectives = tuple(Objective(self._counts(each.lengths), each.lengths) for each in self.objectives)
         return dataclasses.replace(self, counts=counts, objectives=objectives)
+
+    def _counts(self, lengths: Tensor) -> Counts:
+        """The sizes of an objective with these tokens (B,) of each rollout: those without any are none of its own."""
+        alive = lengths > 0
+        return Counts(int(lengths.sum()), int(alive.sum()), len(self.group[alive].unique()))
 
     def micro_batches(self, index: Tensor, limit: int, *, whole_groups: bool = False) -> Iterator[Tensor]:
         """Cut the rollouts `index` (b,), sorted by group, into parts of at most `limit` packed tokens where possible.

@@ -287,14 +287,14 @@ class Policy:
         return sharding.inside(adapters.base(model), lambda: self._through(batch, loss, model))
 
     def _through(self, batch: Batch, loss: Loss, model) -> tuple[Tensor, SimpleNamespace, dict[str, Tensor]]:
-        states, packed = self._states(batch, model, whole="score" in loss.outputs)
-        live, part = loss.live(batch), batch.to(self.device)
-        places = {"value": packed.predictor, "score": packed.reader}
-        heads = {name: self._valued(taken(states, places[name])) for name in places if name in loss.outputs}
-        of_head = bool({*loss.outputs} - {*places})
+        packed = self._packed(batch, model, whole="score" in loss.outputs)
+        live, part, of_head = loss.live(batch), batch.to(self.device), bool({*loss.outputs} - {"value", "score"})
         if torch.is_grad_enabled():
             rows = 0 if not of_head else len(batch.tokens) if live is None else int(live.sum())
-            self.meter.add(update=self.costs.update(packed.position_ids.flatten().cpu(), rows))
+            self.meter.add(update=self.costs.update(packed.position_ids.flatten(), rows))
+        states, packed = self._states(packed, model)
+        places = {"value": packed.predictor, "score": packed.reader}
+        heads = {name: self._valued(taken(states, places[name])) for name in places if name in loss.outputs}
         if not of_head:
             losses, statistics = loss(SimpleNamespace(**heads), part)
             return losses.sum(), _detached(heads), statistics
@@ -326,13 +326,16 @@ class Policy:
         )
         return value, _detached({**vars(out), **heads}), statistics
 
-    def _states(self, batch: Batch, model, *, whole: bool = False) -> tuple[Tensor, Packed | Padded]:
-        """A model's last hidden states over the packed batch, (L, D), and where those of each token stand in them."""
-        own = adapters.base(model)
-        packs = own.config._attn_implementation == attention.NAME
-        packed = (batch.packed(whole=whole) if packs else padded(batch)).to(self.device)
+    def _packed(self, batch: Batch, model, *, whole: bool = False) -> Packed | Padded:
+        """A batch as a model can read it, on the host."""
+        packs = adapters.base(model).config._attn_implementation == attention.NAME
+        return batch.packed(whole=whole) if packs else padded(batch)
+
+    def _states(self, packed: Packed | Padded, model) -> tuple[Tensor, Packed | Padded]:
+        """A model's last hidden states over a packed batch, (L, D), and the batch where they are."""
+        packed = packed.to(self.device)
         with self._autocast():
-            return own.get_decoder()(**packed.inputs()).last_hidden_state.flatten(0, 1), packed
+            return adapters.base(model).get_decoder()(**packed.inputs()).last_hidden_state.flatten(0, 1), packed
 
     def _taught_by(self, batch: Batch, loss: Loss) -> Reference | None:
         """What the divergences among a loss's outputs are from: the teacher's states at the batch's tokens."""
@@ -341,7 +344,7 @@ class Policy:
         found = []
         for share, second in self.seconds["teacher"].parts:
             with second.reading() as model:
-                read = functools.partial(self._states, batch.as_taught, model)
+                read = functools.partial(self._states, self._packed(batch.as_taught, model), model)
                 given = model, self.model, read, self.compute
                 found.append((share, second_models.reference(*given, **(loss.divergence or {}))))
         return second_models.mixed(found, adapters.head_terms(self.model)["softcap"])
@@ -351,7 +354,7 @@ class Policy:
         sums = torch.zeros(len(batch.group), adapters.head_weight(model).shape[1])
         for micro, counts in self._own(batch, torch.arange(len(batch.group))):
             part = batch.rollouts_at(micro)
-            read = functools.partial(self._states, part, model, whole=True)
+            read = functools.partial(self._states, self._packed(part, model, whole=True), model)
             states, packed = sharding.inside(adapters.base(model), read)
             if counts:
                 sums.index_add_(0, batch.rollout[batch.rows_of(micro)], states[packed.reader].float().cpu())
