@@ -6,7 +6,7 @@ import types
 
 import tiny_models
 
-from fuserl.engine import catalogue, loop, models
+from fuserl.engine import atomic, catalogue, loop, models
 from fuserl.engine.config import Config
 
 LETTERS = "0123456789+-= \n"
@@ -49,7 +49,7 @@ def problems(folder, count=8):
         {"prompt": f"{n}+1=", "answer": str(n + 1), "chosen": str(n + 1), "rejected": str(n + 2)} for n in range(count)
     ]
     path = folder / "problems.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    atomic.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))  # other ranks may be reading it
     return str(path)
 
 
