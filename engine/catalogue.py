@@ -138,16 +138,16 @@ def _source(name: str) -> list[ast.stmt]:
 
 
 def _described(docstring: str) -> dict[str, str]:
-    """Each argument's text in a docstring's `name: text` lines, continuation lines joined."""
+    """Each argument's text in a docstring's `name: text` lines, continuation lines joined; `a, b: text` is of both."""
     lines = docstring.splitlines()
-    found, name = {}, None
+    found, names = {}, []
     for line in lines[lines.index("Args:") + 1 :] if "Args:" in lines else []:
-        start = re.match(r" {4}(\w+): (.*)", line)
+        start = re.match(r" {4}(\w+(?:, \w+)*): (.*)", line)
         if start:
-            name = start[1]
-            found[name] = start[2]
-        elif line.startswith(" " * 8) and name:
-            found[name] += f" {line.strip()}"
+            names = start[1].split(", ")
+            found |= dict.fromkeys(names, start[2])
+        elif line.startswith(" " * 8) and names:
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
         elif line.strip():
             break
     return {name: text.rstrip(".") for name, text in found.items()}

@@ -51,8 +51,7 @@ def recipe(
         topology: single_elimination, anchor, round_robin, swiss or double_elimination.
         anchor: completion 0, which seeds the others: the first sampled one, or the greedy one.
         rubric: what the judge looks at; default reasoning, tools, answer.
-        low: the ratio is clipped below 1 - low.
-        high: the ratio is clipped above 1 + high.
+        low, high: the ratio is clipped to [1 - low, 1 + high].
     """
     require_one_of("arena_rl", "topology", topology, tuple(TOPOLOGIES))
     require_one_of("arena_rl", "anchor", anchor, ("first", "greedy"))

@@ -45,8 +45,7 @@ def recipe(
         normalize: paper divides the rubric reward by the group's largest; release does not, for bonus positive.
         bonus: positive rewards the rubrics of right answers only, negative those of wrong ones only, or both.
         bfs: a rubric counts only where it hangs together with the answer; else every supported one does.
-        low: the ratio is clipped below 1 - low.
-        high: the ratio is clipped above 1 + high.
+        low, high: the ratio is clipped to [1 - low, 1 + high].
     """
     require("c_grpo", "alpha", alpha, 0 <= alpha <= 1, "in [0, 1]")
     require_one_of("c_grpo", "normalize", normalize, citations.NORMALIZE)

@@ -23,8 +23,7 @@ def recipe(config, *, low: float = 1.0, high: float = 4.0) -> Recipe:
     """CISPO on the configured task.
 
     Args:
-        low: the weight is at least 1 - low.
-        high: the weight is at most 1 + high.
+        low, high: the weight is held in [1 - low, 1 + high].
     """
     return Recipe(
         name="cispo",

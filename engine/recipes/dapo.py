@@ -33,8 +33,7 @@ def recipe(
     """DAPO on the configured task.
 
     Args:
-        low: the ratio is clipped below 1 - low.
-        high: the ratio is clipped above 1 + high.
+        low, high: the ratio is clipped to [1 - low, 1 + high].
         attempts: batches of prompts that a step may look at for groups whose rewards differ; 1 resamples none.
         overlong_buffer: tokens before max_new_tokens over which the overlong penalty grows; 0 is no penalty.
         overlong_penalty: taken off the reward of a completion of max_new_tokens.

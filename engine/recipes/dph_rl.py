@@ -61,8 +61,7 @@ def recipe(
         solved: share of them that must be right for a problem to be rehearsed.
         interleaved: rehearse in an update of its own.
         mean_share: share of the steps in which jensen_shannon_definition has its term on explored rollouts.
-        low: the ratio is clipped below 1 - low.
-        high: the ratio is clipped above 1 + high.
+        low, high: the ratio is clipped to [1 - low, 1 + high].
         dual: bound of the loss of tokens with a negative advantage, in units of it.
         beta: weight of the reverse KL divergence to the reference on explored rollouts.
     """

@@ -29,8 +29,7 @@ def recipe(
     """GRPO on the configured task.
 
     Args:
-        low: the ratio is clipped below 1 - low.
-        high: the ratio is clipped above 1 + high.
+        low, high: the ratio is clipped to [1 - low, 1 + high].
         dual: bound of the loss of tokens with a negative advantage, in units of it (dual clip); default none.
         beta: weight of the KL divergence to the initial model.
         entropy_coef: weight of the entropy bonus.

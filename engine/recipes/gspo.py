@@ -22,8 +22,7 @@ def recipe(config, *, low: float = 3e-4, high: float = 4e-4) -> Recipe:
     """GSPO on the configured task.
 
     Args:
-        low: a rollout's ratio is clipped below 1 - low.
-        high: a rollout's ratio is clipped above 1 + high.
+        low, high: a rollout's ratio is clipped to [1 - low, 1 + high].
     """
     return Recipe(
         name="gspo",

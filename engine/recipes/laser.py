@@ -54,8 +54,7 @@ def recipe(
         w2: steps from there to the mixing of advantages.
         verdict: the token z.
         verdict_id: its id, where it has no text.
-        low: the ratio is clipped below 1 - low.
-        high: the ratio is clipped above 1 + high.
+        low, high: the ratio is clipped to [1 - low, 1 + high].
     """
     for name, value in (("w1", w1), ("w2", w2)):
         require("laser", name, value, value >= 0, "an integer >= 0")

@@ -22,8 +22,7 @@ def recipe(config, *, low: float = 0.2, high: float = 0.28) -> Recipe:
     """MaxRL on the configured task.
 
     Args:
-        low: the ratio is clipped below 1 - low.
-        high: the ratio is clipped above 1 + high.
+        low, high: the ratio is clipped to [1 - low, 1 + high].
     """
     return Recipe(
         name="max_rl",

@@ -53,8 +53,7 @@ def recipe(
         recompute: steps after which the quartiles are made anew, by the policy of then; 0 keeps the first ones.
         threshold: temporal IoU that a TAG answer must reach for a metric of 1, else 0; default the IoU itself.
         adv_norm: group_std, group_mean (no division) or task_batch_std (over all groups of a task).
-        low: the ratio is clipped below 1 - low.
-        high: the ratio is clipped above 1 + high.
+        low, high: the ratio is clipped to [1 - low, 1 + high].
     """
     require_one_of("med_grpo", "adv_norm", adv_norm, tuple(ADV_NORMS))
     require("med_grpo", "baseline", baseline, baseline >= 1, "an integer >= 1")

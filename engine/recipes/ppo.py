@@ -46,8 +46,7 @@ def recipe(
     """PPO on the configured task.
 
     Args:
-        low: the ratio is clipped below 1 - low.
-        high: the ratio is clipped above 1 + high.
+        low, high: the ratio is clipped to [1 - low, 1 + high].
         beta: weight of the KL divergence to the initial model, in the reward.
         gamma: discount of later rewards, per token.
         lam: discount of later temporal differences: 0 trusts the values, 1 the returns.

@@ -57,8 +57,7 @@ def recipe(
         pre_samples: rollouts that L_P sees: negative, positive, both or none.
         rl_samples: rollouts that L_RL sees: negative, positive, both or none.
         fixed: L_P's advantages are -1 for wrong and +1 for right, so that groups without a right answer count too.
-        low: the ratio is clipped below 1 - low.
-        high: the ratio is clipped above 1 + high.
+        low, high: the ratio is clipped to [1 - low, 1 + high].
         dual: bound of the loss of tokens with a negative advantage, in units of it (c).
         beta: weight of the KL divergence to the reference in L_RL.
         bos: the token in the prompt's place; default the tokenizer's beginning of text.

@@ -23,8 +23,7 @@ def recipe(config, *, low: float = 0.2, high: float = 0.2, beta: float = 0.0, gr
     """REINFORCE++ on the configured task.
 
     Args:
-        low: the ratio is clipped below 1 - low.
-        high: the ratio is clipped above 1 + high.
+        low, high: the ratio is clipped to [1 - low, 1 + high].
         beta: weight of the KL divergence to the initial model, in the reward.
         group_baseline: take the group's mean reward off first (REINFORCE++-baseline).
     """

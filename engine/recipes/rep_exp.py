@@ -65,8 +65,7 @@ def recipe(
         off_if_wrong: no bonus for wrong responses.
         pool: responses of each held-out problem to select from at evaluations; 0 is no selection.
         select: responses of the selected sets, at most `pool`.
-        low: the ratio is clipped below 1 - low.
-        high: the ratio is clipped above 1 + high.
+        low, high: the ratio is clipped to [1 - low, 1 + high].
     """
     kept = Covariances(k, lamb) if lasting else None
     novelty = Bonus(lamb, k, config.seed, loo, normalisation, redraw, kept)

@@ -21,8 +21,7 @@ def recipe(config, *, low: float = 0.2, high: float = 0.2, beta: float = 0.0) ->
     """RLOO on the configured task.
 
     Args:
-        low: the ratio is clipped below 1 - low.
-        high: the ratio is clipped above 1 + high.
+        low, high: the ratio is clipped to [1 - low, 1 + high].
         beta: weight of the KL divergence to the initial model, in the reward.
     """
     shaped = penalised(beta)

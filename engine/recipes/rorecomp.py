@@ -56,8 +56,7 @@ def recipe(
         p_comp_end: the same at the end.
         advantages: batch (rewards normalised over each update's batch), group (GRPO's, as drawn) or critic (PPO's).
         measure: length (tokens), or a fact of rollouts by name, as their number of tool calls.
-        low: the ratio is clipped below 1 - low.
-        high: the ratio is clipped above 1 + high.
+        low, high: the ratio is clipped to [1 - low, 1 + high].
         gamma: discount of later rewards, with a critic.
         lam: discount of later temporal differences, with a critic.
         value_coef: weight of the value loss, with a critic.

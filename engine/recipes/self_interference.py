@@ -36,8 +36,7 @@ def recipe(config, *, beta: float = 0.001, greedy_pass: bool = True, low: float 
     Args:
         beta: weight of the forward KL divergence from the initial model.
         greedy_pass: drop the prompts that greedy decoding answers right.
-        low: the ratio is clipped below 1 - low.
-        high: the ratio is clipped above 1 + high.
+        low, high: the ratio is clipped to [1 - low, 1 + high].
     """
     scorer, loss, winners = rewards.scorer(config), loss_of(beta, low=low, high=high), Winners()
     return Recipe(

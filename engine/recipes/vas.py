@@ -54,8 +54,7 @@ def recipe(
         momentum: share of its old score that a prompt keeps.
         min_max: bring scores to [0, 1] over the data set.
         pool: problems that stand for a generator's; a file has its own.
-        low: the ratio is clipped below 1 - low.
-        high: the ratio is clipped above 1 + high.
+        low, high: the ratio is clipped to [1 - low, 1 + high].
         beta: weight of the KL divergence to the initial model.
     """
     differing = _metric(diversity)

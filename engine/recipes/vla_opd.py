@@ -38,8 +38,7 @@ def recipe(config, *, form: str = "opd", low: float = 0.2, high: float = 0.2, we
 
     Args:
         form: opd, reverse_kl, forward_kl, hard_ce, ppo or reinforce.
-        low: the ratio is clipped below 1 - low, with ppo.
-        high: the ratio is clipped above 1 + high, with ppo.
+        low, high: the ratio is clipped to [1 - low, 1 + high], with ppo.
         weigh_lengths: weigh each rollout by its length over max_new_tokens.
     """
     require("vla_opd", "form", form, form in FORMS, f"one of {', '.join(FORMS)}")
