@@ -88,11 +88,13 @@ class Whole:
 
     def __init__(self, model: nn.Module):
         self.model, self.device = model, next(model.parameters()).device
+        # A family that cannot leave out the others gives the logits of all tokens of one text.
+        self.kept = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
 
     def read(self, rollouts: list[Rollout]) -> Tensor:
         """Logits (n, V) behind each rollout."""
         texts = [torch.tensor([each.source.tokens + each.tokens], device=self.device) for each in rollouts]
-        return torch.stack([self.model(input_ids=text, use_cache=False).logits[0, -1] for text in texts])
+        return torch.stack([self.model(input_ids=text, use_cache=False, **self.kept).logits[0, -1] for text in texts])
 
     def fork(self, rollout: Rollout, token: int, logprob: float) -> Rollout:
         """The rollout with one more token, beside it."""

@@ -150,6 +150,20 @@ def words(files):
                 yield f"{path}:{line}: {found[0].strip()!r}: {why}"
 
 
+def whole_logits(files):
+    """What makes a tensor of tokens by vocabulary, or could: a model's logits of all tokens, a softmax of them."""
+    for path, text in files.items():
+        if path.startswith("engine/toys/") or path in ("engine/tabular.py", "engine/reward_models.py"):
+            continue  # tables of a few states; a head of one number
+        for node in ast.walk(ast.parse(text)):
+            name = ast.unparse(node.func).split(".")[-1] if isinstance(node, ast.Call) else None
+            if name in ("softmax", "log_softmax", "cross_entropy", "CrossEntropyLoss", "get_output_embeddings()"):
+                yield f"{path}:{node.lineno}: {name}; an op gives outputs of a head without its logits"
+            given = isinstance(node, ast.Attribute) and node.attr == "logits" and isinstance(node.value, ast.Call)
+            if given and not re.search(r"logits_to_keep=|\*\*self\.kept", ast.unparse(node.value)):
+                yield f"{path}:{node.lineno}: the logits of all tokens; pass logits_to_keep"
+
+
 def asserts(files):
     for path, text in files.items():
         for node in ast.walk(ast.parse(text)):
@@ -216,6 +230,7 @@ HOUSE = {
     "tails": lambda: tails(sources(*FOLDERS)),
     "docstrings": lambda: docstrings(sources(*LIBRARY, "benchmarks", "examples", "docs")),
     "words": lambda: words(sources(*LIBRARY, "benchmarks", "examples", "docs")),
+    "whole_logits": lambda: whole_logits(sources("engine")),
     "asserts": lambda: asserts(sources(*LIBRARY)),
     "environment": lambda: environment(sources(*LIBRARY)),
     "environment_at_import": lambda: environment_at_import(sources(*LIBRARY)),
@@ -271,6 +286,9 @@ BROKEN = [
     (words, "engine/a.py", "def compute_loss(): ...\n", "says nothing"),
     (words, "engine/a.py", "class BatchManager: ...\n", "says nothing"),
     (words, "engine/a.py", "x = 1\n# ------ part two\n", "banner"),
+    (whole_logits, "engine/a.py", "x = model(ids).logits[0]\n", "of all tokens"),
+    (whole_logits, "engine/a.py", "x = torch.log_softmax(y, -1)\n", "log_softmax"),
+    (whole_logits, "engine/a.py", "x = model.get_output_embeddings()(y)\n", "get_output_embeddings"),
     (asserts, "engine/a.py", "def f(x):\n    assert x\n", "an assert"),
     (environment, "engine/a.py", "import os\ndef f(): return os.environ.get('FUSERL_FAST')\n", "FUSERL_FAST"),
     (environment, "engine/a.py", "import os\ndef f(): return os.environ['HOME']\n", "HOME"),
@@ -306,6 +324,7 @@ KEPT = [
     (docstrings, "kernels/a.py", '"""A."""\ndef _f(): ...\n\n' + JIT + "def kernel(): ...\n"),
     (words, "bindings/fuserl/trainers/trl.py", "x = loss_mask\n"),
     (words, "engine/a.py", "try: f()\nexcept ValueError: pass\nx.get_default()\n"),
+    (whole_logits, "engine/a.py", "x = model(ids, logits_to_keep=kept).logits[0]\n"),
     (environment, "kernels/a.py", "import os\ndef f(): return os.environ.get('FUSERL_BACKEND')\n"),
     (includes, "csrc/a.cpp", '#include <cstdint>\n#include "tensor_view.h"\n// not <torch/extension.h>\n'),
 ]
