@@ -30,5 +30,5 @@ class Updating:
     max_grad_norm: float = 1.0
     epochs: int = 1
     minibatches: int = 1
-    micro_tokens: int = 4096  # packed tokens of one forward and backward
+    micro_tokens: int = 1024  # packed tokens of one forward and backward
     chunk: int | None = None  # rows of linear_policy_loss

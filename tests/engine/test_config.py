@@ -11,7 +11,7 @@ from fuserl.engine import catalogue
 from fuserl.engine.config import Config, contract, kind, settings
 from fuserl.engine.metrics import Run
 
-CPU = {"device": "cpu", "dtype": "float32", "groups": 16, "group_size": 8, "micro_tokens": 4096, "few_shot": 4}
+CPU = {"device": "cpu", "dtype": "float32", "groups": 16, "group_size": 8, "micro_tokens": 1024, "few_shot": 4}
 GPU = {"device": "cuda", "dtype": "bfloat16", "groups": 64, "group_size": 16, "micro_tokens": 32768, "few_shot": 4}
 AUTOMATIC = {*CPU, "lr", "epochs", "minibatches", "importance", "threads", "reward_workers", "stop"}
 AUTOMATIC |= {"task", "max_new_tokens"}
