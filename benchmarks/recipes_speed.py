@@ -1,11 +1,14 @@
 """Tokens a second of every recipe, and where a step's time goes: one set of prompts and sizes, a process for each.
 
-    python benchmarks/recipes_speed.py [RECIPE ...] [--model FOLDER|tiny] [--steps N] [--save]
+    python benchmarks/recipes_speed.py [RECIPE ...] [--model FOLDER|tiny] [--steps N] [--once] [--save]
 
 Prints a row per recipe, the median step after two to warm up; `--save` appends them to results/recipes_speed.jsonl and
 draws results/recipes_speed.png. Prompts are sums, each after four solved ones of its own (some 50 tokens, no beginning
 in common); the reward differs within every group, so that all completions are passed forward and backward. The model
 is the built-in one, a folder, or `tiny`: two layers of 64 with random weights, to see that all runs.
+
+With `--once` every recipe takes one optimizer step on the whole batch, whatever its own epochs and minibatches are:
+what its objective costs beside another's. Name grpo several times among them, and the table divides by its median.
 """
 
 from __future__ import annotations
@@ -64,19 +67,21 @@ def problems(folder: Path, count: int) -> str:
     return str(path)
 
 
-def measured(recipe: str, model: str | None, steps: int) -> dict:
+def measured(recipe: str, model: str | None, steps: int, once: bool = False) -> dict:
     """The row of one recipe: medians over the steps after the first two.
 
     Args:
         recipe: its name.
         model: a folder, `tiny`, or None for the built-in one.
         steps: turns of the loop, more than two.
+        once: one epoch and one minibatch.
     """
     kind = "tiny" if model == "tiny" else "cuda" if torch.cuda.device_count() else "cpu"
     given = dict(
         recipe=recipe, steps=steps, **SIZES[kind], reward="recipes_speed:spread", reward_workers=0, few_shot=0, stop=(),
         eval_problems=0, eval_every=0, save_every=0, samples=0,
     )  # fmt: skip
+    given |= {"epochs": 1, "minibatches": 1} if once else {}
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if kind == "tiny":
@@ -86,7 +91,8 @@ def measured(recipe: str, model: str | None, steps: int) -> dict:
             given |= {"data": problems(Path(scratch), 4 * SIZES[kind]["groups"]), "model": model}
         config = Config.from_dict({**given, **catalogue.fixed(recipe), "out": str(Path(scratch) / "run")})
         rows = [row for row in metrics.read(loop.train(config)) if "seconds" in row][WARM:]
-    return {**_medians(rows), **SIZES[kind], "model": model or models.DEFAULT, "steps": len(rows)}
+    found = {**_medians(rows), **SIZES[kind], "model": model or models.DEFAULT, "steps": len(rows)}
+    return found | ({"once": True} if once else {})
 
 
 def _medians(rows: list[dict]) -> dict:
@@ -129,6 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("recipes", nargs="*", metavar="RECIPE")
     parser.add_argument("--model", help="a folder, or tiny; default the built-in model")
     parser.add_argument("--steps", type=int, default=7, help="turns of the loop, the first two left out")
+    parser.add_argument("--once", action="store_true", help="one optimizer step on the whole batch for each")
     parser.add_argument("--save", action="store_true", help="append the rows to the results and draw them")
     given = parser.parse_args(arguments)
     facts = {"device": bench.device(), **machine.versions(), "commit": machine.commit()}
@@ -138,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
         # A process has one highest mark of memory: each recipe gets its own.
         alone = concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
         with alone as pool:
-            row = pool.submit(measured, recipe, given.model, given.steps).result()
+            row = pool.submit(measured, recipe, given.model, given.steps, given.once).result()
         rows.append({"recipe": recipe, **row, **facts})
         drawn, updated = (row.get(f"{phase}_tokens_per_s", 0.0) for phase in ("generate", "update"))
         split = "  ".join(f"{phase} {row[f'{phase}_s'] / row['seconds']:.0%}" for phase in PHASES)
@@ -146,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
         if given.save:
             with RESULTS.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
-    if given.save:
+    if given.save and not given.once:
         RESULTS.with_suffix(".png").write_bytes(figures.png(picture(rows)))
 
 

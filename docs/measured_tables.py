@@ -121,7 +121,8 @@ def baselines() -> str:
 def speed() -> str:
     """Tokens a second and the time split of every recipe, by device and model, with the picture of the last rows."""
     path = RESULTS / "recipes_speed.jsonl"
-    newest = _newest([path], "device", "model", "recipe")
+    newest = _newest([path], "device", "model", "recipe", only=lambda row: not row.get("once"))
+    once = _updates_once(path)
     if not newest:
         return "Not measured yet: `python benchmarks/recipes_speed.py --save` takes the rows."
     order, phases = list(catalogue.RECIPES), ("generate", "reward", "score", "update", "other")
@@ -135,14 +136,31 @@ def speed() -> str:
         work = f"{row['groups']} x {row['group_size']} x {row['max_new_tokens']}"
         memory = f"{row.get('gpu_gb', row.get('host_gb', 0.0)):.1f}"
         step = f"{row['seconds']:.3g}"
-        rows.append([row["recipe"], row["model"], row["device"], work, *paces, step, split, memory, row["commit"]])
+        cost = once.get((row["device"], row["model"], row["recipe"]), "")
+        rows.append(
+            [row["recipe"], row["model"], row["device"], work, *paces, step, split, cost, memory, row["commit"]]
+        )
     heads = [
         "recipe", "model", "on", "prompts x completions x tokens", "generated tokens/s (of the machine's best)",
-        "updated tokens/s", "seconds a step", " / ".join(phases), "peak GB", "commit",
+        "updated tokens/s", "seconds a step", " / ".join(phases), "one update, of grpo's", "peak GB", "commit",
     ]  # fmt: skip
     image = path.with_suffix(".png")
     drawn = f"\n\n![seconds of a step by phase](benchmarks/results/{image.name})" if image.is_file() else ""
     return table(heads, rows) + drawn
+
+
+def _updates_once(path: Path) -> dict[tuple[str, ...], str]:
+    """How long one optimizer step on a whole batch takes in the newest rows of it, over the median of grpo's."""
+    rows = [row for row in _rows([path]) if row.get("once")]
+    plain: dict[tuple, list[float]] = {}
+    for row in rows:
+        if row["recipe"] == "grpo":
+            plain.setdefault((row["device"], row["model"], row["commit"]), []).append(row["update_s"])
+    return {
+        (row["device"], row["model"], row["recipe"]): f"{row['update_s'] / statistics.median(plain[run]):.2f}"
+        for row in rows
+        if (run := (row["device"], row["model"], row["commit"])) in plain
+    }
 
 
 def endtoend() -> str:
@@ -355,13 +373,11 @@ def _benchmark(row: dict) -> list[str]:
 
 def _newest(paths: Iterable[Path], *keys: str, only: Callable[[dict], bool] = bool) -> list[dict]:
     """The last row of each key, in the order in which keys came first."""
-    newest = {}
-    for path in paths:
-        for line in path.read_text().splitlines() if path.is_file() else ():
-            row = json.loads(line)
-            if only(row):
-                newest[tuple(row[key] for key in keys)] = row
-    return list(newest.values())
+    return list({tuple(row[key] for key in keys): row for row in _rows(paths) if only(row)}.values())
+
+
+def _rows(paths: Iterable[Path]) -> Iterator[dict]:
+    return (json.loads(line) for path in paths if path.is_file() for line in path.read_text().splitlines())
 
 
 def _facts(row: dict, device: str) -> str:

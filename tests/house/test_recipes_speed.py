@@ -59,7 +59,9 @@ def test_the_picture_has_a_bar_a_recipe_with_phase_on_phase():
 
 def test_rows_and_picture_are_kept_when_asked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(recipes_speed, "RESULTS", tmp_path / "rows.jsonl")
-    monkeypatch.setattr(recipes_speed, "measured", lambda recipe, model, steps: row(recipe, model=model, steps=steps))
+    monkeypatch.setattr(
+        recipes_speed, "measured", lambda recipe, model, steps, once: row(recipe, model=model, steps=steps)
+    )
     monkeypatch.setattr(
         concurrent.futures, "ProcessPoolExecutor", lambda workers, mp_context: concurrent.futures.ThreadPoolExecutor()
     )
@@ -77,6 +79,8 @@ def test_the_table_has_the_newest_row_of_each_recipe_in_order(tmp_path, monkeypa
     assert "Not measured yet" in measured_tables.speed()
     last, first = list(catalogue.RECIPES)[-1], next(iter(catalogue.RECIPES))
     rows = [row(last, seconds=9.0), row(first), row(last, gpu_gb=21.44)]
+    costs = (first, 1.0), (last, 9.0), (last, 3.0), (first, 3.0), (first, 2.0)
+    rows += [row(name, once=True, seconds=99.0, update_s=cost) for name, cost in costs]
     del rows[2]["generate_share"], rows[2]["generate_tokens_per_s"]
     (tmp_path / "recipes_speed.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     head, _, *lines = measured_tables.speed().splitlines()
@@ -84,8 +88,8 @@ def test_the_table_has_the_newest_row_of_each_recipe_in_order(tmp_path, monkeypa
     assert len(head.split("|")) == len(lines[0].split("|"))
     split = "50% / 0% / 0% / 48% / 2%"
     assert cells == [
-        [first, "small", "a CPU", "4 x 8 x 8", "1,234 (25%)", "198 (50%)", "4", split, "3.2", "0123"],
-        [last, "small", "a CPU", "4 x 8 x 8", "", "198 (50%)", "4", split, "21.4", "0123"],
+        [first, "small", "a CPU", "4 x 8 x 8", "1,234 (25%)", "198 (50%)", "4", split, "1.00", "3.2", "0123"],
+        [last, "small", "a CPU", "4 x 8 x 8", "", "198 (50%)", "4", split, "1.50", "21.4", "0123"],
     ]
     (tmp_path / "recipes_speed.png").write_bytes(b"")
     assert measured_tables.speed().endswith("](benchmarks/results/recipes_speed.png)")
