@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fuserl.engine import parsing
 from fuserl.engine.advantages import token_rewards
 from fuserl.engine.batch import Batch
 from fuserl.engine.contracts import BOUND, WEIGHT, require, require_one_of
@@ -63,6 +64,26 @@ def marked(batch: Batch) -> Tensor:
     """A rule: where facts["macro_begins"] (B, T) says so of each token of a completion, (N,) bool."""
     place = _ordinal(batch) if batch.place is None else batch.place
     return batch.facts["macro_begins"][batch.rollout, place]
+
+
+def segmented(
+    rollout: Callable, segmentation: str, *, n: int, repeat_times: int, leaves: int, seed: int
+) -> tuple[Callable, Callable]:
+    """A rule by its name, and the rollout slot that finds units of language where the rule is about those.
+
+    Args:
+        rollout: the slot that draws.
+        segmentation: ngram, randomised, perplexity, constituents or statements.
+        n: of `every`.
+        repeat_times, seed: of `randomised`.
+        leaves: most words, of `parsing.constituents`.
+    """
+    rules = {"ngram": every(n), "randomised": randomised(repeat_times, seed), "perplexity": surprising}
+    units = {"constituents": parsing.constituents(leaves), "statements": parsing.statements}
+    require_one_of("segmented", "segmentation", segmentation, (*rules, *units))
+    if segmentation in rules:
+        return rollout, rules[segmentation]
+    return parsing.parsed(rollout, units[segmentation]), marked
 
 
 def steps_of(batch: Batch, begins: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fuserl.engine.config import Config
+from fuserl.engine.contracts import require
 from fuserl.engine.importance import token_importance
-from fuserl.engine.losses import Loss
+from fuserl.engine.losses import Loss, summed
 from fuserl.engine.second_models import Teacher
 from fuserl.kernels.surrogates import Truncate, Within
 
@@ -45,6 +47,24 @@ class Recipe:
     batches: Callable | None = None  # (Batch with advantages) -> list[Batch], updated on in turn; by default it alone
     evaluate: Callable | None = None  # (policy, prompts) -> {name: number}, beside accuracy by the reward
     state: dict = field(default_factory=dict)  # name -> object with state_dict and load_state_dict: is checkpointed
+
+
+def actor_critic(
+    policy: Loss, value: Loss, value_coef: float, separate_critic: bool, critic_lr: float | None
+) -> tuple[Loss, Critic | None]:
+    """The slots `loss` and `critic` of a policy with values: of a head on its trunk, or of a model of its own.
+
+    Args:
+        policy, value: their losses.
+        value_coef: weight of the value's, for a head.
+        separate_critic: the values are those of a `Critic`.
+        critic_lr: its learning rate; None is the policy's.
+    """
+    good = critic_lr is None or 0 < critic_lr < math.inf
+    require("actor_critic", "critic_lr", critic_lr, good, "a finite number > 0, or None for the policy's")
+    if separate_critic:
+        return policy, Critic(value, critic_lr)
+    return summed(policy, value, value_coef), None
 
 
 def weighed(recipe: Recipe, config: Config) -> Recipe:

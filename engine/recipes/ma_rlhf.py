@@ -13,18 +13,15 @@ parser, as `parsing` says. A ratio "macro" makes one term of each macro, weighin
 agree on-policy. `reward_agg` "mean" is the released code's, which averages the KL penalty; "sum" is the paper's text.
 """
 
-import math
 from functools import partial
 
-from fuserl.engine import checks, parsing, prompts, rewards
-from fuserl.engine.advantages import generalised
-from fuserl.engine.checks import Figure, at_most
-from fuserl.engine.contracts import require, require_one_of
+from fuserl.engine import prompts, rewards
+from fuserl.engine.checks import Figure
+from fuserl.engine.contracts import require_one_of
 from fuserl.engine.losses import clipped, squared_value, summed, token_mean
-from fuserl.engine.macro_actions import clipped_macros, every, macro_generalised, marked, randomised, surprising
-from fuserl.engine.recipe import Critic, Recipe
+from fuserl.engine.macro_actions import clipped_macros, macro_generalised, segmented
+from fuserl.engine.recipe import Recipe, actor_critic
 from fuserl.engine.rollouts import sampled
-from fuserl.engine.toys import ma_rlhf as toy
 
 DEFAULTS = {"minibatches": 4}
 
@@ -70,12 +67,12 @@ def recipe(
         critic_lr: learning rate of the separate critic; default the policy's.
     """
     require_one_of("ma_rlhf", "ratio", ratio, ("token", "macro"))
-    positive = critic_lr is None or 0 < critic_lr < math.inf
-    require("ma_rlhf", "critic_lr", critic_lr, positive, "a finite number > 0, or None for the policy's")
-    rollout, rule = _segmented(config, segmentation, n, repeat_times, leaves)
+    rollout, rule = segmented(
+        sampled(config.group_size), segmentation, n=n, repeat_times=repeat_times, leaves=leaves, seed=config.seed
+    )
     make = clipped_macros if ratio == "macro" else partial(clipped, reduce=token_mean)
-    policy_loss = make(low=clip, high=clip)
-    value_loss = squared_value(clip=value_clip)
+    policy = make(low=clip, high=clip)
+    loss, critic = actor_critic(policy, squared_value(clip=value_clip), value_coef, separate_critic, critic_lr)
     reads = ("old_logprobs", "ref_logprobs") if beta else ("ref_logprobs",) if segmentation == "perplexity" else ()
     return Recipe(
         name="ma_rlhf",
@@ -85,36 +82,14 @@ def recipe(
         advantage=macro_generalised(
             rule, gamma=gamma, lam=lam, beta=beta, sigma=sigma, reward_agg=reward_agg, reward_clip=reward_clip
         ),
-        loss=policy_loss if separate_critic else summed(policy_loss, value_loss, value_coef),
+        loss=loss,
         reads=("values", *reads),
-        critic=Critic(value_loss, critic_lr) if separate_critic else None,
+        critic=critic,
     )
-
-
-def _segmented(config, name: str, n: int, repeat_times: int, leaves: int):
-    rules = {"ngram": every(n), "randomised": randomised(repeat_times, config.seed), "perplexity": surprising}
-    parsers = {"constituents": parsing.constituents(leaves), "statements": parsing.statements}
-    require_one_of("ma_rlhf", "segmentation", name, (*rules, *parsers))
-    drawn = sampled(config.group_size)
-    return (drawn, rules[name]) if name in rules else (parsing.parsed(drawn, parsers[name]), marked)
 
 
 def show() -> list[Figure]:
     """The limit, the telescoped sum, how far a reward at the end reaches, and how much noise of the critic is left."""
-    batch, loss = toy.example(), summed(clipped(reduce=token_mean), squared_value(clip=0.2), 0.5)
-    options = {"gamma": 0.9, "lam": 0.95, "beta": 0.05}
-    ours = macro_generalised(every(1), **options)(batch)
-    ppo = generalised(**options, whiten=False)(batch)
-    slopes = [toy.gradient(each, loss) for each in (ours, ppo)]
-    sums = macro_generalised(every(3), gamma=1.0, lam=1.0, beta=0.05, sigma="unit", reward_agg="sum")
-    tokens, macros = (macro_generalised(every(n), gamma=1.0, lam=0.95, beta=0.0) for n in (1, 5))
-    far = toy.example((100,), values=0.0)
-    left = toy.noise(lambda n: macro_generalised(every(n), gamma=1.0, lam=0.0, beta=0.0))
-    return [
-        at_most("loss apart from PPO's, n = 1", abs(checks.value(ours, loss) - checks.value(ppo, loss)), 1e-12),
-        at_most("gradients apart from PPO's, n = 1", float((slopes[0] - slopes[1]).abs().max()), 1e-12),
-        at_most("A apart from sum of R - V, gamma = lam = 1", toy.telescoped(sums, batch, 3, beta=0.05), 1e-12),
-        Figure("A of the first of 100 tokens, 0.95^99", float(tokens(far).advantages[0]), 0.95**99, 1e-12),
-        Figure("A of the first of 21 macros, 0.95^20", float(macros(far).advantages[0]), 0.95**20, 1e-12),
-        at_most("variance of delta at n = 5 over that at n = 1, apart from 1 / 5", abs(left - 0.2), 0.02),
-    ]
+    from fuserl.engine.toys import ma_rlhf
+
+    return ma_rlhf.figures(macro_generalised, summed(clipped(reduce=token_mean), squared_value(clip=0.2), 0.5))

@@ -13,7 +13,6 @@ REINFORCE without a baseline.
 Ours: beta 0 by default: a verifier's reward needs no leash.
 """
 
-import math
 from functools import partial
 
 import torch
@@ -21,9 +20,8 @@ import torch
 from fuserl.engine import checks, prompts, rewards
 from fuserl.engine.advantages import generalised
 from fuserl.engine.checks import Figure
-from fuserl.engine.contracts import require
-from fuserl.engine.losses import clipped, squared_value, summed, token_mean
-from fuserl.engine.recipe import Critic, Recipe
+from fuserl.engine.losses import clipped, squared_value, token_mean
+from fuserl.engine.recipe import Recipe, actor_critic
 from fuserl.engine.rollouts import sampled
 
 DEFAULTS = {"minibatches": 4}
@@ -56,19 +54,17 @@ def recipe(
         separate_critic: a value model of its own, started as a copy of the policy.
         critic_lr: learning rate of the separate critic; default the policy's.
     """
-    positive = critic_lr is None or 0 < critic_lr < math.inf
-    require("ppo", "critic_lr", critic_lr, positive, "a finite number > 0, or None for the policy's")
-    policy_loss = clipped(low=low, high=high, reduce=token_mean)
-    value_loss = squared_value(clip=value_clip)
+    policy = clipped(low=low, high=high, reduce=token_mean)
+    loss, critic = actor_critic(policy, squared_value(clip=value_clip), value_coef, separate_critic, critic_lr)
     return Recipe(
         name="ppo",
         prompts=prompts.sampler(config),
         rollout=sampled(config.group_size),
         reward=rewards.scorer(config),
         advantage=generalised(gamma=gamma, lam=lam, beta=beta, whiten=whiten),
-        loss=policy_loss if separate_critic else summed(policy_loss, value_loss, value_coef),
+        loss=loss,
         reads=("values", "old_logprobs", "ref_logprobs") if beta else ("values",),
-        critic=Critic(value_loss, critic_lr) if separate_critic else None,
+        critic=critic,
     )
 
 

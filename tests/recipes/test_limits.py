@@ -32,6 +32,7 @@ from fuserl.engine.batch import Batch
 from fuserl.engine.losses import rollout_mean, rollout_sum, token_mean
 from fuserl.engine.task_rewards import Quantiles
 from fuserl.engine.toys import cgpo as toy_cgpo
+from fuserl.engine.toys import ma_rlhf as toy_ma_rlhf
 from fuserl.engine.toys import r_to_q, vpo
 from fuserl.engine.variance_sampling import VarianceSampler
 
@@ -149,7 +150,7 @@ MUTATIONS = {
     "ace-advantage": ("ace", "recipe", "overconfident", lambda advantage, alpha: advantage),
     "ma_rlhf-last": ("ma_rlhf", macro_actions, "steps_of", without_last),
     "ma_rlhf-sigma": ("ma_rlhf", macro_actions, "_weights", lambda sigma, place, *_: (place == 0).double()),
-    "ma_rlhf-every": ("ma_rlhf", "recipe", "every", lambda n: macro_actions.every(n + 1)),
+    "ma_rlhf-every": ("ma_rlhf", toy_ma_rlhf, "every", lambda n: macro_actions.every(n + 1)),
     "kl_bayes-sums": ("kl_bayes", targets, "sums", lambda batch: real_sums(batch)[::-1]),
     "kl_bayes-loss": ("kl_bayes", targets, "rollout_sum", rollout_mean),
     "rover-loss": ("rover", "recipe", "token_mean", rollout_sum),
