@@ -16,6 +16,14 @@ def require(function: str, name: str, value: object, good: bool, contract: str) 
         raise ValueError(f"{function}: {name} must be {contract}; got {value}. Correct the number.")
 
 
+def numbers(function: str, name: str, text: str, kind: type = float) -> list:
+    """The numbers, of a kind, of an option that has several in its text; ValueError where one is none."""
+    try:
+        return [kind(each) for each in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{function}: {name} must be numbers, separated by commas; got {text!r}. {error}.") from error
+
+
 def require_one_of(function: str, name: str, value: str, known: Iterable[str]) -> None:
     """Raise ValueError that `name` of `function` must be one of `known`, unless the value is."""
     known = list(known)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fuserl.engine import adapters
 from fuserl.engine.batch import Rollouts
+from fuserl.engine.contracts import require, require_one_of
 
 
 class Proposal:
@@ -19,6 +20,18 @@ class Proposal:
 
     def __init__(self):
         self.weights: dict[str, Tensor] = {}
+
+    @classmethod
+    def of(cls, config, name: str) -> Proposal | None:
+        """That of a resolved configuration: None for the name "policy", which draws as it is; else the "best" so far.
+
+        Raises:
+            ValueError: another name, or rollouts that do not come from weights in this process.
+        """
+        require_one_of("Proposal", "proposal", name, ("policy", "best"))
+        here = name == "policy" or (config.rollout == "embedded" and not config.overlap)
+        require("Proposal", "proposal", name, here, "policy where rollouts are drawn ahead or by vLLM")
+        return None if name == "policy" else cls()
 
     def adopt(self) -> None:
         """Take the policy's weights when rollouts are drawn next."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from fuserl.engine.batch import Batch
+from fuserl.engine.batch import Batch, Rollouts
 from fuserl.engine.contracts import require, require_one_of
 from fuserl.engine.losses import Loss, negative_logprob, rollout_sum, with_any_advantage
 from fuserl.engine.proposals import Proposal
@@ -78,6 +78,7 @@ class Moments:
     def __init__(self, moments: Sequence[float], *, lr: float, steps: int):
         require("Moments", "lr", lr, 0 < lr < math.inf, "a finite number > 0")
         require("Moments", "steps", steps, steps >= 1, "an integer >= 1")
+        require("Moments", "moments", moments, all(map(math.isfinite, moments)), "finite numbers")
         self.moments, self.lr, self.steps = torch.tensor(moments, dtype=torch.float64), lr, steps
         self.coefficients = torch.zeros_like(self.moments)
 
@@ -226,6 +227,17 @@ def reinforced() -> Loss:
         return each, {**statistics, **known}
 
     return dataclasses.replace(inner, function=loss, scope="rollout", live=with_any_advantage)
+
+
+def with_distinct(reward: Callable) -> Callable:
+    """The reward slot `reward`, which tells `distinct` of all rollouts together too: "distinct_1" and "distinct_2"."""
+
+    def scored(rollouts: Rollouts) -> tuple[Tensor, dict]:
+        scores, facts = reward(rollouts)
+        return scores, facts | {f"distinct_{n}": distinct(rollouts.tokens, rollouts.offsets, n) for n in (1, 2)}
+
+    scored.close = getattr(reward, "close", lambda: None)
+    return scored
 
 
 def distinct(tokens: Tensor, offsets: Tensor, n: int) -> float:

@@ -18,6 +18,11 @@ from dataclasses import dataclass
 
 from fuserl.engine import problems
 
+RUBRIC = (
+    "Look first at whether the reasoning is sound and leads to the answer, then at whether tools are called where they "
+    "help and their results are used, then at the final answer: right, complete, and what was asked for."
+)
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -185,7 +190,7 @@ TOPOLOGIES = {
 }
 
 
-def tournament(judge, topology: str, rubric: str) -> Callable:
+def tournament(judge, topology: str, rubric: str = RUBRIC) -> Callable:
     """An async reward of whole groups: the standing of a tournament whose matches `judge` scores in both orders.
 
     Args:

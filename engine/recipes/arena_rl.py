@@ -17,23 +17,16 @@ correlation with equal values sharing their mean rank. (Breaking ties by place i
 0.04 off pointwise marks: 0.953 and 0.79 at s = 0.5.) At s = 1 the bracket is no longer near a round robin.
 """
 
-import torch
-
 from fuserl.engine import judges, prompts, rewards
 from fuserl.engine.advantages import standardized
-from fuserl.engine.checks import Figure, at_least, example
+from fuserl.engine.checks import Figure
 from fuserl.engine.contracts import require_one_of
 from fuserl.engine.losses import clipped
 from fuserl.engine.recipe import Recipe
 from fuserl.engine.rollouts import sampled, sampled_from_greedy, scored
-from fuserl.engine.tournaments import TOPOLOGIES, tournament
-from fuserl.engine.toys import arena_rl as toy
+from fuserl.engine.tournaments import RUBRIC, TOPOLOGIES, tournament
 
 DEFAULTS = {"group_size": 16, "groups": 16}
-RUBRIC = (
-    "Look first at whether the reasoning is sound and leads to the answer, then at whether tools are called where they "
-    "help and their results are used, then at the final answer: right, complete, and what was asked for."
-)
 
 
 def recipe(
@@ -53,7 +46,7 @@ def recipe(
         rubric: what the judge looks at; default reasoning, tools, answer.
         low, high: the ratio is clipped to [1 - low, 1 + high].
     """
-    require_one_of("arena_rl", "topology", topology, tuple(TOPOLOGIES))
+    require_one_of("arena_rl", "topology", topology, TOPOLOGIES)
     require_one_of("arena_rl", "anchor", anchor, ("first", "greedy"))
     judge = judges.configured(config)
     reward = judges.JudgedScorer(tournament(judge, topology, RUBRIC if rubric is None else rubric), judge)
@@ -68,27 +61,8 @@ def recipe(
     )
 
 
-def show(groups: int = 200) -> list[Figure]:
+def show() -> list[Figure]:
     """Matches of a group, the largest advantage, and how right the rankings are, without noise and with it."""
-    (exact, matches), (_, all_pairs) = toy.ranking("single_elimination", 0.0, 20), toy.ranking("round_robin", 0.0, 1)
-    seeded, robin, anchored = (
-        toy.ranking(name, 0.5, groups)[0] for name in ("single_elimination", "round_robin", "anchor")
-    )
-    noisy = [toy.ranking(name, 1.0, groups)[0] for name in ("single_elimination", "round_robin")]
-    ranks = example((1,) * 16, group_size=16).replace(rewards=1 - torch.arange(16) / 15)
-    error = 4 * 0.1 / groups**0.5  # four standard errors of a mean over groups, whose deviation is below 0.1
-    return [
-        Figure("matches of 16", matches, 30, 0),
-        Figure("matches of 16, everyone against everyone", all_pairs, 120, 0),
-        Figure(
-            "advantage of the first of 16", float(standardized(ranks).max()), 0.5 / ((17 * 16 / 12) ** 0.5 / 15), 4e-6
-        ),
-        Figure("correlation without noise", exact, 1, 1e-12),
-        Figure("correlation without noise, no seeds", toy.unseeded(0.0, groups), 0.885, error),
-        at_least("correlation at noise 0.5", seeded, 0.92),
-        at_least("above the anchor's alone", seeded - anchored, 0.01),
-        at_least("above pointwise marks", seeded - toy.pointwise(0.5, groups), 0.10),
-        at_least("above a round robin", seeded - robin, -0.03),
-        Figure("correlation at noise 1", noisy[0], 0.826, error),
-        Figure("a round robin's at noise 1", noisy[1], 0.905, error),
-    ]
+    from fuserl.engine.toys import arena_rl
+
+    return arena_rl.figures(standardized)

@@ -17,15 +17,12 @@ the policy's weights when the batch's estimate of KL(p || pi) is below that of K
 Check: two tokens of a vocabulary of 8, all 64 sequences enumerated as a batch of a uniform proposal.
 """
 
-import torch
-
 from fuserl.engine import prompts, rewards, targets
-from fuserl.engine.checks import Figure, at_most
-from fuserl.engine.contracts import require, require_one_of
+from fuserl.engine.checks import Figure
+from fuserl.engine.contracts import numbers
 from fuserl.engine.proposals import Proposal
 from fuserl.engine.recipe import Recipe
 from fuserl.engine.rollouts import sampled
-from fuserl.engine.toys import kl_bayes as toy
 
 
 def recipe(
@@ -49,72 +46,40 @@ def recipe(
         target: posterior of the reward, moments or pointwise.
         beta: weight of the KL divergence to the initial model: temperature of the posterior.
         divergence: for fdpg: forward_kl, reverse_kl, jensen_shannon or total_variation.
-        moment: mean reward that the target is to have, for moments; or means of the facts phi (B, K) of a reward,
-            with commas between them.
+        moment: mean reward that the target is to have, for moments; or, between commas, means of a reward's facts phi.
         moment_lr: step size of its coefficient.
         moment_steps: steps of its coefficient on each batch.
         z_rate: of the moving average of Z.
         baseline: take what changes no expectation off the credit.
         proposal: who draws: policy, or best: the policy when it was nearest to the target.
     """
-    require_one_of("kl_bayes", "objective", objective, ("kl_rl", "dpg", "fdpg"))
-    require_one_of("kl_bayes", "proposal", proposal, ("policy", "best"))
-    apart = proposal == "best" and (config.overlap or config.rollout != "embedded")
-    require("kl_bayes", "proposal", proposal, not apart, "policy where rollouts are drawn ahead or by vLLM")
-    best, partition = Proposal() if proposal == "best" else None, targets.Partition(z_rate)
-    moments = targets.Moments(_numbers(moment), lr=moment_lr, steps=moment_steps)
-    rollout, scorer = sampled(config.group_size), rewards.scorer(config)
-    state = {"partition": partition} | ({"proposal": best} if best else {})
-
-    def diverse(rollouts):
-        scores, facts = scorer(rollouts)
-        return scores, facts | {f"distinct_{n}": targets.distinct(rollouts.tokens, rollouts.offsets, n) for n in (1, 2)}
-
+    rollout, best = sampled(config.group_size), Proposal.of(config, proposal)
+    partition = targets.Partition(z_rate)
+    moments = targets.Moments(numbers("kl_bayes", "moment", moment), lr=moment_lr, steps=moment_steps)
+    state = {"partition": partition, "moments": moments if target == "moments" else None, "proposal": best}
     return Recipe(
         name="kl_bayes",
         prompts=prompts.sampler(config),
         rollout=best.drawing(rollout) if best else rollout,
-        reward=diverse,
+        reward=targets.with_distinct(rewards.scorer(config)),
         advantage=targets.inferred(
-            objective, target, beta=beta, divergence=divergence, partition=partition, moments=moments,
-            baseline=baseline, proposal=best,
+            objective,
+            target,
+            beta=beta,
+            divergence=divergence,
+            baseline=baseline,
+            partition=partition,
+            moments=moments,
+            proposal=best,
         ),
         loss=targets.reinforced(),
         reads=("old_logprobs", "ref_logprobs"),
-        state=state | ({"moments": moments} if target == "moments" else {}),
-    )  # fmt: skip
-
-
-def _numbers(moment: str) -> list[float]:
-    try:
-        return [float(x) for x in moment.split(",")]
-    except ValueError as error:
-        raise ValueError(
-            f"kl_bayes: moment must be numbers with commas between them; got {moment!r}. Give one per feature."
-        ) from error
+        state={name: each for name, each in state.items() if each},
+    )
 
 
 def show() -> list[Figure]:
     """The identity and its gradient, the collapse without KL and none with it, and a sampled gradient, enumerated."""
-    world, beta, loss = toy.Enumerable(moved=1.0), 0.5, targets.reinforced()
-    p, log_z = world.posterior(beta)
-    bound = beta * (log_z - toy.divergence(world.logs(world.table.logits).detach(), p))
-    value = float(world.objective(beta).detach())
-    exact = targets.inferred(beta=beta, baseline=False)
-    slope = -torch.autograd.grad(world.objective(beta), world.table.logits)[0]
-    batch = exact(world.every())
-    ours = world.table.gradient(batch, loss)
-    drawn = toy.sampled_error(world, targets.inferred(beta=beta), loss, slope)
-    free = toy.Enumerable(lr=400.0).trained(targets.inferred(beta=0.0, baseline=False), loss, 300)
-    held = toy.Enumerable(lr=10.0).trained(exact, loss, 2000)
-    forward = toy.Enumerable(lr=4.0).trained(targets.inferred("dpg", beta=beta, baseline=False), loss, 2000)
-    return [
-        at_most("E r - beta KL apart from beta (log Z - KL(pi || p))", abs(value - bound), 1e-12),
-        at_most("the mean credit of a batch apart from it", abs(float(batch.advantages.mean()) - bound), 1e-12),
-        at_most("its gradient apart from autograd's", float((ours - slope).abs().max()), 1e-10),
-        at_most("entropy where beta is 0", toy.entropy(free), 0.01),
-        at_most("KL(pi || p) where beta is 0.5", toy.divergence(held, p), 1e-4),
-        at_most("entropy apart from that of p", abs(toy.entropy(held) - toy.entropy(p)), 0.01),
-        at_most("KL(p || pi) after dpg", toy.divergence(p, forward), 1e-3),
-        at_most("gradient of 100,000 draws: standard errors from the exact one", drawn, 4),
-    ]
+    from fuserl.engine.toys import kl_bayes
+
+    return kl_bayes.figures(targets.inferred, targets.reinforced())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 
 import torch
 
 from fuserl.engine import tournaments
+from fuserl.engine.checks import Figure, at_least, example
 from fuserl.engine.judges import Judge
 from fuserl.kernels.group_ranks import group_ranks
 
@@ -89,3 +91,31 @@ def pointwise(noise: float, count: int) -> float:
         return [{"reward": round(judge.read(text))} for text in completions]
 
     return correlation(reward, groups(count))[0]
+
+
+def figures(advantage: Callable, *, count: int = 200) -> list[Figure]:
+    """The figures of `fuserl check arena_rl`.
+
+    Args:
+        advantage: the recipe's slot.
+        count: groups that a mean with noise is over.
+    """
+    (exact, matches), (_, all_pairs) = ranking("single_elimination", 0.0, 20), ranking("round_robin", 0.0, 1)
+    seeded, robin, anchored = (ranking(name, 0.5, count)[0] for name in ("single_elimination", "round_robin", "anchor"))
+    noisy = [ranking(name, 1.0, count)[0] for name in ("single_elimination", "round_robin")]
+    ranks = example((1,) * SIZE, group_size=SIZE).replace(rewards=1 - torch.arange(SIZE) / (SIZE - 1))
+    largest = 0.5 / ((17 * 16 / 12) ** 0.5 / 15)
+    error = 4 * 0.1 / count**0.5  # four standard errors of a mean over groups, whose deviation is below 0.1
+    return [
+        Figure("matches of 16", matches, 30, 0),
+        Figure("matches of 16, everyone against everyone", all_pairs, 120, 0),
+        Figure("advantage of the first of 16", float(advantage(ranks).max()), largest, 4e-6),
+        Figure("correlation without noise", exact, 1, 1e-12),
+        Figure("correlation without noise, no seeds", unseeded(0.0, count), 0.885, error),
+        at_least("correlation at noise 0.5", seeded, 0.92),
+        at_least("above the anchor's alone", seeded - anchored, 0.01),
+        at_least("above pointwise marks", seeded - pointwise(0.5, count), 0.10),
+        at_least("above a round robin", seeded - robin, -0.03),
+        Figure("correlation at noise 1", noisy[0], 0.826, error),
+        Figure("a round robin's at noise 1", noisy[1], 0.905, error),
+    ]

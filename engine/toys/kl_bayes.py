@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fuserl.engine.batch import Batch
+from fuserl.engine.checks import Figure, at_most
 from fuserl.engine.losses import Loss
 from fuserl.engine.tabular import Table
 
@@ -97,3 +98,34 @@ def sampled_error(world: Enumerable, advantage: Callable, loss: Loss, exact: Ten
     mean = world.table.gradient(batch, loss)
     error = (((squares[:, None, None] * slopes.square()).sum(0) / draws - mean.square()) / draws).sqrt()
     return float(((mean - exact).abs() / error).max())
+
+
+def figures(inferred: Callable, loss: Loss) -> list[Figure]:
+    """The figures of `fuserl check kl_bayes`.
+
+    Args:
+        inferred: makes the recipe's advantage, of an objective and options as of `targets.inferred`.
+        loss: the recipe's.
+    """
+    world, beta = Enumerable(moved=1.0), 0.5
+    p, log_z = world.posterior(beta)
+    bound = beta * (log_z - divergence(world.logs(world.table.logits).detach(), p))
+    value = float(world.objective(beta).detach())
+    exact = inferred(beta=beta, baseline=False)
+    slope = -torch.autograd.grad(world.objective(beta), world.table.logits)[0]
+    batch = exact(world.every())
+    ours = world.table.gradient(batch, loss)
+    drawn = sampled_error(world, inferred(beta=beta), loss, slope)
+    free = Enumerable(lr=400.0).trained(inferred(beta=0.0, baseline=False), loss, 300)
+    held = Enumerable(lr=10.0).trained(exact, loss, 2000)
+    forward = Enumerable(lr=4.0).trained(inferred("dpg", beta=beta, baseline=False), loss, 2000)
+    return [
+        at_most("E r - beta KL apart from beta (log Z - KL(pi || p))", abs(value - bound), 1e-12),
+        at_most("the mean credit of a batch apart from it", abs(float(batch.advantages.mean()) - bound), 1e-12),
+        at_most("its gradient apart from autograd's", float((ours - slope).abs().max()), 1e-10),
+        at_most("entropy where beta is 0", entropy(free), 0.01),
+        at_most("KL(pi || p) where beta is 0.5", divergence(held, p), 1e-4),
+        at_most("entropy apart from that of p", abs(entropy(held) - entropy(p)), 0.01),
+        at_most("KL(p || pi) after dpg", divergence(p, forward), 1e-3),
+        at_most("gradient of 100,000 draws: standard errors from the exact one", drawn, 4),
+    ]

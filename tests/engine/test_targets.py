@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -165,3 +166,23 @@ def test_distinct_counts_no_gram_of_two_rollouts():
 def test_what_has_no_gradient_is_refused(arguments, options, says):
     with pytest.raises(ValueError, match=f"^inferred: {says}"):
         inferred(*arguments, **options)
+
+
+def test_what_tells_distinct_ends_the_workers_of_its_reward():
+    closed = []
+
+    def reward(rollouts):
+        return torch.ones(2), {"words": 1}
+
+    reward.close = lambda: closed.append(True)
+    rollouts = SimpleNamespace(tokens=torch.tensor([1, 2, 1, 2]), offsets=torch.tensor([0, 2, 4]))
+    told = targets.with_distinct(reward)
+    assert told(rollouts)[1] == {"words": 1, "distinct_1": 0.5, "distinct_2": 0.5}
+    told.close()
+    assert closed == [True]
+    targets.with_distinct(lambda rollouts: None).close()  # a reward without workers
+
+
+def test_moments_are_finite():
+    with pytest.raises(ValueError, match="Moments: moments must be finite numbers"):
+        Moments([0.5, math.nan], lr=0.1, steps=1)

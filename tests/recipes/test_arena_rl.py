@@ -7,12 +7,11 @@ import tiny_runs
 import torch
 from batches import config, made, recipe
 
-from fuserl.engine import catalogue, judges, tournaments
+from fuserl.engine import catalogue, checks, judges, tournaments
 from fuserl.engine.advantages import standardized
 from fuserl.engine.batch import batch_of
 from fuserl.engine.losses import every_token
 from fuserl.engine.meter import Meter
-from fuserl.engine.recipes import arena_rl
 from fuserl.engine.rollouts import beside
 from fuserl.engine.toys import arena_rl as toy
 
@@ -40,7 +39,7 @@ def longer(messages):
 
 def test_without_noise_the_advantage_is_that_of_the_true_ranks():
     """The limit: GRPO's advantage for rewards that are the true ranks, bit for bit."""
-    batch = arena_rl.example((1,) * 16, group_size=16)
+    batch = checks.example((1,) * 16, group_size=16)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist()
     reward = tournaments.tournament(toy.Noisy(0.0), "single_elimination", "")
     found = toy.asyncio.run(reward("", [str(each) for each in order], None, {}))
@@ -91,7 +90,7 @@ def test_the_rubric_reaches_the_judge(tmp_path, monkeypatch):
         arena = recipe(tmp_path, "arena_rl", groups=1, group_size=2, rubric=rubric, judge=f"{__name__}:longer")
         arena.rollout(Told("a", "b"), arena.prompts(1))
         arena.rollout.close()
-    assert set(seen) == {"Be brief.", arena_rl.RUBRIC}
+    assert set(seen) == {"Be brief.", tournaments.RUBRIC}
 
 
 def test_the_greedy_completion_may_seed_the_others(tmp_path):
@@ -154,5 +153,5 @@ def test_its_settings_are_the_papers(tmp_path):
 
 @pytest.mark.slow
 def test_figures_hold_over_a_thousand_groups():
-    figures = arena_rl.show(1000)
+    figures = toy.figures(standardized, count=1000)
     assert all(figure.holds for figure in figures), [str(figure) for figure in figures]

@@ -75,7 +75,7 @@ def test_what_goes_on_from_batch_to_batch_is_kept(tmp_path):
     with pytest.raises(ValueError, match="proposal must be policy where rollouts are drawn ahead or by vLLM"):
         recipe(tmp_path, "kl_bayes", proposal="best", overlap=True)
     for moment in ("", "0.3,x", "0.3;1"):
-        with pytest.raises(ValueError, match=r"^kl_bayes: moment must be numbers with commas between them; got "):
+        with pytest.raises(ValueError, match=r"^kl_bayes: moment must be numbers, separated by commas; got "):
             recipe(tmp_path, "kl_bayes", moment=moment)
     assert recipe(tmp_path, "kl_bayes", target="moments", moment="0.3, 1").state["moments"].moments.tolist() == [0.3, 1]
 
