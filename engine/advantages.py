@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fuserl.engine.batch import Batch
-from fuserl.engine.contracts import BOUND, WEIGHT, require, require_one_of
+from fuserl.engine.contracts import WEIGHT, require, require_one_of
 from fuserl.kernels.discounted_scan import discounted_scan
 from fuserl.kernels.gae import gae
 from fuserl.kernels.group_advantage import group_advantage
@@ -65,20 +65,22 @@ PENALTIES = {"softplus": torch.nn.functional.softplus, "relu": torch.relu}
 
 
 def overconfident(
-    advantage: Callable, *, alpha: float, penalty: str = "softplus", mean: bool = False, cap: float = math.inf
+    advantage: Callable, *, alpha: float, penalty: str = "softplus", mean: bool = False, cap: float | None = None
 ) -> Callable:
     """The advantages of wrong rollouts (reward <= 0) times 1 + alpha softplus(c), the others as they are (ACE), (B,).
 
-    c is the rollout's sum of old_logprobs - ref_logprobs, or with `mean` their mean, and at most `cap`: how much more
-    confident of it the policy has grown. `penalty` "relu" is max(c, 0) in the place of softplus(c) = log(1 + e^c).
+    c is the rollout's sum of old_logprobs - ref_logprobs, or with `mean` their mean, at most `cap` where there is one:
+    how much more confident of it the policy has grown. `penalty` "relu" is max(c, 0) in the place of softplus(c), which
+    is log(1 + e^c).
     """
     require("overconfident", "alpha", alpha, 0 <= alpha < math.inf, WEIGHT)
     require_one_of("overconfident", "penalty", penalty, PENALTIES)
-    require("overconfident", "cap", cap, cap >= 0, BOUND)
+    require("overconfident", "cap", cap, cap is None or cap >= 0, "a number >= 0, or None for no bound")
 
     def found(batch: Batch) -> Tensor:
         within = batch.rollout_mean if mean else batch.rollout_sum
-        grown = within(batch.old_logprobs - batch.ref_logprobs).clamp(max=cap)
+        grown = within(batch.old_logprobs - batch.ref_logprobs)
+        grown = grown if cap is None else grown.clamp(max=cap)
         factor = 1 + alpha * PENALTIES[penalty](grown)
         return torch.where(batch.rewards <= 0, factor, 1.0) * advantage(batch)
 

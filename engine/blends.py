@@ -57,6 +57,11 @@ def blended(tasks: Sequence, shares: Sequence[int]):
     )
 
 
+def of(task) -> Blend:
+    """The mixture that a task is, or one of it alone."""
+    return task.source if isinstance(task.source, Blend) else Blend([task], [1])
+
+
 class Blend:
     """The source of a mixture: each draw is of the task whose turn it is.
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fuserl.engine import mixtures
 from fuserl.engine.batch import Batch
-from fuserl.engine.contracts import require
+from fuserl.engine.contracts import WEIGHT, numbers, require, require_one_of
 from fuserl.engine.losses import Loss, clipped, negative_logprob, rollout_sum, summed
 from fuserl.engine.preferences import preference
 
@@ -34,6 +34,9 @@ class Strategy:
     optimizer: str = "crpg"
     kl_max: float = 5.0
     weight: float = 1.0
+
+    def __post_init__(self):
+        require_one_of("Strategy", "optimizer", self.optimizer, OPTIMIZERS)
 
 
 def reinforced() -> Loss:
@@ -115,6 +118,7 @@ def several(strategies: Sequence[Strategy], *, beta: float, lam: float) -> tuple
         strategies: of each task.
         beta, lam: of `preferred`.
     """
+    require("several", "lam", lam, 0 <= lam < math.inf, WEIGHT)
 
     def advantage(batch: Batch) -> Batch:
         # Nobody drew what is stored: where weights of rollouts are asked for, its own is 1.
@@ -147,21 +151,20 @@ def calibrated(score: Tensor, group: Tensor, baseline: Tensor) -> Tensor:
 
 
 def each_of(name: str, text: str, tasks: Sequence[str]) -> list[str]:
-    """The setting of each task: of one for all, or of as many as there are."""
-    found = [each.strip() for each in text.split(",")]
+    """What an option says of each task, separated by commas; or one for all."""
+    return _spread(name, text, [each.strip() for each in text.split(",")], tasks)
+
+
+def numbers_of(name: str, text: str, tasks: Sequence[str], kind: type = float) -> list:
+    """The numbers above 0 of each task, of a kind: as `each_of`."""
+    found = numbers("cgpo", name, text, kind)
+    require("cgpo", name, text, all(each > 0 for each in found), "numbers > 0")
+    return _spread(name, text, found, tasks)
+
+
+def _spread(name: str, text: str, found: list, tasks: Sequence[str]) -> list:
     require("cgpo", name, text, len(found) in (1, len(tasks)), f"one, or one for each of {len(tasks)} tasks")
     return found * len(tasks) if len(found) == 1 else found
-
-
-def numbers_of(name: str, text: str, tasks: Sequence[str], kind: type) -> list:
-    """The numbers above 0 of each task, of a kind: as `each_of`."""
-    several = each_of(name, text, tasks)
-    try:
-        found = [kind(each) for each in several]
-    except ValueError as error:
-        raise ValueError(f"cgpo: {name} must be numbers, separated by commas; got {text!r}. {error}.") from error
-    require("cgpo", name, text, all(each > 0 for each in found), "numbers > 0")
-    return found
 
 
 def _weighted(loss: Loss, weight: float) -> Loss:

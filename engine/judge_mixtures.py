@@ -12,6 +12,7 @@ from torch import Tensor
 from fuserl.engine import judges, reward_models, rewards, rules
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.constrained import calibrated
+from fuserl.engine.contracts import require, require_one_of
 from fuserl.engine.prompts import Prompt
 from fuserl.engine.rollouts import beside, given, joined, pairs
 
@@ -36,16 +37,18 @@ class Constrained:
         config: resolved; its judge, reward, and reward model are asked.
         tasks: their names.
         named: the judges of each task, among JUDGES.
-        scorers: the reward model of each task, as of `--reward-model`; None is the run's own reward.
+        scorers: the reward model of each task, as of `--reward-model`; None or "" is the run's own reward.
 
     Raises:
-        ValueError: a judge has to be asked in words, and none that writes is configured.
+        ValueError: an unknown judge, or one that has to be asked in words where none that writes is configured.
     """
 
     def __init__(self, config, tasks: Sequence[str], named: Sequence[Sequence[str]], scorers: Sequence[str | None]):
         self.named = dict(zip(tasks, named, strict=True))
-        self.judge = None if config.judge is None else judges.configured(config)
         wanted = {each for several in named for each in several}
+        for name in sorted(wanted):
+            require_one_of("cgpo", "judges", name, JUDGES)
+        self.judge = None if config.judge is None else judges.configured(config)
         if wanted - {"answer", *RULES} and not (self.judge and self.judge.writes):
             asked = ", ".join(sorted(wanted - {"answer", *RULES}))
             raise ValueError(f"cgpo: judges must have a model to ask for {asked}; there is none. Name it with --judge.")
@@ -54,7 +57,9 @@ class Constrained:
             **{name: (lambda f=f: f) for name, f in RULES.items()},
         }
         self.rules = {name: judges.ruled(config, functions[name]()) for name in sorted(wanted & functions.keys())}
-        models = {name: reward_models.configured(config.replace(reward_model=name)) for name in dict.fromkeys(scorers)}
+        models = {
+            name: reward_models.configured(config.replace(reward_model=name or None)) for name in dict.fromkeys(scorers)
+        }
         self.scores = {task: models[name] for task, name in zip(tasks, scorers, strict=True)}
         self.scorer = judges.JudgedScorer(self.passes, self.judge) if self.judge else rewards.Scorer(self.passes)
 
@@ -116,11 +121,12 @@ def with_baselines(sizes: dict[str, int]) -> Callable:
     return rollout
 
 
-def warmed_up(draw: Callable, steps: int) -> Callable:
-    """A prompts slot: those of the slot `draw`, of the stage WARM_UP in the first `steps` steps."""
+def warmed_up(draw: Callable, dpo_steps: int) -> Callable:
+    """A prompts slot: those of the slot `draw`, of the stage WARM_UP in the first `dpo_steps` steps."""
+    require("warmed_up", "dpo_steps", dpo_steps, dpo_steps >= 0, "an integer >= 0")
 
     def asked(step: int) -> list[Prompt]:
-        if step > steps:
+        if step > dpo_steps:
             return draw(step)
         return [dataclasses.replace(each, metadata={**each.metadata, "stage": WARM_UP}) for each in draw(step)]
 

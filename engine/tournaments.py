@@ -190,7 +190,7 @@ TOPOLOGIES = {
 }
 
 
-def tournament(judge, topology: str, rubric: str = RUBRIC) -> Callable:
+def tournament(judge, topology: str, rubric: str) -> Callable:
     """An async reward of whole groups: the standing of a tournament whose matches `judge` scores in both orders.
 
     Args:

@@ -18,18 +18,13 @@ ACE leaves less on that arm than GRPO in each. That it keeps more diversity amon
 entropy was lower with ACE.
 """
 
-import math
-
-import torch
-
-from fuserl.engine import checks, evaluation, prompts, rewards
+from fuserl.engine import prompts, rewards
 from fuserl.engine.advantages import overconfident, standardized
-from fuserl.engine.checks import Figure, at_least, at_most
+from fuserl.engine.checks import Figure
 from fuserl.engine.contracts import require, require_one_of
 from fuserl.engine.losses import clipped, token_mean
 from fuserl.engine.recipe import Recipe
 from fuserl.engine.rollouts import mixed, sampled
-from fuserl.engine.toys import ace as toy
 
 
 def recipe(
@@ -60,9 +55,7 @@ def recipe(
         prompts=prompts.sampler(config.replace(groups=config.groups * attempts) if dapo else config),
         rollout=mixed(config.group_size, config.groups, scorer) if dapo else sampled(config.group_size),
         reward=scorer,
-        advantage=overconfident(
-            standardized, alpha=alpha, penalty=penalty, mean=per_token, cap=math.inf if cap is None else cap
-        ),
+        advantage=overconfident(standardized, alpha=alpha, penalty=penalty, mean=per_token, cap=cap),
         loss=clipped(high=0.28, reduce=token_mean) if dapo else clipped(),
         reads=("old_logprobs", "ref_logprobs"),
     )
@@ -70,20 +63,6 @@ def recipe(
 
 def show() -> list[Figure]:
     """The gradient's decomposition, the factor at its ends, pass@k without bias, and the bandit beside GRPO."""
-    ace, batch = overconfident(standardized, alpha=1.0), checks.example((1,) * 64)
-    shift = torch.cat([torch.tensor([-100.0, 0]), torch.linspace(-8, 30, 30)]).repeat_interleave(2)
-    factor = ace(batch.replace(old_logprobs=batch.ref_logprobs + shift)) / standardized(batch)
-    wrong, right = factor[batch.rewards <= 0], factor[batch.rewards > 0]
-    n, k, p = 10, 4, 0.3
-    chances = torch.tensor([math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)], dtype=torch.float64)
-    found = evaluation.pass_at_k(torch.arange(n + 1), n, k)
-    runs = [[toy.unlearnt(each, clipped(), seed)[0] for each in (ace, standardized)] for seed in range(5)]
-    return [
-        at_most("gradient apart from its decomposition", toy.decomposition_error(overconfident, clipped()), 1e-10),
-        Figure("largest change of a correct rollout's advantage", float((right - 1).abs().max()), 0),
-        Figure("factor of a wrong one at c = -100", float(wrong[0]), 1),
-        Figure("factor of a wrong one at c = 0, 1 + log 2", float(wrong[1]), 1 + math.log(2)),
-        Figure("rises of the factor over 29 rises of c", int((wrong[2:].diff() > 0).sum()), 29),
-        Figure("mean pass@4 of 10 tries at chance 0.3", float((chances * found).sum()), 1 - (1 - p) ** k, 1e-12),
-        at_least("seeds of 5 where less is left on the overconfident arm", sum(a < b for a, b in runs), 5),
-    ]
+    from fuserl.engine.toys import ace
+
+    return ace.figures(overconfident, clipped())

@@ -18,17 +18,12 @@ Check: a bandit of four arms, good 1, ok 0.5, hack 3, bad 0, of which only hack 
 is expected of good is its share after 20,000 steps, as a slow test has it; 3,000 steps come within 0.0025 of that.
 """
 
-import itertools
-import math
-
 from fuserl.engine import blends, prompts, rewards
-from fuserl.engine.checks import Figure, at_least, at_most
-from fuserl.engine.constrained import OPTIMIZERS, Strategy, each_of, numbers_of, several
-from fuserl.engine.contracts import WEIGHT, require, require_one_of
-from fuserl.engine.judge_mixtures import JUDGES, Constrained, warmed_up, with_baselines
+from fuserl.engine.checks import Figure
+from fuserl.engine.constrained import Strategy, each_of, numbers_of, several
+from fuserl.engine.judge_mixtures import Constrained, warmed_up, with_baselines
 from fuserl.engine.recipe import Recipe
 from fuserl.engine.rollouts import scored
-from fuserl.engine.toys import cgpo as toy
 
 DEFAULTS = {"group_size": 4}
 
@@ -59,31 +54,26 @@ def recipe(
         lam: weight of the chosen completion's likelihood in codpo.
         dpo_steps: first steps on chosen and rejected completions of all tasks, by DPO.
     """
-    task = prompts.configured(config)
-    blend = task.source if isinstance(task.source, blends.Blend) else blends.Blend([task], [1])
-    tasks, shares = list(blend.by_name), blend.shares
-    for name, value in (("lam", lam), ("dpo_steps", dpo_steps)):
-        require("cgpo", name, value, 0 <= value < math.inf, WEIGHT)
+    blend = blends.of(prompts.configured(config))
+    tasks, shares = list(blend.by_name), [share / sum(blend.shares) for share in blend.shares]
+    sizes = numbers_of("k", str(config.group_size) if k is None else k, tasks, int)
+    strategies = map(
+        Strategy,
+        each_of("optimizer", optimizer, tasks),
+        numbers_of("kl_max", kl_max, tasks),
+        shares if weights == "data" else numbers_of("weights", weights, tasks),
+    )
+    advantage, loss = several(list(strategies), beta=beta, lam=lam)
+    asked = warmed_up(prompts.sampler(config), dpo_steps)
     named = [each.split("+") for each in each_of("judges", judges, tasks)]
-    optimizers = each_of("optimizer", optimizer, tasks)
-    for name, words, known in (
-        ("judges", [word for each in named for word in each], JUDGES),
-        ("optimizer", optimizers, tuple(OPTIMIZERS)),
-    ):
-        for word in words:
-            require_one_of("cgpo", name, word, known)
-    scorers = [config.reward_model] * len(tasks)
+    models = [config.reward_model] * len(tasks)
     if reward_models is not None:
-        scorers = [each or None for each in each_of("reward_models", reward_models, tasks)]
-    sizes = [config.group_size] * len(tasks) if k is None else numbers_of("k", k, tasks, int)
-    each = [n / sum(shares) for n in shares] if weights == "data" else numbers_of("weights", weights, tasks, float)
-    strategies = list(map(Strategy, optimizers, numbers_of("kl_max", kl_max, tasks, float), each))
-    advantage, loss = several(strategies, beta=beta, lam=lam)
-    constraints = Constrained(config, tasks, named, scorers)
+        models = each_of("reward_models", reward_models, tasks)
+    draw = with_baselines(dict(zip(tasks, sizes, strict=True)))
     return Recipe(
         name="cgpo",
-        prompts=warmed_up(prompts.sampler(config), dpo_steps),
-        rollout=scored(with_baselines(dict(zip(tasks, sizes, strict=True))), constraints),
+        prompts=asked,
+        rollout=scored(draw, Constrained(config, tasks, named, models)),
         reward=rewards.scorer(config, required=False),
         advantage=advantage,
         loss=loss,
@@ -91,22 +81,8 @@ def recipe(
     )
 
 
-def show(steps: int = 3000) -> list[Figure]:
+def show() -> list[Figure]:
     """The arms after training, what gets no gradient, CODPO beside DPO, and the baseline's own reward."""
-    ends = toy.trained(steps)
-    good, hack = ends[:4, 0].tolist(), ends[:, 2].tolist()
-    expected = (0.238, 0.306, 0.535, 0.983)
-    return [
-        Figure("forbidden arm, plain policy gradient", hack[4], 0.9998, 1e-4),
-        Figure("forbidden arm, with 0.1 KL", hack[5], 0.9997, 1e-4),
-        *(at_most(f"forbidden arm, CRPG at kl_max {m:g}", p, 0.01) for m, p in zip(toy.BOUNDS, hack, strict=False)),
-        *(
-            Figure(f"good arm at kl_max {m:g}", p, e, 2.5e-3)
-            for m, p, e in zip(toy.BOUNDS, good, expected, strict=True)
-        ),
-        at_least("the smallest step up of these", min(b - a for a, b in itertools.pairwise(good)), 0.0),
-        Figure("largest gradient where nothing passes", toy.nothing_passes(), 0, 0),
-        Figure("reward at k = kl_max", toy.beyond(), 0, 0),
-        Figure("CODPO's loss apart from DPO's", toy.apart_from_dpo(), 0, 1e-12),
-        Figure("calibrated reward of a baseline", toy.of_baseline(), 0.5, 0),
-    ]
+    from fuserl.engine.toys import cgpo
+
+    return cgpo.figures()

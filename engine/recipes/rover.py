@@ -15,15 +15,14 @@ batch and 4 steps on each. When right leaves have 95 % the entropy over them is 
 higher in 19). With one step a batch nothing tells them apart, as the limit says: 0.51 and 0.48, higher in 12.
 """
 
-from fuserl.engine import checks, prompts, rewards
+from fuserl.engine import prompts, rewards
 from fuserl.engine.advantages import centred, standardized
 from fuserl.engine.batch import Batch
-from fuserl.engine.checks import Figure, at_least, at_most
+from fuserl.engine.checks import Figure
 from fuserl.engine.contracts import require
-from fuserl.engine.losses import Loss, clipped, negative_logprob, token_mean
+from fuserl.engine.losses import Loss, token_mean
 from fuserl.engine.recipe import Recipe
 from fuserl.engine.rollouts import sampled
-from fuserl.engine.toys import rover as toy
 
 DEFAULTS = {"minibatches": 4}
 
@@ -61,20 +60,6 @@ def valued(rho: float) -> Loss:
 
 def show() -> list[Figure]:
     """The theorem on random trees, the outputs and their gradient, the limit, and what is left of the right leaves."""
-    values = toy.uniform_values(300, 0.004)
-    others, known = toy.uniform_values(100, 0.01), {1.0: 0.024, 0.1: 0.206, 0.01: 0.873}
-    drawn = {rho: toy.softmax_success(others, rho) for rho in (*known, 0.001)}
-    off = {rho: float((drawn[rho].mean() - mean).abs() / (drawn[rho].var() / 50).sqrt()) for rho, mean in known.items()}
-    table = toy.learner()
-    batch = checks.credited(toy.drawn(table), centred)
-    ours, plain = (table.gradient(batch, loss) for loss in (valued(1.0), negative_logprob()))
-    kept = [toy.spread(centred, valued(1.0), seed) - toy.spread(standardized, clipped(), seed) for seed in range(5)]
-    return [
-        Figure("trees of 300 where greedy on uniform values ends right", int(toy.greedy_success(values).sum()), 300),
-        *(at_most(f"softmax(Q / {rho:g}) ends right: standard errors from {known[rho]}", off[rho], 4) for rho in known),
-        at_least("softmax(Q / 0.001) ends right", float(drawn[0.001].mean()), 0.999),
-        *toy.fused(valued(1.0)),
-        at_most("on-policy gradient apart from twice REINFORCE's", checks.apart(ours, 2 * plain), 1e-10),
-        at_most("gradient where log-ratios are on target", toy.off_target(valued(1.0)), 1e-12),
-        at_least("entropy over right leaves above GRPO's, mean of 5", sum(kept) / 5, 0),
-    ]
+    from fuserl.engine.toys import rover
+
+    return rover.figures(centred, valued)

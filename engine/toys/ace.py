@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from fuserl.engine import checks, evaluation
+from fuserl.engine.advantages import standardized
+from fuserl.engine.checks import Figure, at_least, at_most
 from fuserl.engine.losses import Loss
 from fuserl.engine.tabular import Table, learnt
 
@@ -61,3 +65,39 @@ def decomposition_error(credit: Callable, loss: Loss, *, arms: int = 16, wrong: 
     residual = ((logs.exp() * shift.sigmoid() * is_wrong).detach() * logs).sum()
     expected = torch.autograd.grad(regulariser - residual, table.logits)[0]
     return float((weighed(1.0) - weighed(0.0) - expected).abs().max())
+
+
+def factors(advantage: Callable) -> tuple[Tensor, Tensor]:
+    """What ACE multiplies an advantage with: of 32 wrong rollouts, by rising c, and of as many right ones.
+
+    Args:
+        advantage: ACE's own, of standardised ones.
+    """
+    batch = checks.example((1,) * 64)
+    shift = torch.cat([torch.tensor([-100.0, 0]), torch.linspace(-8, 30, 30)]).repeat_interleave(2)
+    factor = advantage(batch.replace(old_logprobs=batch.ref_logprobs + shift)) / standardized(batch)
+    return factor[batch.rewards <= 0], factor[batch.rewards > 0]
+
+
+def figures(overconfident: Callable, loss: Loss) -> list[Figure]:
+    """The figures of `fuserl check ace`.
+
+    Args:
+        overconfident: makes the recipe's advantage, of another one and alpha.
+        loss: the recipe's.
+    """
+    ace = overconfident(standardized, alpha=1.0)
+    wrong, right = factors(ace)
+    n, k, p = 10, 4, 0.3
+    chances = torch.tensor([math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)], dtype=torch.float64)
+    found = evaluation.pass_at_k(torch.arange(n + 1), n, k)
+    runs = [[unlearnt(each, loss, seed)[0] for each in (ace, standardized)] for seed in range(5)]
+    return [
+        at_most("gradient apart from its decomposition", decomposition_error(overconfident, loss), 1e-10),
+        Figure("largest change of a correct rollout's advantage", float((right - 1).abs().max()), 0),
+        Figure("factor of a wrong one at c = -100", float(wrong[0]), 1),
+        Figure("factor of a wrong one at c = 0, 1 + log 2", float(wrong[1]), 1 + math.log(2)),
+        Figure("rises of the factor over 29 rises of c", int((wrong[2:].diff() > 0).sum()), 29),
+        Figure("mean pass@4 of 10 tries at chance 0.3", float((chances * found).sum()), 1 - (1 - p) ** k, 1e-12),
+        at_least("seeds of 5 where less is left on the overconfident arm", sum(a < b for a, b in runs), 5),
+    ]

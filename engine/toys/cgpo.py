@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from fuserl.engine import checks
 from fuserl.engine.batch import Batch
+from fuserl.engine.checks import Figure, at_least, at_most
 from fuserl.engine.constrained import calibrated, codpo, crpg, log_ratios, preferred, regularised, reinforced
 from fuserl.engine.preferences import preference
 from fuserl.engine.tabular import Table
@@ -77,3 +80,21 @@ def of_baseline() -> float:
     """The calibrated reward of a stored completion."""
     stored = torch.tensor([False, True])
     return float(calibrated(torch.tensor([2.0, 7.3]), torch.zeros(2, dtype=torch.int64), stored)[1])
+
+
+def figures(*, steps: int = 3000) -> list[Figure]:
+    """The figures of `fuserl check cgpo`, after so many steps of `trained`."""
+    ends = trained(steps)
+    good, hack = ends[:4, 0].tolist(), ends[:, 2].tolist()
+    expected = (0.238, 0.306, 0.535, 0.983)
+    return [
+        Figure("forbidden arm, plain policy gradient", hack[4], 0.9998, 1e-4),
+        Figure("forbidden arm, with 0.1 KL", hack[5], 0.9997, 1e-4),
+        *(at_most(f"forbidden arm, CRPG at kl_max {m:g}", p, 0.01) for m, p in zip(BOUNDS, hack, strict=False)),
+        *(Figure(f"good arm at kl_max {m:g}", p, e, 2.5e-3) for m, p, e in zip(BOUNDS, good, expected, strict=True)),
+        at_least("the smallest step up of these", min(b - a for a, b in itertools.pairwise(good)), 0.0),
+        Figure("largest gradient where nothing passes", nothing_passes(), 0, 0),
+        Figure("reward at k = kl_max", beyond(), 0, 0),
+        Figure("CODPO's loss apart from DPO's", apart_from_dpo(), 0, 1e-12),
+        Figure("calibrated reward of a baseline", of_baseline(), 0.5, 0),
+    ]

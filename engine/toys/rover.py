@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fuserl.engine import checks
+from fuserl.engine.advantages import standardized
 from fuserl.engine.batch import Batch
-from fuserl.engine.checks import Figure
-from fuserl.engine.losses import Loss
+from fuserl.engine.checks import Figure, at_least, at_most
+from fuserl.engine.losses import Loss, clipped, negative_logprob
 from fuserl.engine.tabular import Table, learnt
 from fuserl.kernels.linear_policy_loss import linear_policy_loss
 
@@ -122,8 +123,8 @@ def fused(loss: Loss) -> list[Figure]:
     (expected,) = torch.autograd.grad(loss(plain, batch)[0].sum(), logits)
     off = (out.mean_logprob - (x.mean(-1) - x.logsumexp(-1)).detach()).abs().max()
     return [
-        checks.at_most("mean log-prob apart from mean(x) - logsumexp(x)", float(off), 1e-12),
-        checks.at_most(
+        at_most("mean log-prob apart from mean(x) - logsumexp(x)", float(off), 1e-12),
+        at_most(
             "gradient through the head apart from autograd's",
             checks.apart(torch.autograd.grad(value, leaf)[0], expected),
             1e-12,
@@ -144,6 +145,34 @@ def off_target(loss: Loss) -> float:
     leaf = logprob.clone().requires_grad_()
     each = loss(SimpleNamespace(logprob=leaf, mean_logprob=old_mean + values), batch)[0]
     return float(torch.autograd.grad(each.sum(), leaf)[0].abs().max())
+
+
+def figures(advantage: Callable, valued: Callable) -> list[Figure]:
+    """The figures of `fuserl check rover`.
+
+    Args:
+        advantage: the recipe's slot.
+        valued: makes the recipe's loss, given rho.
+    """
+    values = uniform_values(300, 0.004)
+    others, known = uniform_values(100, 0.01), {1.0: 0.024, 0.1: 0.206, 0.01: 0.873}
+    success = {rho: softmax_success(others, rho) for rho in (*known, 0.001)}
+    off = {
+        rho: float((success[rho].mean() - mean).abs() / (success[rho].var() / 50).sqrt()) for rho, mean in known.items()
+    }
+    table, loss = learner(), valued(1.0)
+    batch = checks.credited(drawn(table), advantage)
+    ours, plain = (table.gradient(batch, each) for each in (loss, negative_logprob()))
+    kept = [spread(advantage, loss, seed) - spread(standardized, clipped(), seed) for seed in range(5)]
+    return [
+        Figure("trees of 300 where greedy on uniform values ends right", int(greedy_success(values).sum()), 300),
+        *(at_most(f"softmax(Q / {rho:g}) ends right: standard errors from {known[rho]}", off[rho], 4) for rho in known),
+        at_least("softmax(Q / 0.001) ends right", float(success[0.001].mean()), 0.999),
+        *fused(loss),
+        at_most("on-policy gradient apart from twice REINFORCE's", checks.apart(ours, 2 * plain), 1e-10),
+        at_most("gradient where log-ratios are on target", off_target(loss), 1e-12),
+        at_least("entropy over right leaves above GRPO's, mean of 5", sum(kept) / 5, 0),
+    ]
 
 
 def _node(_context: int, said: Tensor) -> int:

@@ -145,7 +145,7 @@ def test_what_makes_no_penalty_is_refused():
     for options, says in (
         ({"alpha": -1.0}, "alpha must be a finite number >= 0; got -1.0"),
         ({"penalty": "rely"}, "penalty must be one of softplus, relu; got 'rely'. Did you mean 'relu'?"),
-        ({"cap": -1.0}, "cap must be a number >= 0; inf bounds nothing; got -1.0"),
+        ({"cap": -1.0}, "cap must be a number >= 0, or None for no bound; got -1.0"),
     ):
         with pytest.raises(ValueError, match=f"^overconfident: {re.escape(says)}"):
             overconfident(centred, **{"alpha": 1.0, **options})

@@ -98,7 +98,7 @@ def test_without_a_model_it_is_not_asked(judge, tmp_path):
 
 
 def test_each_task_has_its_judges_and_its_number_of_completions(tmp_path):
-    given = Constrained(config(tmp_path, "cgpo"), ["a", "b"], [["answer"], ["refusal"]], [None, f"{__name__}:large"])
+    given = Constrained(config(tmp_path, "cgpo"), ["a", "b"], [["answer"], ["refusal"]], ["", f"{__name__}:large"])
     asked = [prompt("p", task="a"), prompt("q", task="b"), prompt("r", task="a")]
     rollouts, _, facts = rewarded(given, asked, {"a": 2, "b": 3})
     assert [each.text for each in rollouts.prompts] == ["p", "r", "q"]

@@ -71,7 +71,7 @@ def test_each_task_may_have_its_reward_model(built, monkeypatch):
     monkeypatch.setattr(cgpo, "Constrained", lambda *args: given.append(args[-1]) or real(*args))
     built(**TWO, reward_models=",tiny_runs:shortness")
     built(**TWO, reward_model="tiny_runs:constant")
-    assert given == [[None, "tiny_runs:shortness"], ["tiny_runs:constant"] * 2]
+    assert given == [["", "tiny_runs:shortness"], ["tiny_runs:constant"] * 2]
 
 
 def test_first_steps_are_on_pairs(built):
