@@ -360,12 +360,16 @@ def summed(first: Loss, second: Loss, coefficient: float) -> Loss:
         (one, one_statistics), (two, two_statistics) = first(out, batch), second(out, batch)
         return one + coefficient * two, {**one_statistics, **two_statistics}
 
+    def live(batch: Batch) -> Tensor | None:
+        one, two = first.live(batch), second.live(batch)
+        return None if one is None or two is None else one | two
+
     outputs, reads = (tuple(dict.fromkeys(a + b)) for a, b in zip(needs(first), needs(second), strict=True))
     scope = max(first.scope, second.scope, key=("token", "rollout", "group").index)
     weighed = first.weighed and (lambda given: summed(first.weighed(given), second, coefficient))
     divergence = first.divergence or second.divergence
     terms = {"divergence": divergence, "weighed": weighed, "made": first.made | second.made}
-    return Loss(loss, outputs=outputs, reads=reads, scope=scope, **terms)
+    return Loss(loss, outputs=outputs, reads=reads, scope=scope, live=live, **terms)
 
 
 def needs(loss: Loss) -> tuple[tuple[str, ...], tuple[str, ...]]:

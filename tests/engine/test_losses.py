@@ -12,6 +12,7 @@ import torch
 from batches import each_rollout, pairs, ragged, three
 from loss_formulas import LOSSES
 
+from fuserl.engine import checks
 from fuserl.engine.importance import mean_importance, rollout_importance, token_importance
 from fuserl.engine.losses import (
     Loss,
@@ -373,3 +374,13 @@ def test_the_formulas_meet_every_case():
             if (where & (batch.advantages.sign() == sign)).any():
                 seen.add((kind, sign))
     assert len(seen) == 9
+
+
+def test_a_sum_is_dead_where_both_are():
+    batch = checks.example().with_advantages(torch.tensor([1.0, 0.0, 0.0, 2.0]))
+    odd = torch.arange(len(batch.tokens)) % 2 == 1
+    second = Loss(lambda out, batch: (out.logprob * odd, {}), live=lambda batch: odd)
+    both = summed(clipped(), second, 1.0)
+    assert torch.equal(both.live(batch), (batch.advantages != 0) | odd) and not both.live(batch).all()
+    assert not checks.gradient(batch, both)[~both.live(batch)].any()
+    assert summed(clipped(), squared_value(), 1.0).live(batch) is None
