@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fuserl.engine.batch import Batch, Counts, offsets_of
+from fuserl.engine.contracts import require
 from fuserl.engine.mixtures import only, together
 
 _TOKENS = ("tokens", "rollout_logprobs", "old_logprobs", "advantages", "values", "returns", "place")
@@ -107,6 +110,8 @@ def recomposed(
     Returns:
         (Batch) -> list of batches, neither of them empty: at most two.
     """
+    require("recomposed", "alpha", alpha, 0 <= alpha <= 1, "in [0, 1]")
+    require("recomposed", "buffer", capacity, 0 <= capacity < math.inf, "a finite number >= 0")
 
     def batches(batch: Batch) -> list[Batch]:
         chosen, several = priority(batch, alpha, measure(batch)), len(batch.group)
@@ -118,6 +123,30 @@ def recomposed(
         return found if credit is None else [each.with_advantages(credit(each)) for each in found]
 
     return batches
+
+
+def measured(name: str) -> Callable:
+    """(Batch) -> (B,): with the name "length" tokens, else the fact of that name."""
+
+    def found(batch: Batch) -> Tensor:
+        if name != "length" and name not in batch.facts:
+            known = ", ".join(["length", *batch.facts])
+            raise ValueError(f"measured: measure must be one of {known}; got {name!r}. Choose what the rollouts have.")
+        return batch.lengths if name == "length" else batch.facts[name]
+
+    return found
+
+
+def by_chance(p_comp: float, p_comp_end: float, *, steps: int, seed: int) -> Callable:
+    """(step) -> whether, drawn by the seed with a probability that goes in a line from `p_comp` to `p_comp_end`."""
+    for name, value in (("p_comp", p_comp), ("p_comp_end", p_comp_end)):
+        require("by_chance", name, value, 0 <= value <= 1, "in [0, 1]")
+
+    def chance(step: int) -> bool:
+        now = p_comp + (p_comp_end - p_comp) * (step - 1) / max(1, steps - 1)
+        return random.Random(f"{seed} {step}").random() < now
+
+    return chance
 
 
 def _sizes(tensors: list[Tensor]) -> Tensor:

@@ -18,12 +18,12 @@ rounds, 600 steps of Adam at 0.05. `fuserl check` trains one seed (and a naive p
 Shaping 1 came to 2.44 to 2.62 a round, 2 to 2.39 to 2.58, 0.5 to 2.23.
 """
 
-from fuserl.engine import checks, games, rewards
+from fuserl.engine import games, rewards
+from fuserl.engine.checks import Figure
 from fuserl.engine.losses import token_mean, truncated
 from fuserl.engine.matches import Arena
 from fuserl.engine.opponent_shaping import aligned
 from fuserl.engine.recipe import Recipe
-from fuserl.engine.toys import advantage_alignment as toy
 
 DEFAULTS = {"groups": 8, "group_size": 8, "max_new_tokens": 8}
 
@@ -90,21 +90,8 @@ def recipe(
     )
 
 
-def show() -> list[checks.Figure]:
+def show() -> list[Figure]:
     """Weights and payoffs by hand; then the dilemma: who aligns comes to cooperate and is not exploited."""
-    loss = truncated(low=1.0, high=1.0, entropy_coef=0.01, reduce=token_mean)
-    pair, naive = toy.trained(0, loss, shaping=1.0), toy.trained(0, loss, shaping=0.0, steps=200)
-    fooled, cooperates = toy.payoffs((pair[0], toy.defector())), pair[0].probabilities[:, 0]
-    equal, given = games.split_points((10, 10), (10.0, 1.0)), games.split_points((10, 0), (10.0, 1.0))
-    return [
-        checks.Figure("weights apart from sums written out", toy.weights_apart(), 0, 1e-10),
-        checks.Figure("points for 10 and 10 coins, the value 10", equal[0], 50, 0),
-        checks.Figure("the value 1", equal[1], 5, 0),
-        checks.Figure("points for 10 coins of value 10, the other none", given[0], 100, 0),
-        checks.Figure("the other's", given[1], 0, 0),
-        checks.at_least("aligned: the lower payoff of a round", min(toy.payoffs(pair)), 2.2),
-        checks.at_most("aligned: what always defecting earns from it", fooled[1], 1.5),
-        checks.at_least("aligned: P(C) after C and C", float(cooperates[1]), 0.95),
-        checks.at_most("aligned: P(C) after C and D", float(cooperates[2]), 0.03),
-        checks.at_most("naive: the higher payoff of a round", max(toy.payoffs(naive)), 1.1),
-    ]
+    from fuserl.engine.toys import advantage_alignment
+
+    return advantage_alignment.figures(truncated(low=1.0, high=1.0, entropy_coef=0.01, reduce=token_mean))

@@ -16,20 +16,14 @@ reward of 1 or more; whether the buffer gives is drawn by seed and step.
 Check: a softmax over 16 lengths (toys/rorecomp.py), four seeds.
 """
 
-import math
-import random
-
 from fuserl.engine import prompts, rewards
 from fuserl.engine.advantages import generalised, over_batch, standardized
-from fuserl.engine.checks import Figure, at_least, at_most
-from fuserl.engine.contracts import require, require_one_of
+from fuserl.engine.checks import Figure
+from fuserl.engine.contracts import require_one_of
 from fuserl.engine.losses import clipped, squared_value, summed, token_mean
 from fuserl.engine.recipe import Recipe
-from fuserl.engine.recomposition import Buffer, recomposed
+from fuserl.engine.recomposition import Buffer, by_chance, measured, recomposed
 from fuserl.engine.rollouts import sampled
-from fuserl.engine.toys import rorecomp as toys
-
-CREDIT = {"batch": over_batch, "group": standardized, "critic": None}
 
 
 def recipe(
@@ -61,55 +55,37 @@ def recipe(
         lam: discount of later temporal differences, with a critic.
         value_coef: weight of the value loss, with a critic.
     """
-    require("rorecomp", "alpha", alpha, 0 <= alpha <= 1, "in [0, 1]")
-    require("rorecomp", "buffer", buffer, 0 <= buffer < math.inf, "a finite number >= 0")
-    for name, value in (("p_comp", p_comp), ("p_comp_end", p_comp_end)):
-        require("rorecomp", name, value, 0 <= value <= 1, "in [0, 1]")
-    require_one_of("rorecomp", "advantages", advantages, list(CREDIT))
-    waiting, critic = Buffer(), advantages == "critic"
-
-    def chance(step):
-        now = p_comp + (p_comp_end - p_comp) * (step - 1) / max(1, config.steps - 1)
-        return random.Random(f"{config.seed} {step}").random() < now
-
-    surrogate = clipped(low=low, high=high, **({"reduce": token_mean} if critic else {}))
+    require_one_of("rorecomp", "advantages", advantages, ("batch", "group", "critic"))
+    if advantages == "critic":
+        advantage, reads = generalised(gamma=gamma, lam=lam, beta=0.0), ("old_logprobs", "values")
+        loss = summed(clipped(low=low, high=high, reduce=token_mean), squared_value(clip=0.2), value_coef)
+    else:
+        advantage, reads = standardized, ("old_logprobs",)
+        loss = clipped(low=low, high=high)
+    waiting = Buffer()
     return Recipe(
         name="rorecomp",
         prompts=prompts.sampler(config),
         rollout=sampled(config.group_size),
         reward=rewards.scorer(config),
-        advantage=generalised(gamma=gamma, lam=lam, beta=0.0) if critic else standardized,
-        loss=summed(surrogate, squared_value(clip=0.2), value_coef) if critic else surrogate,
-        reads=("old_logprobs", "values") if critic else ("old_logprobs",),
+        advantage=advantage,
+        loss=loss,
+        reads=reads,
         batches=recomposed(
-            waiting, alpha=alpha, capacity=buffer, measure=measured(measure), chance=chance,
+            waiting,
+            alpha=alpha,
+            capacity=buffer,
+            measure=measured(measure),
+            chance=by_chance(p_comp, p_comp_end, steps=config.steps, seed=config.seed),
             credit=over_batch if advantages == "batch" else None,
         ),
         state={"buffer": waiting},
-    )  # fmt: skip
-
-
-def measured(name: str):
-    """(Batch) -> (B,): tokens, or the fact of that name."""
-
-    def found(batch):
-        if name != "length" and name not in batch.facts:
-            known = ", ".join(["length", *batch.facts])
-            raise ValueError(f"rorecomp: measure must be one of {known}; got {name!r}. Choose what the rollouts have.")
-        return batch.lengths if name == "length" else batch.facts[name]
-
-    return found
+    )
 
 
 def show() -> list[Figure]:
     """A step goes on exactly once; where longer answers are right more often, what is cut and what it costs."""
+    from fuserl.engine.toys import rorecomp
+
     slots = {"advantage": standardized, "loss": clipped(), "measure": measured("spoken"), "credit": over_batch}
-    runs = {kind: toys.lengths(slots, kind, seeds=range(4)) for kind in ("grpo", "priority", "compensation")}
-    (long, best), (short, kept) = (toys.mean(runs[kind]) for kind in ("grpo", "compensation"))
-    ahead = [each[1] - other[1] for each, other in zip(runs["compensation"], runs["priority"], strict=True)]
-    return [
-        Figure("responses that are not in exactly one update or the buffer", toys.lost(slots), 0, 0.0),
-        at_most("length with compensation over GRPO's", short / long, 0.65),
-        at_most("accuracy that it costs", best - kept, 0.06),
-        at_least("seeds of 4 where it is .10 more right than priority alone", sum(each >= 0.1 for each in ahead), 3),
-    ]
+    return rorecomp.figures(slots)

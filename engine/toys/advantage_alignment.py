@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fuserl.engine import games
+from fuserl.engine.checks import Figure, at_least, at_most
 from fuserl.engine.losses import Loss
 from fuserl.engine.opponent_shaping import credits, shaping_weights
 from fuserl.engine.tabular import Table
@@ -74,3 +76,22 @@ def payoffs(players: tuple[Table, Table], games: int = 2000) -> tuple[float, flo
     """What each earns in a round, on average."""
     first, second = played(players, games)[2]
     return float(first.mean()), float(second.mean())
+
+
+def figures(loss: Loss) -> list[Figure]:
+    """The figures of `fuserl check advantage_alignment`, under the recipe's loss."""
+    pair, naive = trained(0, loss, shaping=1.0), trained(0, loss, shaping=0.0, steps=200)
+    fooled, cooperates = payoffs((pair[0], defector())), pair[0].probabilities[:, 0]
+    equal, given = games.split_points((10, 10), (10.0, 1.0)), games.split_points((10, 0), (10.0, 1.0))
+    return [
+        Figure("weights apart from sums written out", weights_apart(), 0, 1e-10),
+        Figure("points for 10 and 10 coins, the value 10", equal[0], 50, 0),
+        Figure("the value 1", equal[1], 5, 0),
+        Figure("points for 10 coins of value 10, the other none", given[0], 100, 0),
+        Figure("the other's", given[1], 0, 0),
+        at_least("aligned: the lower payoff of a round", min(payoffs(pair)), 2.2),
+        at_most("aligned: what always defecting earns from it", fooled[1], 1.5),
+        at_least("aligned: P(C) after C and C", float(cooperates[1]), 0.95),
+        at_most("aligned: P(C) after C and D", float(cooperates[2]), 0.03),
+        at_most("naive: the higher payoff of a round", max(payoffs(naive)), 1.1),
+    ]

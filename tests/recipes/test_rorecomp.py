@@ -11,8 +11,7 @@ from tiny_runs import numbers
 from fuserl.engine import checks, loop
 from fuserl.engine.advantages import over_batch, standardized
 from fuserl.engine.losses import clipped, rollout_mean, squared_value, summed, token_mean
-from fuserl.engine.recipes import rorecomp as module
-from fuserl.engine.recomposition import Buffer, priority, recomposed
+from fuserl.engine.recomposition import Buffer, measured, priority, recomposed
 from fuserl.engine.toys import rorecomp as toys
 
 SHORT = "tiny_runs:shortness"
@@ -239,7 +238,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path, tiny, advantages):
 def test_even_where_length_does_not_matter_answers_become_short():
     """Measured: GRPO 7 to 10, priority alone 1.1, with compensation 1.1."""
     slots = {
-        "advantage": standardized, "loss": clipped(), "measure": module.measured("spoken"), "credit": over_batch,
+        "advantage": standardized, "loss": clipped(), "measure": measured("spoken"), "credit": over_batch,
     }  # fmt: skip
     grpo, alone, both = (
         toys.mean(toys.lengths(slots, kind, seeds=range(4), right=toys.even))[0]
