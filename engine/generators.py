@@ -15,6 +15,7 @@ other, of samples of the policy.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 
 import torch
@@ -78,6 +79,12 @@ def towards_mean(*, eta: float, when: Callable = lambda step: True, reduce: Call
         return None if eta and when(batch.step) else torch.zeros(batch.tokens.shape, dtype=torch.bool)
 
     return Loss(loss, live=live, reads=("ref_logprobs",))
+
+
+def by_chance(mean_share: float, seed: int) -> Callable:
+    """(step) -> whether, drawn by the seed with the probability `mean_share`."""
+    require("by_chance", "mean_share", mean_share, 0 <= mean_share <= 1, "in [0, 1]")
+    return lambda step: random.Random(f"{seed} {step}").random() < mean_share
 
 
 def _to_mean(d: Tensor) -> Tensor:

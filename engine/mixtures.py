@@ -74,6 +74,11 @@ def only(batch: Batch, chosen: Tensor) -> Batch:
     return batch.rollouts_at(chosen.nonzero().squeeze(-1)).counted()
 
 
+def parted(batch: Batch) -> list[Batch]:
+    """The objectives of a joined batch as a batch each; without the empty ones."""
+    return [only(batch, each.lengths > 0) for each in batch.objectives if each.counts.rollouts]
+
+
 def together(*batches: Batch) -> Batch:
     """Batches one after the other as one of a single objective, with only the prompts that it has rollouts of."""
     found = joined(*batches)

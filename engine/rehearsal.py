@@ -1,18 +1,20 @@
 """What the initial policy could already do: problems that it solves, each with an answer of its, to be kept.
 
-solved      problems of whose k samples a share of at least `threshold` is right
+solved      problems of whose k samples at least a given share is right
 stored      of each the first right sample, with its log-probs at the start: no second model while training
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fuserl.engine.batch import Batch, Counts, batch_of, offsets_of
+from fuserl.engine.batch import Batch, Counts, Rollouts, batch_of, offsets_of
+from fuserl.engine.contracts import require
+from fuserl.engine.mixtures import emptied, joined, woven
 from fuserl.engine.prompts import Prompt
 from fuserl.engine.rollouts import rollouts_at
 
@@ -31,27 +33,55 @@ class Rehearsal:
 
     Args:
         reward: (Rollouts) -> ((B,) rewards, facts); right is 1.0 or more.
-        samples: of each problem.
-        threshold: share of them that must be right.
+        presamples: of each problem.
+        solved: share of them that must be right.
     """
 
-    def __init__(self, reward: Callable, *, samples: int = 8, threshold: float = 1.0):
-        self.reward, self.samples, self.threshold = reward, samples, threshold
+    def __init__(self, reward: Callable, *, presamples: int = 8, solved: float = 1.0):
+        require("Rehearsal", "presamples", presamples, presamples >= 1, "an integer >= 1")
+        require("Rehearsal", "solved", solved, 0 < solved <= 1, "in (0, 1]")
+        self.reward, self.presamples, self.solved = reward, presamples, solved
         self.stored: dict[str, Sample] = {}
         self.drawn = False
 
-    def draw(self, policy, prompts: Sequence[Prompt], at_once: int) -> None:
+    def exploring(self, sampler: Callable, config) -> Callable:
+        """A rollout slot: the prompts that are no stored problem's; before the first call, `draw` of those of the run.
+
+        A step that has stored problems only explores the first of them.
+
+        Args:
+            sampler: the prompts slot.
+            config: resolved.
+        """
+
+        def rollout(policy, asked: list[Prompt]) -> Rollouts:
+            every = (prompt for step in range(1, config.steps + 1) for prompt in sampler(step))
+            self.draw(policy, every, config.groups)
+            return policy.generate(self.unsolved(asked) or asked[:1], group_size=config.group_size)
+
+        return rollout
+
+    def rehearsing(self, advantage: Callable, sampler: Callable) -> Callable:
+        """An advantage slot: that of explored rollouts, and `beside` these the samples of the step's problems."""
+
+        def credit(batch: Batch) -> Batch:
+            explored = batch.with_advantages(advantage(batch))
+            return beside(explored, self.batch(sampler(batch.step), batch))
+
+        return credit
+
+    def draw(self, policy, prompts: Iterable[Prompt], at_once: int) -> None:
         """Sample the problems with the policy as it is, `at_once` of them together; only the first call does it."""
         if self.drawn:
             return
         self.drawn, every = True, list({prompt.text: prompt for prompt in prompts}.values())
         for begin in range(0, len(every), at_once):
-            rollouts = policy.generate(every[begin : begin + at_once], group_size=self.samples)
+            rollouts = policy.generate(every[begin : begin + at_once], group_size=self.presamples)
             with policy.meter.phase("reward"):
                 right = self.reward(rollouts)[0] >= 1.0
-            share = right.view(-1, self.samples).float().mean(1)
-            first = right.view(-1, self.samples).int().argmax(1) + torch.arange(len(share)) * self.samples
-            index = first[(share >= self.threshold) & right[first]]
+            each = right.view(-1, self.presamples)
+            first = each.int().argmax(1) + torch.arange(len(each)) * self.presamples
+            index = first[each.float().mean(1) >= self.solved]
             if not len(index):
                 continue
             kept = rollouts_at(rollouts, index)
@@ -113,3 +143,8 @@ class Rehearsal:
             state["logprobs"].split(lengths),
         )
         self.stored = dict(zip(state["texts"], map(Sample, *parts), strict=True))
+
+
+def beside(explored: Batch, rehearsed: Batch | None) -> Batch:
+    """Rollouts with their advantages as objective 0, and rehearsed ones, if there are any, as 1."""
+    return woven(joined(explored, emptied(explored) if rehearsed is None else rehearsed))

@@ -6,6 +6,7 @@ grows beyond what the forward divergence is held to.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from fuserl.engine import checks
 from fuserl.engine.batch import Batch
+from fuserl.engine.checks import Figure, at_least
 from fuserl.engine.losses import Loss
 from fuserl.engine.mixtures import emptied, joined
+from fuserl.engine.rehearsal import beside
 from fuserl.engine.tabular import Table
 
 ARMS, RIGHT, REWARDED = 32, 8, 2
@@ -51,7 +54,7 @@ def forgotten(loss: Loss, distance: float) -> tuple[float, float]:
     return float(value), float(slope)
 
 
-def arms(loss: Loss, mixed: Callable, *, seeds: Sequence[int], steps: int = STEPS) -> dict[str, float]:
+def arms(advantage: Callable, loss: Loss, *, seeds: Sequence[int], steps: int = STEPS) -> dict[str, float]:
     """Training with `GROUP` answers and as many of the initial policy's right ones a step; means over the seeds.
 
     Returns:
@@ -68,12 +71,42 @@ def arms(loss: Loss, mixed: Callable, *, seeds: Sequence[int], steps: int = STEP
         for _ in range(steps):
             explored = table.drawn([0], GROUP, lambda _, said: int(said) < REWARDED)
             drawn = torch.multinomial(likely, GROUP, replacement=True, generator=random)
-            table.update(mixed(explored, _rehearsed(table, drawn, reference[drawn])), loss)
+            rehearsed = _rehearsed(table, drawn, reference[drawn])
+            table.update(beside(checks.credited(explored, advantage), rehearsed), loss)
         p = table.probabilities[0]
         among = p[:RIGHT] / p[:RIGHT].sum()
         number = float((-among * among.log()).sum().exp())
         found.append({"number": number, "least": float(p[:RIGHT].min()), "rewarded": float(p[:REWARDED].sum())})
     return {name: statistics.mean(each[name] for each in found) for name in found[0]}
+
+
+def figures(advantage: Callable, both: Callable) -> list[Figure]:
+    """The figures of `fuserl check dph_rl`.
+
+    Args:
+        advantage: of explored rollouts.
+        both: makes the recipe's loss, of a divergence, eta and alpha.
+    """
+    found, a = [], 0.2
+    for kind, name, curved in (("forward", "KL", 1.0), ("jensen_shannon", "2 JS", 0.5), ("alpha", "alpha", 1.0)):
+        loss = both(kind, eta=1.0, alpha=a)
+        value, slope, curvature = at_one(loss)
+        found += [
+            Figure(f"{kind}: mean of f apart from {name}", mean_apart(loss, kind, a), 0, 1e-12),
+            Figure(f"{kind}: f(1) and f'(1)", max(abs(value), abs(slope)), 0, 1e-12),
+            Figure(f"{kind}: f''(1)", curvature, curved, 1e-6),
+        ]
+    stops, pulls = (forgotten(both(k, eta=1.0), d) for k, d in (("jensen_shannon", 30.0), ("forward", 10.0)))
+    kept, lost = (arms(advantage, both(kind, eta=0.2), seeds=(0, 1)) for kind in ("forward", "none"))
+    return [
+        *found,
+        Figure("jensen_shannon where u = e^-30: f", stops[0], math.log(2), 1e-9),
+        Figure("its gradient there", stops[1], 0, 1e-9),
+        Figure("forward's gradient where u = e^-10", pulls[1], math.expm1(-10)),
+        at_least("effective number of right arms, forward over none", kept["number"] / lost["number"], 2.0),
+        at_least("least probability of a right arm, forward over none", kept["least"] / lost["least"], 20.0),
+        at_least("probability of what is rewarded, forward", kept["rewarded"], 0.9),
+    ]
 
 
 def _rehearsed(table: Table, tokens: Tensor, logprobs: Tensor) -> Batch:

@@ -18,7 +18,7 @@ from fuserl.engine.meter import Meter
 from fuserl.engine.policy import Policy, Sampling, Updating
 from fuserl.engine.prompts import Prompt
 from fuserl.engine.recipes import dph_rl
-from fuserl.engine.rehearsal import Rehearsal
+from fuserl.engine.rehearsal import Rehearsal, beside
 from fuserl.engine.toys import dph_rl as toys
 
 KINDS = list(generators.KINDS)
@@ -103,7 +103,7 @@ ANSWERS = {"a": ["yx", "yy", "y"], "b": ["n", "yzz", "yz"], "c": ["n", "n", "n"]
 
 def test_solved_problems_are_stored_with_one_right_answer():
     policy, asked = Drawing(ANSWERS), [Prompt(text) for text in "abcda"]
-    all_right, most = Rehearsal(right, samples=3), Rehearsal(right, samples=3, threshold=0.6)
+    all_right, most = Rehearsal(right, presamples=3), Rehearsal(right, presamples=3, solved=0.6)
     for each in (all_right, most):
         each.draw(policy, asked, 3)
         each.draw(policy, asked, 3)
@@ -118,7 +118,7 @@ def test_solved_problems_are_stored_with_one_right_answer():
     assert found.counts.rollouts == 3 and found.offsets.tolist() == [0, 2, 5, 6] and found.step == 7
     assert torch.equal(found.ref_logprobs, -found.tokens / 100) and found.rollout_logprobs.isnan().all()
     assert most.batch([Prompt("c")], like) is None
-    again = Rehearsal(right, samples=3)
+    again = Rehearsal(right, presamples=3)
     again.load_state_dict(most.state_dict())
     assert torch.equal(again.batch(asked, like).ref_logprobs, found.ref_logprobs)
     empty = Rehearsal(right)
@@ -174,7 +174,7 @@ def test_what_is_known_dead_has_no_loss(divergence, beta, tmp_path):
             rewards=torch.tensor([0.0, 1.0, 1.0, 1.0]), old_logprobs=None, extra={}, step=step
         )
         batch = batch if made.reads else batch.replace(ref_logprobs=None)
-        seen = dph_rl.mixed(batch, made.state["rehearsal"].batch(asked, batch))
+        seen = beside(checks.credited(batch, standardized), made.state["rehearsal"].batch(asked, batch))
         seen = seen.replace(rollout_logprobs=torch.linspace(-2, -1, len(seen.tokens)))
         live, got = made.loss.live(seen), checks.gradient(seen, made.loss)
         assert not got[~live].any()
@@ -272,7 +272,7 @@ def test_stored_logprobs_are_those_of_the_model(tmp_path, tiny):
 def test_right_arms_stay():
     """600 steps, 8 seeds. Measured: none 1.03 arms, reverse 2.0, jensen_shannon 1.9, forward 2.7."""
     found = {
-        kind: toys.arms(dph_rl.both(kind, eta=0.2), dph_rl.mixed, seeds=range(8))
+        kind: toys.arms(standardized, dph_rl.both(kind, eta=0.2), seeds=range(8))
         for kind in ("none", "reverse", "jensen_shannon", "forward")
     }
     assert found["forward"]["number"] >= 2 * found["none"]["number"], found
