@@ -167,6 +167,13 @@ class Batch:
         )
 
     @property
+    def as_read(self) -> list[list[Tensor]]:
+        """`completions`, or where there are none each rollout's tokens as its one chunk."""
+        if self.completions is not None:
+            return self.completions
+        return [[tokens] for tokens in self.tokens.split(self.offsets.diff().tolist())]
+
+    @property
     def sizes(self) -> Tensor:
         """Tokens of each rollout, the untrained ones too, (B,) int64 on the host."""
         if self.completions is None:

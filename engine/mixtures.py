@@ -46,7 +46,7 @@ def joined(*batches: Batch) -> Batch:
         named = {key: None for batch in batches for key in getattr(batch, name)}
         found[name] = {key: _filled([getattr(batch, name).get(key) for batch in batches], sizes) for key in named}
     if any(batch.completions is not None for batch in batches):
-        found["completions"] = [each for batch in batches for each in _completions(batch)]
+        found["completions"] = [each for batch in batches for each in batch.as_read]
         found["place"] = torch.cat([_places(batch) for batch in batches])
     if any(batch.teacher_prompts is not None for batch in batches):
         found["teacher_prompts"] = [each for batch in batches for each in _taught(batch)]
@@ -195,12 +195,6 @@ def _filled(several: list[Tensor | None], sizes: list[int]) -> Tensor | None:
     return torch.cat(
         [none.expand(size, *known.shape[1:]) if x is None else x for x, size in zip(several, sizes, strict=True)]
     )
-
-
-def _completions(batch: Batch) -> list[list[Tensor]]:
-    if batch.completions is not None:
-        return batch.completions
-    return [[tokens] for tokens in batch.tokens.split(batch.offsets.diff().tolist())]
 
 
 def _places(batch: Batch) -> Tensor:

@@ -43,9 +43,8 @@ class Padded:
 
 def padded(batch: Batch) -> Padded:
     """Lays out the rollouts of a batch, each chunk of theirs behind its prompt."""
-    completions = batch.completions or [[each] for each in batch.tokens.split(batch.sizes.tolist())]
     chunks = [
-        (batch.prompt_tokens[g], x) for g, each in zip(batch.group.tolist(), completions, strict=True) for x in each
+        (batch.prompt_tokens[g], x) for g, each in zip(batch.group.tolist(), batch.as_read, strict=True) for x in each
     ]
     texts = [torch.cat(pair) for pair in chunks]
     ids = pad_sequence(texts, batch_first=True)

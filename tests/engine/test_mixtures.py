@@ -77,6 +77,10 @@ def test_a_token_behind_some_rollouts_is_another_objective():
     grown = appended(partly, marks[:2], torch.tensor([False, True]))
     assert [each[0].tolist() for each in grown.completions] == [[9, 1, 2, 9], [9, 9, 9, 92]]
     assert grown.place.tolist() == [0, 1, 2, 0, 1, 3]
+    whole = joined(partly, batch)  # of which one trains all that it reads
+    read = [torch.cat(each).tolist() for each in whole.as_read]
+    assert read == [[9, 1, 2, 9], [9, 9, 9], *(each.tolist() for each in batch.tokens.split([3, 2, 4]))]
+    assert whole.place.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 0, 1, 0, 1, 2, 3] and batch.as_read[1][0].shape == (2,)
 
 
 def test_what_has_several_objectives_is_refused():
