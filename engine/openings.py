@@ -8,8 +8,8 @@ import torch
 
 from fuserl.engine.advantages import centred, signed, standardized
 from fuserl.engine.batch import Batch
-from fuserl.engine.contracts import require_one_of
-from fuserl.engine.mixtures import only
+from fuserl.engine.contracts import require, require_one_of
+from fuserl.engine.mixtures import emptied, joined, only, woven
 
 SIGNS = {
     "negative": lambda a: a < 0,
@@ -45,6 +45,11 @@ def token(tokenizer, text: str | None = None) -> int:
     return found
 
 
+def known(text: str | None = None) -> Callable:
+    """The fact that `two_spaces` needs: (policy, Rollouts) -> {"opening": (B, 1) the id of `token`}."""
+    return lambda policy, drawn: {"opening": torch.full((len(drawn), 1), token(policy.tokenizer, text))}
+
+
 def without_prompts(batch: Batch, opening: int) -> Batch:
     """The batch with the token `opening` in each prompt's place, where nobody has drawn or scored its tokens yet."""
     return batch.replace(
@@ -76,3 +81,22 @@ def two_spaces(*, pre_samples: str = "negative", rl_samples: str = "both", fixed
         )
 
     return spaces
+
+
+def phased(spaces: Callable, *, switch: int = 20, mixed: bool = False) -> Callable:
+    """An advantage slot of a mixture: what is behind prompts is for objective 0, what is behind none for objective 1.
+
+    Args:
+        spaces: of `two_spaces`.
+        switch: up to this step objective 1 alone has rollouts, from then on objective 0.
+        mixed: both have theirs in every step, and there is no switch.
+    """
+    require("phased", "switch", switch, switch >= 0, "an integer >= 0")
+
+    def advantage(batch: Batch) -> Batch:
+        prompted, free = spaces(batch)
+        if mixed:
+            return woven(joined(prompted, free))
+        return joined(emptied(prompted), free) if batch.step <= switch else joined(prompted, emptied(free))
+
+    return advantage

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fuserl.engine import sharding
-from fuserl.engine.batch import Batch
+from fuserl.engine.batch import Batch, Rollouts, batch_of
 from fuserl.engine.losses import Loss
 
 
@@ -48,6 +49,24 @@ def alignment(policy, first: tuple[Batch, Loss], second: tuple[Batch, Loss]) -> 
     product, *squares = (_dot(*pair) for pair in ((one, two), (one, one), (two, two)))
     found = {"gradient_cosine": product / (squares[0] * squares[1]) ** 0.5} if all(squares) else {}
     return found | ({"loss_ratio": value / other} if other else {})
+
+
+def aligned(draw: Callable, parts: Callable, loss: Loss) -> Callable:
+    """The rollout slot `draw`, with the `alignment` of a loss on two parts of what it draws among its statistics.
+
+    Args:
+        draw: (policy, prompts) -> Rollouts with scores.
+        parts: (Batch) -> two batches with advantages; "loss_ratio" is the second's over the first's.
+    """
+
+    def rollout(policy, prompts: list) -> Rollouts:
+        rollouts = draw(policy, prompts)
+        rewards, facts = rollouts.scores
+        first, second = parts(batch_of(rollouts, rewards))
+        found = alignment(policy, (second, loss), (first, loss))
+        return dataclasses.replace(rollouts, scores=(rewards, facts | found))
+
+    return rollout
 
 
 def _dot(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:

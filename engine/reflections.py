@@ -7,6 +7,8 @@ import re
 import torch
 from torch import Tensor
 
+from fuserl.engine.batch import Rollouts
+
 TRANSITIONS = re.compile(
     r"\b(but|however|alternatively|wait|hmm|instead|although|though|otherwise|yet|actually)\b", re.IGNORECASE
 )
@@ -26,10 +28,10 @@ class Reflections:
     def __init__(self):
         self.first: dict[str, float] = {}
 
-    def __call__(self, texts: list[str]) -> dict[str, Tensor]:
+    def __call__(self, _policy, rollouts: Rollouts) -> dict[str, Tensor]:
         """{"transitions", "reflections": (B,) counts}, and over the first mean, where it is not 0, "..._growth"."""
         found = {
-            name: torch.tensor([float(len(words.findall(text))) for text in texts])
+            name: torch.tensor([float(len(words.findall(text))) for text in rollouts.texts])
             for name, words in (("transitions", TRANSITIONS), ("reflections", REFLECTIONS))
         }
         if not self.first:

@@ -65,6 +65,22 @@ def scored(draw: Callable, reward: Callable) -> Callable:
     return rollout
 
 
+def noted(draw: Callable, *facts: Callable) -> Callable:
+    """The rollout slot `draw`, with what each of `facts` knows of its rollouts.
+
+    Args:
+        draw: (policy, prompts) -> Rollouts.
+        facts: (policy, Rollouts) -> {name: (B, ...)}.
+    """
+
+    def rollout(policy, prompts: list[Prompt]) -> Rollouts:
+        rollouts = draw(policy, prompts)
+        found = {name: value for of in facts for name, value in of(policy, rollouts).items()}
+        return dataclasses.replace(rollouts, facts=rollouts.facts | found)
+
+    return rollout
+
+
 def mixed(group_size: int, groups: int, reward: Callable) -> Callable:
     """A rollout slot: prompts in turn, `groups` at a time, until as many groups have rewards that differ.
 

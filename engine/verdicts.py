@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fuserl.engine.advantages import standardized
-from fuserl.engine.batch import Batch, batch_of
+from fuserl.engine.batch import Batch, Rollouts, batch_of
 from fuserl.engine.contracts import WEIGHT, require
 from fuserl.engine.evaluation import EVALUATION
 from fuserl.engine.losses import Loss
@@ -50,10 +50,19 @@ def token(tokenizer, text: str | None = None, number: int | None = None) -> int:
     return found
 
 
-def known(rollouts, number: int) -> dict[str, Tensor]:
-    """What `with_verdicts` needs of rollouts: {"finished": (B,) 0 or 1, "verdict": (B, 1) the token's id}."""
-    finished = torch.tensor([float(each == "stop") for each in rollouts.finish])
-    return {"finished": finished, "verdict": torch.full((len(rollouts), 1), number)}
+def known(text: str | None = None, number: int | None = None) -> Callable:
+    """Facts that `with_verdicts` needs: (policy, Rollouts) -> {"finished": (B,) 0 or 1, "verdict": (B, 1) z's id}.
+
+    Args:
+        text, number: as of `token`.
+    """
+
+    def facts(policy, rollouts: Rollouts) -> dict[str, Tensor]:
+        finished = torch.tensor([float(each == "stop") for each in rollouts.finish])
+        z = token(policy.tokenizer, text, number)
+        return {"finished": finished, "verdict": torch.full((len(rollouts), 1), z)}
+
+    return facts
 
 
 def with_verdicts(batch: Batch, *, temperature: float, among: bool = True) -> Batch:
@@ -107,17 +116,19 @@ def squared_verdict(*, alpha: float, beta_v: float, c_ref: float | None) -> Loss
     return Loss(loss, live=live, reads=("ref_logprobs",) if c_ref is None else ())
 
 
-def mixed_advantage(*, tau: float, beta_v: float, c_ref: float | None, after: int) -> Callable:
-    """(1 - tau) A + tau A_s from step `after` + 1 on, A before: A of the rewards, A_s of the scores, (B,).
+def mixed_advantage(*, tau: float, w1: int, w2: int, beta_v: float, c_ref: float | None) -> Callable:
+    """(1 - tau) A + tau A_s after step w1 + w2, A before: A of the rewards, A_s of the scores, (B,).
 
     Scores are those of the policy as the update starts, held to [0, 1], 0 where nothing was finished. In a group whose
     scores have a standard deviation of at most 0.1, A_s is A.
     """
     require("mixed_advantage", "tau", tau, 0 <= tau <= 1, "in [0, 1]")
+    for name, steps in (("w1", w1), ("w2", w2)):
+        require("mixed_advantage", name, steps, steps >= 0, "an integer >= 0")
 
     def advantage(batch: Batch) -> Tensor:
         ordinary = standardized(batch)
-        if batch.step <= after or not tau:
+        if batch.step <= w1 + w2 or not tau:
             return ordinary
         said = scores(batch.old_logprobs, batch, beta_v=beta_v, c_ref=c_ref).clamp(0.0, 1.0)
         score = batch.rollout_sum(torch.where(batch.objective == 1, said, 0.0)).to(batch.dtype)
@@ -129,13 +140,13 @@ def mixed_advantage(*, tau: float, beta_v: float, c_ref: float | None, after: in
     return advantage
 
 
-def votes(samples: int, reward: Callable, number: Callable, *, beta_v: float, c_ref: float | None) -> Callable:
+def votes(samples: int, reward: Callable, known: Callable, *, beta_v: float, c_ref: float | None) -> Callable:
     """An evaluation slot: which answer most of `samples` completions give, by number and by the sum of their scores.
 
     Args:
         samples: of each held-out problem, drawn as in training.
         reward: (Rollouts) -> ((B,), facts); an answer is right where that of its first completion is 1.0 or more.
-        number: (policy) -> the id of z.
+        known: (policy, Rollouts) -> the facts that `with_verdicts` needs.
 
     Returns:
         (policy, prompts) -> {"vote_accuracy", "weighted_vote_accuracy"}; a completion without an end has no weight in
@@ -146,7 +157,7 @@ def votes(samples: int, reward: Callable, number: Callable, *, beta_v: float, c_
         rollouts = policy.generate(list(prompts), group_size=samples, stream=EVALUATION)
         right = reward(rollouts)[0] >= 1.0
         batch = batch_of(rollouts, right.float())
-        batch = batch.replace(facts=known(rollouts, number(policy)))
+        batch = batch.replace(facts=known(policy, rollouts))
         batch = with_verdicts(batch, temperature=policy.sampling.temperature or 1.0)
         batch = policy.score(batch, ["old_logprobs", *(["ref_logprobs"] if c_ref is None else [])])
         said = scores(batch.old_logprobs, batch, beta_v=beta_v, c_ref=c_ref)
@@ -158,7 +169,7 @@ def votes(samples: int, reward: Callable, number: Callable, *, beta_v: float, c_
     return evaluate
 
 
-def elected(rollouts, weight: Tensor) -> Tensor:
+def elected(rollouts: Rollouts, weight: Tensor) -> Tensor:
     """The first completion (G,) of the answer with the largest sum of weights (B,) in each group; of several the first.
 
     Answers are compared as they are read out of the text.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,12 +16,14 @@ from torch import Tensor
 
 from fuserl.engine import verdicts
 from fuserl.engine.batch import Batch, Counts, offsets_of
+from fuserl.engine.checks import Figure, at_least, at_most
 from fuserl.engine.losses import Loss, negative_logprob
 from fuserl.engine.mixtures import mixture
 from fuserl.engine.tabular import Table
 
 MODULUS, SAY, END, VERDICT = 7, 7, 8, 9
 VOCABULARY, BATCH, STEPS = 10, 128, 300
+ALPHA, BETA_V, C_REF = 0.1, 0.1, -23.0
 
 
 def gradient_apart(loss: Loss) -> float:
@@ -29,10 +31,10 @@ def gradient_apart(loss: Loss) -> float:
     table, batch = _judged(torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0]), torch.ones(5))
     found = table.gradient(batch, mixture(negative_logprob(), loss))[5:]
     p = table.probabilities[5:]
-    score, right = 0.1 * (p[:, VERDICT].log() + 23), torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0])
+    score, right = BETA_V * (p[:, VERDICT].log() - C_REF), torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0])
     weight = torch.where(right > 0, 5 / (2 * 2), 5 / (2 * 3)).double()
     onehot = torch.eye(VOCABULARY, dtype=torch.float64)[VERDICT]
-    expected = (2 * 0.1 * weight * (score - right) * 0.1)[:, None] * (onehot - p) / 5
+    expected = (2 * ALPHA * weight * (score - right) * BETA_V)[:, None] * (onehot - p) / 5
     return float((found - expected).abs().max() / expected.abs().max())
 
 
@@ -61,6 +63,23 @@ def learnt(loss: Loss, *, seeds: Sequence[int], steps: int = STEPS) -> dict[str,
     return {name: statistics.mean(each[name] for each in found) for name in found[0]}
 
 
+def figures(loss_of: Callable) -> list[Figure]:
+    """The verifier at its best; the squared error's gradient; what is cut; a transformer that knows what is right."""
+    log_z = math.log1p(math.exp(C_REF) * math.expm1(1 / BETA_V))
+    best = verdicts.scores(1 / BETA_V + C_REF - log_z, None, beta_v=BETA_V, c_ref=C_REF)
+    loss = loss_of(alpha=ALPHA, beta_v=BETA_V, c_ref=C_REF)
+    found = learnt(loss, seeds=(0,))
+    return [
+        at_most("log Z where pi_ref(z) is e^-23", log_z, 1e-5),
+        Figure("the score of the verifier's best for a right answer", best, 1.0, 1e-6),
+        Figure("gradient apart from 2 alpha w (score - reward) beta_v (onehot - p)", gradient_apart(loss), 0),
+        Figure("gradient of answers that were cut", cut(loss), 0, 0.0),
+        Figure("whether the loss of right answers alone is finite (1 is yes)", single(loss), 1.0),
+        at_least("balanced accuracy of the score, wrong answers never shown", found["accuracy"], 0.9),
+        at_most("next-token KL to the model without the term", found["kl"], 0.02),
+    ]
+
+
 def _both(loss: Loss, seed: int, steps: int) -> dict[str, float]:
     with torch.random.fork_rng(devices=[]):
         models = [_transformer(seed) for _ in range(2)]
@@ -74,7 +93,7 @@ def _both(loss: Loss, seed: int, steps: int) -> dict[str, float]:
         verdicts.with_verdicts(_texts(torch.Generator().manual_seed(seed + 1), held=held), temperature=1.0)
         for held in (True, False)
     )
-    scored = verdicts.scores(_logs(models[0], held)[:, 2, VERDICT], held, beta_v=0.1, c_ref=-23.0) > 0.5
+    scored = verdicts.scores(_logs(models[0], held)[:, 2, VERDICT], held, beta_v=BETA_V, c_ref=C_REF) > 0.5
     right = held.rewards > 0.5
     accuracy = (float(scored[right].float().mean()) + float((~scored[~right]).float().mean())) / 2
     ours, plain = (_logs(model, usual)[:, :2] for model in models)

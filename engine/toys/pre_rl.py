@@ -7,13 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fuserl.engine import checks
+from fuserl.engine import checks, openings
+from fuserl.engine.advantages import standardized
 from fuserl.engine.batch import Batch
-from fuserl.engine.losses import Loss
+from fuserl.engine.checks import Figure, at_most
+from fuserl.engine.losses import Loss, clipped, token_mean
 from fuserl.engine.mixtures import emptied, joined
 from fuserl.engine.tabular import Table
 
 PROMPTS, ANSWERS = 4, 6
+SWITCH, WEIGHT, DUAL = 3, 0.01, 10.0
 
 
 def marginal(loss: Loss) -> float:
@@ -53,34 +56,47 @@ def redistributed(advantage: Callable, loss: Loss) -> float:
     return max(float((step[-1] - expected).abs().max()), float(step[:-1].abs().max()))
 
 
-def around_the_switch(slots: dict, plain: dict, *, weight: float, switch: int) -> tuple[tuple[float, float], float]:
+def around_the_switch(advantage: Callable, loss: Loss) -> tuple[float, float, float]:
     """Gradients of the warm-up's last step, and of the one after it.
 
     Returns:
-        Of the first step the largest of a prompt's row, and how far that of no prompt's row is from weight times the
-        wrong answers' mean; of the second how far it is from what the slots `plain` make of the batch.
+        Of the first step the largest of a prompt's row, and how far that of no prompt's row is from the weight times
+        the wrong answers' mean; of the second how far it is from GRPO's with the mean over tokens.
     """
     table = _table()
-    batch = opened(table.drawn([0, 1, 2], 4, lambda context, said: int(said) % 2 == context % 2)).replace(step=switch)
-    warm = table.gradient(placed(slots["advantage"](batch)), slots["loss"])
+    batch = opened(table.drawn([0, 1, 2], 4, lambda context, said: int(said) % 2 == context % 2)).replace(step=SWITCH)
+    warm = table.gradient(placed(advantage(batch)), loss)
     credit = batch.rewards - batch.group_mean(batch.rewards)
     wrong = credit < 0
     score = torch.eye(ANSWERS, dtype=torch.float64)[batch.tokens] - table.probabilities[-1]
-    expected = -weight * (credit[wrong, None] * score[wrong]).sum(0) / int(wrong.sum())
-    later = slots["advantage"](batch.replace(step=switch + 1))
-    ordinary = table.gradient(checks.credited(batch, plain["advantage"]), plain["loss"])
-    after = table.gradient(placed(later), slots["loss"])
-    return (float(warm[:-1].abs().max()), checks.apart(warm[-1], expected)), float((after - ordinary).abs().max())
+    expected = -WEIGHT * (credit[wrong, None] * score[wrong]).sum(0) / int(wrong.sum())
+    ordinary = table.gradient(checks.credited(batch, standardized), clipped(dual=DUAL, reduce=token_mean))
+    after = table.gradient(placed(advantage(batch.replace(step=SWITCH + 1))), loss)
+    return float(warm[:-1].abs().max()), checks.apart(warm[-1], expected), float((after - ordinary).abs().max())
 
 
-def agreed(slots: dict, *, steps: tuple[int, ...]) -> float:
+def agreed(advantage: Callable, loss: Loss) -> float:
     """The largest of loss and gradients where every group is all right or all wrong; NaN if one is."""
     table, found = _table(), [torch.zeros(1, dtype=torch.float64)]
     batch = opened(table.drawn([0, 1], 4, lambda context, said: context))
-    for step in steps:
-        seen = placed(slots["advantage"](batch.replace(step=step)))
-        found += [table.loss(seen, slots["loss"]).detach()[None], table.gradient(seen, slots["loss"]).flatten()]
+    for step in (SWITCH, SWITCH + 1):
+        seen = placed(advantage(batch.replace(step=step)))
+        found += [table.loss(seen, loss).detach()[None], table.gradient(seen, loss).flatten()]
     return float(torch.cat(found).abs().max())
+
+
+def figures(phased: Callable, loss_of: Callable) -> list[Figure]:
+    """The gradient of log P(y); where L_P moves mass; L_RL at both sides of the switch; groups that all agree."""
+    advantage, loss = phased(openings.two_spaces(), switch=SWITCH), loss_of(weight=WEIGHT, dual=DUAL)
+    prompted, free, after = around_the_switch(advantage, loss)
+    return [
+        at_most("grad log P(y) apart from the posterior's mean of grad log P(y|x)", marginal(loss), 1e-6),
+        Figure("L_P's step apart from -|A| (onehot - p)", redistributed(advantage, loss_of(weight=1.0, dual=DUAL)), 0),
+        Figure("largest gradient of L_RL in the last step of the warm-up", prompted, 0),
+        Figure("that step's gradient apart from weight grad L_P", free, 0),
+        Figure("the next step's gradient apart from GRPO's", after, 0, 0.0),
+        Figure("loss and gradient where all groups agree", agreed(advantage, loss), 0, 0.0),
+    ]
 
 
 def opened(batch: Batch) -> Batch:

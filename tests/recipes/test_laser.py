@@ -15,7 +15,6 @@ from fuserl.engine.batch import Rollouts
 from fuserl.engine.losses import clipped
 from fuserl.engine.policy import Policy, Sampling, Updating
 from fuserl.engine.prompts import Prompt
-from fuserl.engine.recipes import laser as module
 from fuserl.engine.toys import laser as toys
 
 SHORT = "tiny_runs:shortness"
@@ -207,4 +206,3 @@ def test_a_transformer_knows_what_is_right():
     loss = verdicts.squared_verdict(alpha=0.1, beta_v=0.1, c_ref=-23.0)
     found = toys.learnt(loss, seeds=(0, 1, 2))
     assert found["accuracy"] > 0.9 and found["kl"] < 0.02, found
-    assert module.show

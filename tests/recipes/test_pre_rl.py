@@ -145,14 +145,17 @@ def test_the_token_that_opens_a_text():
 
 
 def test_words_are_counted_and_compared_with_the_first():
+    count = lambda words, *texts: words(None, types.SimpleNamespace(texts=texts))  # noqa: E731
     words = reflections.Reflections()
-    first = words(["But wait. I check.", "button", "However, re-evaluate and verify it"])
+    first = count(words, "But wait. I check.", "button", "However, re-evaluate and verify it")
     assert first["transitions"].tolist() == [2, 0, 1] and first["reflections"].tolist() == [1, 0, 2]
     again = reflections.Reflections()
     again.load_state_dict(words.state_dict())
-    assert again(["but but"])["transitions_growth"].tolist() == [2] and "transitions_growth" not in again.state_dict()
+    assert count(again, "but but")["transitions_growth"].tolist() == [2]
+    assert "transitions_growth" not in again.state_dict()
     nothing = reflections.Reflections()
-    assert {*nothing(["x"])} == {"transitions", "reflections"} and "reflections_growth" not in nothing(["check"])
+    assert {*count(nothing, "x")} == {"transitions", "reflections"}
+    assert "reflections_growth" not in count(nothing, "check")
 
 
 def test_a_reference_is_renewed_once():
@@ -206,6 +209,11 @@ def test_gradients_are_compared_without_a_step():
     assert against == pytest.approx({"gradient_cosine": -1.0, "loss_ratio": -1.0}) and value
     nothing = given.replace(advantages=torch.zeros(9))
     assert probes.alignment(policy, (given, loss), (nothing, loss)) == {}
+    drawn = dataclasses.replace(made(["a"], torch.zeros(1, dtype=torch.int64), ["b"]), scores=(torch.ones(1), {"n": 1}))
+    twice = given.with_advantages(2 * given.advantages)
+    slot = probes.aligned(lambda *_: drawn, lambda batch: (given, twice), loss)
+    rewards, facts = slot(policy, []).scores
+    assert rewards.tolist() == [1] and facts == pytest.approx({"n": 1, "gradient_cosine": 1.0, "loss_ratio": 2.0})
 
 
 @pytest.fixture
