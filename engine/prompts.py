@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fuserl.engine import blends, files, lookup, symbolic_videos
+from fuserl.engine.contracts import require
 from fuserl.engine.problems import Generated, Problem, Rows, Source, questions
 
 _GYM = "reasoning_gym:"
@@ -230,6 +231,7 @@ def sampler(config) -> Callable[[int], list[Prompt]]:
 
 def pool(config, count: int) -> list[Prompt]:
     """A data set of known size: all training prompts of the configured file, or `count` of a generator's."""
+    require("pool", "count", count, count >= 1, "an integer >= 1")
     asked = configured(config)
     endless = asked.source.size is None
     found = asked.source.distinct(config.seed, count, asked.apart) if endless else asked.source.sample()

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fuserl.engine import grounding, judges
+from fuserl.engine import grounding, judges, prompts
 from fuserl.engine.advantages import centred, standardized
 from fuserl.engine.batch import Batch, Rollouts
 from fuserl.engine.contracts import require
@@ -175,6 +175,38 @@ class Normalised:
     @staticmethod
     def _caption(name: str) -> bool:
         return name.partition(":")[0].rpartition("_")[2] in CAPTIONS
+
+
+class Baseline:
+    """The slots of a run that makes the quartiles of a `Normalised` reward by its own policy.
+
+    Args:
+        config: resolved, of the run.
+        size: training problems that the policy completes once each.
+        recompute: steps after which the quartiles are made anew, by the policy of then; 0 keeps the first ones.
+    """
+
+    def __init__(self, config, *, size: int, recompute: int = 0):
+        require("Baseline", "baseline", size, size >= 1, "an integer >= 1")
+        require("Baseline", "recompute", recompute, recompute >= 0, "an integer >= 0")
+        self.config, self.size, self.recompute = config, size, recompute
+        self.step, self._steps = 0, prompts.sampler(config)
+
+    def prompts(self, step: int) -> list:
+        """The prompts slot: those of the run's task."""
+        self.step = step
+        return self._steps(step)
+
+    def fitting(self, draw: Callable, reward: Normalised) -> Callable:
+        """The rollout slot `draw`, before which the reward is fitted where that is due."""
+
+        def rollout(policy, asked: list) -> Rollouts:
+            due = self.recompute and self.step > 1 and self.step % self.recompute == 1
+            if due or not reward.quantiles.known:
+                reward.fit(policy.generate(prompts.pool(self.config, self.size)[: self.size]))
+            return draw(policy, asked)
+
+        return rollout
 
 
 def task_batch_std(batch: Batch) -> Tensor:

@@ -19,9 +19,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fuserl.engine.contracts import WEIGHT, require
+from fuserl.engine.batch import Rollouts
+from fuserl.engine.contracts import WEIGHT, require, require_one_of
+from fuserl.engine.diversity import METRICS
 from fuserl.engine.problems import far_seed
 from fuserl.engine.prompts import Prompt
+from fuserl.engine.rollouts import sampled, scored
 
 
 class VarianceSampler:
@@ -118,6 +121,48 @@ def probed(policy, prompts: list[Prompt], reward: Callable, n: int, diversity: C
             tokens = [sample.tolist() for sample in probes.tokens.split(probes.offsets.diff().tolist())]
             scores += [diversity(tokens[at : at + n]) for at in range(0, len(tokens), n)]
     return torch.cat(correct), torch.tensor(scores, dtype=torch.float64)
+
+
+def refreshed(
+    sampler: VarianceSampler,
+    prompts: list[Prompt],
+    reward: Callable,
+    *,
+    group_size: int,
+    n: int,
+    t_upd: int,
+    diversity: str,
+) -> Callable:
+    """A rollout slot: `group_size` completions of a step's prompts, which makes a sampler's scores first when due.
+
+    The completions that scores took so far are the statistic "refresh_rollouts". Where no prompt is drawn by score,
+    none are made.
+
+    Args:
+        sampler: has drawn the step's prompts.
+        prompts: all that it draws from.
+        reward: (Rollouts) -> (rewards, facts).
+        n: completions of each prompt that its score is made of.
+        t_upd: scores are made at the first step and every so many steps.
+        diversity: how they differ, of `diversity.METRICS`.
+    """
+    for name, value in (("n", n), ("t_upd", t_upd)):
+        require("refreshed", name, value, value >= 1, "an integer >= 1")
+    require_one_of("refreshed", "diversity", diversity, METRICS)
+
+    def counted(rollouts: Rollouts) -> tuple[Tensor, dict]:
+        rewards, facts = reward(rollouts)
+        return rewards, {**facts, "refresh_rollouts": sampler.spent}
+
+    plain = sampled(group_size)
+    draw = scored(plain, counted)
+
+    def rollout(policy, asked: list[Prompt]) -> Rollouts:
+        if (sampler.step - 1) % t_upd == 0:
+            sampler.refresh(*probed(policy, prompts, reward, n, METRICS[diversity]))
+        return draw(policy, asked)
+
+    return rollout if sampler.weighted else plain
 
 
 def variance_parts(weights: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:

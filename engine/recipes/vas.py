@@ -14,16 +14,12 @@ diversity="similarity"); a generator stands for a data set of `pool` problems. T
 counted in `refresh_rollouts`.
 """
 
-import dataclasses
-
-from fuserl.engine import checks, diversity, lookup, prompts, rewards
+from fuserl.engine import prompts, rewards
 from fuserl.engine.advantages import standardized
 from fuserl.engine.checks import Figure
-from fuserl.engine.contracts import require
 from fuserl.engine.losses import clipped
 from fuserl.engine.recipe import Recipe
-from fuserl.engine.toys import vas as toy
-from fuserl.engine.variance_sampling import VarianceSampler, probed
+from fuserl.engine.variance_sampling import VarianceSampler, refreshed
 
 
 def recipe(
@@ -57,27 +53,14 @@ def recipe(
         low, high: the ratio is clipped to [1 - low, 1 + high].
         beta: weight of the KL divergence to the initial model.
     """
-    differing = _metric(diversity)
-    for name, value in (("n", n), ("t_upd", t_upd), ("pool", pool)):
-        require("vas", name, value, value >= 1, "an integer >= 1")
     every, scorer = prompts.pool(config, pool), rewards.scorer(config)
-    terms = {"lam": lam, "a": a, "b": b, "momentum": momentum, "min_max": min_max}
-    sampler = VarianceSampler(len(every), groups=config.groups, seed=config.seed, **terms)
-
-    def rollout(policy, asked):
-        if sampler.weighted and (sampler.step - 1) % t_upd == 0:
-            sampler.refresh(*probed(policy, every, scorer, n, differing))
-        rollouts = policy.generate(asked, group_size=config.group_size)
-        if not sampler.weighted:
-            return rollouts
-        with policy.meter.phase("reward"):
-            found, facts = scorer(rollouts)
-        return dataclasses.replace(rollouts, scores=(found, {**facts, "refresh_rollouts": sampler.spent}))
-
+    sampler = VarianceSampler(
+        len(every), groups=config.groups, seed=config.seed, lam=lam, a=a, b=b, momentum=momentum, min_max=min_max
+    )
     return Recipe(
         name="vas",
         prompts=lambda step: [every[place] for place in sampler.places(step)],
-        rollout=rollout,
+        rollout=refreshed(sampler, every, scorer, group_size=config.group_size, n=n, t_upd=t_upd, diversity=diversity),
         reward=scorer,
         advantage=standardized,
         loss=clipped(low=low, high=high, beta=beta),
@@ -85,29 +68,8 @@ def recipe(
     )
 
 
-def _metric(name: str):
-    """The diversity of that name."""
-    if name not in diversity.METRICS:
-        known = ", ".join(diversity.METRICS)
-        raise ValueError(
-            f"vas: diversity must be one of {known}; got {name!r}. {lookup.nearest(name, diversity.METRICS)}"
-        )
-    return diversity.METRICS[name]
-
-
 def show() -> list[Figure]:
     """What is true of the variance, how often a prompt is drawn, and ten banks of bandits of which few teach."""
-    total, near, flat = toy.two_levels()
-    runs = [[toy.trained(seed, lam, standardized, clipped()) for lam in (0.5, 0.0)] for seed in range(10)]
-    share = sum(ours[0] for ours, _ in runs) / sum(plain[0] for _, plain in runs)
-    better = sum(ours[1] > plain[1] for ours, plain in runs)
-    return [
-        Figure("P (1 - P) apart from within + between", total, 0, 1e-12),
-        Figure("|grad J|^2 of two actions, p = 0.3", toy.two_actions(0.3, clipped()), 2 * (0.3 * 0.7) ** 2, 1e-12),
-        checks.at_most("variance between, over its bound", near, 1),
-        checks.at_most("variance between where a lower bound in d would be above 0", flat, 1e-30),
-        checks.at_most("largest error of 1e5 draws, in standard errors", toy.frequencies(), 3),
-        checks.at_most("groups without advantage, over those of uniform draws", share, 0.6),
-        checks.at_least("banks of ten with a better frontier", better, 8),
-        Figure("completions for scores, over those learnt from", runs[0][0][2] / toy.LEARNT, 3 * 800 / 3840),
-    ]
+    from fuserl.engine.toys import vas
+
+    return vas.figures(standardized, clipped())

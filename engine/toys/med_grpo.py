@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fuserl.engine import grounding, tabular
-from fuserl.engine.checks import credited, example
+from fuserl.engine.checks import Figure, at_least, at_most, credited, example
 from fuserl.engine.losses import Loss
 from fuserl.engine.tabular import Table
 from fuserl.engine.task_rewards import Quantiles
@@ -73,3 +73,24 @@ def rescaled(advantage: Callable) -> tuple[float, float]:
     batch = batch.replace(rewards=torch.tensor([0.1, 0.7, 0.4, 0.9, 0.2, 0.3], dtype=torch.float64))
     before, after = advantage(batch), advantage(batch.replace(rewards=100 * batch.rewards))
     return float((after - before).abs().max()), float((after / before).max())
+
+
+def figures(advantages: dict[str, Callable], loss: Loss, seeds: int = 5) -> list[Figure]:
+    """The logistic, what it does not depend on, what each advantage sees of a scale, and two tasks of unlike scales."""
+    plain, scaled = logistic(), logistic(slope=7.0, shift=-3.0)
+    runs = [balance(seed, advantages["group_mean"], loss) for seed in range(seeds)]
+    ratios = {name: sum(run[name]["ratio"] for run in runs) / seeds for name in ("raw", "normalised")}
+    better = sum(run["normalised"]["least"] > run["raw"]["least"] for run in runs)
+    std, mean = (rescaled(advantages[name]) for name in ("group_std", "group_mean"))
+    return [
+        Figure("rnorm at the median", plain[1], 0.5, 1e-12),
+        Figure("rnorm half an interquartile range above", plain[2], 0.817574476193644, 1e-12),
+        Figure("rnorm half an interquartile range below", plain[0], 0.182425523806356, 1e-12),
+        Figure("rnorm of 7 x - 3, apart", max(abs(a - b) for a, b in zip(plain, scaled, strict=True)), 0, 1e-12),
+        at_most("change of group_std advantages under rewards x 100", std[0], 1e-5),
+        Figure("group_mean advantages under rewards x 100, over before", mean[1], 100, 1e-9),
+        at_least("raw: gradient of the task of median 0.5 over that of 0.12", ratios["raw"], 3),
+        at_least("normalised: the same", ratios["normalised"], 0.67),
+        at_most("normalised: the same, from above", ratios["normalised"], 1.5),
+        at_least("seeds of five whose least improved task improves more", better * 5 / seeds, 4),
+    ]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from fuserl.engine import diversity, tabular
+from fuserl.engine.checks import Figure, at_least, at_most
 from fuserl.engine.losses import Loss
 from fuserl.engine.tabular import Table
 from fuserl.engine.variance_sampling import VarianceSampler, between_at_most, variance_parts
@@ -87,3 +88,21 @@ def two_levels() -> tuple[float, float, float]:
     most = between_at_most(0.5, (places[:, None] - places).abs())
     near, flat = (variance_parts(equal, each)[1] for each in (0.5 * places.sin(), torch.full_like(equal, 0.3)))
     return float(mean * (1 - mean) - sum(variance_parts(weights, rates))), float(near / most), float(flat)
+
+
+def figures(advantage: Callable, loss: Loss) -> list[Figure]:
+    """What is true of the variance, how often a prompt is drawn, and ten banks of bandits of which few teach."""
+    total, near, flat = two_levels()
+    runs = [[trained(seed, lam, advantage, loss) for lam in (0.5, 0.0)] for seed in range(10)]
+    share = sum(ours[0] for ours, _ in runs) / sum(plain[0] for _, plain in runs)
+    better = sum(ours[1] > plain[1] for ours, plain in runs)
+    return [
+        Figure("P (1 - P) apart from within + between", total, 0, 1e-12),
+        Figure("|grad J|^2 of two actions, p = 0.3", two_actions(0.3, loss), 2 * (0.3 * 0.7) ** 2, 1e-12),
+        at_most("variance between, over its bound", near, 1),
+        at_most("variance between where a lower bound in d would be above 0", flat, 1e-30),
+        at_most("largest error of 1e5 draws, in standard errors", frequencies(), 3),
+        at_most("groups without advantage, over those of uniform draws", share, 0.6),
+        at_least("banks of ten with a better frontier", better, 8),
+        Figure("completions for scores, over those learnt from", runs[0][0][2] / LEARNT, 3 * 800 / 3840),
+    ]

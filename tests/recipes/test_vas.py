@@ -81,7 +81,7 @@ def test_scores_are_of_right_answers_and_of_the_diversity_asked_for(tmp_path, na
     assert found.prompts == asked and found.scores[1]["refresh_rollouts"] == 36 * 2
     right = recipe(tmp_path, "vas", n=2, diversity=name, min_max=False, a=2.0, b=0.0, group_size=2)
     answers = {prompt.answer for prompt in right.prompts(1)}
-    first = prompts.pool(config(tmp_path, "vas"), 0)[0].answer
+    first = prompts.pool(config(tmp_path, "vas"), 1)[0].answer
     right.rollout(Saying("x", first), right.prompts(1))
     assert answers and right.state["sampler"].scores.tolist() == [0.5] + [0.0] * 35
 
@@ -95,9 +95,9 @@ def test_the_other_options_reach_their_places(tmp_path):
     plain = gradient(recipe(tmp_path, "vas"), batch, logprob)
     for options in ({"low": 0.5}, {"high": 0.5}, {"beta": 0.5}):
         assert not torch.allclose(gradient(recipe(tmp_path, "vas", **options), batch, logprob), plain)
-    for name, value in (("n", 0), ("t_upd", 0), ("pool", 0)):
-        with pytest.raises(ValueError, match=rf"vas: {name} must be"):
-            recipe(tmp_path, "vas", **{name: value})
+    for name, words in (("n", "n must be"), ("t_upd", "t_upd must be"), ("pool", "pool: count must be")):
+        with pytest.raises(ValueError, match=f"{words} an integer >= 1; got 0"):
+            recipe(tmp_path, "vas", **{name: 0})
     with pytest.raises(ValueError, match=r"diversity must be one of .* Did you mean 'distinct'"):
         recipe(tmp_path, "vas", diversity="distnct")
 
