@@ -201,7 +201,7 @@ class Baseline:
         """The rollout slot `draw`, before which the reward is fitted where that is due."""
 
         def rollout(policy, asked: list) -> Rollouts:
-            due = self.recompute and self.step > 1 and self.step % self.recompute == 1
+            due = self.recompute and (self.step - 1) % self.recompute == 0
             if due or not reward.quantiles.known:
                 reward.fit(policy.generate(prompts.pool(self.config, self.size)[: self.size]))
             return draw(policy, asked)

@@ -5,14 +5,14 @@ import dataclasses
 
 import pytest
 import torch
-from batches import made, ragged
+from batches import config, made, ragged
 
-from fuserl.engine import task_rewards
+from fuserl.engine import prompts, task_rewards
 from fuserl.engine.advantages import centred
 from fuserl.engine.embedders import Hashing
 from fuserl.engine.judges import Judge
 from fuserl.engine.prompts import Prompt
-from fuserl.engine.task_rewards import Normalised, Quantiles, TaskScorer, task_batch_std, with_shares
+from fuserl.engine.task_rewards import Baseline, Normalised, Quantiles, TaskScorer, task_batch_std, with_shares
 
 KINDS = [
     Prompt("when", "2-6", {"dataset": "a", "task": "TAG"}),
@@ -118,3 +118,20 @@ def test_advantages_over_a_tasks_own_spread_and_its_share():
     assert torch.equal(shared.advantages, centred(batch))
     assert shared.facts["grad_share_x"].tolist() == pytest.approx([6 / 66] * 8)
     assert shared.facts["grad_share_y"].tolist() == pytest.approx([60 / 66] * 8)
+
+
+@pytest.mark.parametrize(("recompute", "fitted"), [(0, [1]), (1, [1, 2, 3, 4, 5]), (2, [1, 3, 5]), (4, [1, 5])])
+def test_quartiles_are_made_by_the_policy_when_they_are_due(tmp_path, recompute, fitted):
+    start, found = Baseline(config(tmp_path, "med_grpo"), size=3, recompute=recompute), []
+
+    class Speaking:
+        def generate(self, asked):
+            found.append((start.step, len(asked)))
+            return rollouts()
+
+    reward = Normalised(scorer(), Quantiles())
+    slot, plain_steps = start.fitting(lambda policy, asked: asked, reward), prompts.sampler(start.config)
+    for step in range(1, 6):
+        asked = start.prompts(step)
+        assert slot(Speaking(), asked) == asked == plain_steps(step)
+    assert found == [(step, 3) for step in fitted] and "a_TAG:0" in reward.quantiles.known
