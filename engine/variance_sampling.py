@@ -43,6 +43,7 @@ class VarianceSampler:
     def __init__(
         self, size: int, *, groups: int, seed: int, lam: float, a: float, b: float, momentum=0.0, min_max=True
     ):
+        require("VarianceSampler", "size", size, size >= 1, "at least one prompt")
         require("VarianceSampler", "lam", lam, 0 <= lam <= 1, "in [0, 1]")
         require("VarianceSampler", "momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
         for name, value in (("a", a), ("b", b)):

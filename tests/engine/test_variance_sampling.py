@@ -52,7 +52,9 @@ def test_a_checkpoint_goes_on_with_the_same_prompts():
     assert smaller.scores is None and max(smaller.places(7)) < 5
 
 
-@pytest.mark.parametrize(("name", "value"), [("lam", 1.5), ("momentum", 1.0), ("a", -1.0), ("b", float("inf"))])
+@pytest.mark.parametrize(
+    ("name", "value"), [("size", 0), ("lam", 1.5), ("momentum", 1.0), ("a", -1.0), ("b", float("inf"))]
+)
 def test_numbers_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"VarianceSampler: {name} must be"):
         sampler(**{name: value})
