@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from fuserl.engine import judges, webs
+from fuserl.engine.contracts import require, require_one_of
 from fuserl.engine.judges import truth
 
 _ENTITY = re.compile(r"<(E\d+)>")
@@ -170,7 +171,9 @@ def mixed(
     return [(1 - alpha) * right + alpha * share for right, share in zip(outcome, earned, strict=True)]
 
 
-def citation_aware(judge: judges.Judge, *, connect: bool = True, **how) -> Callable:
+def citation_aware(
+    judge: judges.Judge, *, alpha: float, connect: bool = True, bonus: str = "positive", normalize: str = "paper"
+) -> Callable:
     """An async reward of whole groups of episodes: `mixed` of whether they are right and their shares of rubrics.
 
     A completion that does not end by itself, or says nothing after its last call, earns neither.
@@ -178,11 +181,14 @@ def citation_aware(judge: judges.Judge, *, connect: bool = True, **how) -> Calla
     Args:
         judge: of the answer; of rubrics too where it writes, else these are read by rule.
         connect: as of `rubric_share`.
-        how: as of `mixed`.
+        alpha, bonus, normalize: as of `mixed`.
 
     Returns:
         A reward whose facts are "outcome" and "rubric".
     """
+    require("citation_aware", "alpha", alpha, 0 <= alpha <= 1, "in [0, 1]")
+    require_one_of("citation_aware", "normalize", normalize, NORMALIZE)
+    require_one_of("citation_aware", "bonus", bonus, BONUS)
 
     async def both(question: str, text: str, answer: str | None, metadata: dict) -> tuple[float, float]:
         found = webs.episode(metadata.get("pages", {}), text)
@@ -207,7 +213,7 @@ def citation_aware(judge: judges.Judge, *, connect: bool = True, **how) -> Calla
             )
         )
         outcome, rubric = ([each[side] for each in found] for side in (0, 1))
-        rewards = mixed(outcome, rubric, **how)
+        rewards = mixed(outcome, rubric, alpha=alpha, bonus=bonus, normalize=normalize)
         return [
             {"reward": reward, "outcome": right, "rubric": share}
             for reward, right, share in zip(rewards, outcome, rubric, strict=True)

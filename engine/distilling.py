@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fuserl.engine.batch import Batch
-from fuserl.engine.contracts import require
-from fuserl.engine.losses import Loss, token_mean, with_advantage
+from fuserl.engine.contracts import require, require_one_of
+from fuserl.engine.losses import Loss, clipped, token_mean, truncated, with_advantage
 from fuserl.kernels.linear_logprob import linear_logprob
 from fuserl.kernels.linear_topk_divergence import linear_topk_divergence
 from fuserl.kernels.second_head import Reference
 from fuserl.kernels.top_tokens import top_tokens
+
+FORMS = ("opd", "reverse_kl", "forward_kl", "hard_ce", "ppo", "reinforce")  # of `on_policy`
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,34 @@ def following(*, reduce: Callable = token_mean) -> Loss:
 
     made = {"teacher_logprob": teacher_logprob}
     return Loss(loss, outputs=("logprob", *made), made=made)
+
+
+def gap(batch: Batch) -> Tensor:
+    """teacher_logprob - old_logprob of each token, raw, (N,): its expectation is -KL(policy || teacher)."""
+    return batch.extra["teacher_logprob"] - batch.old_logprobs
+
+
+def on_policy(form: str, *, low: float = 0.2, high: float = 0.2, most: int | None = None) -> Loss:
+    """Distillation of a teacher on the policy's own tokens, averaged over all of them (VLA-OPD, arXiv:2603.26666).
+
+    Args:
+        form: opd (-A logprob) and ppo (the clipped ratio's), whose advantages are `gap`; reinforce, the first one with
+            the gap of the policy as it is; reverse_kl, forward_kl or hard_ce, of the whole vocabulary.
+        low, high: with ppo the ratio is clipped to [1 - low, 1 + high].
+        most: tokens; each rollout weighs its length over that. None weighs all alike.
+    """
+    require_one_of("on_policy", "form", form, FORMS)
+
+    def reduce(batch: Batch) -> Tensor:
+        return token_mean(batch) if most is None else token_mean(batch) * batch.to_tokens(batch.lengths) / most
+
+    if form == "opd":
+        return truncated(low=0.0, high=0.0, reduce=reduce)  # no ratio, and so no bound
+    if form == "ppo":
+        return clipped(low=low, high=high, reduce=reduce)
+    if form == "reinforce":
+        return following(reduce=reduce)
+    return hard(reduce=reduce) if form == "hard_ce" else distilled(form, reduce=reduce)
 
 
 def taught(batch: Batch) -> Tensor:

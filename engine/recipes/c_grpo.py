@@ -18,12 +18,10 @@ these slots: outcomes alone end with few rubrics earned, C-GRPO with all of them
 
 from fuserl.engine import citations, evaluation, judges, prompts, webs
 from fuserl.engine.advantages import standardized
-from fuserl.engine.checks import Figure, at_least, at_most
-from fuserl.engine.contracts import require, require_one_of
+from fuserl.engine.checks import Figure
 from fuserl.engine.losses import clipped, token_mean
 from fuserl.engine.recipe import Recipe
 from fuserl.engine.rollouts import sampled, scored
-from fuserl.engine.toys import c_grpo as toy
 
 DEFAULTS = {"task": "web", "max_new_tokens": 192, "few_shot": 0, "groups": 16, "group_size": 8, "importance": "mask"}
 
@@ -47,11 +45,8 @@ def recipe(
         bfs: a rubric counts only where it hangs together with the answer; else every supported one does.
         low, high: the ratio is clipped to [1 - low, 1 + high].
     """
-    require("c_grpo", "alpha", alpha, 0 <= alpha <= 1, "in [0, 1]")
-    require_one_of("c_grpo", "normalize", normalize, citations.NORMALIZE)
-    require_one_of("c_grpo", "bonus", bonus, citations.BONUS)
     judge = judges.configured(config)
-    reward = citations.citation_aware(judge, connect=bfs, alpha=alpha, normalize=normalize, bonus=bonus)
+    reward = citations.citation_aware(judge, alpha=alpha, connect=bfs, bonus=bonus, normalize=normalize)
     scorer = judges.JudgedScorer(reward, judge)
 
     def outcome(rollouts):
@@ -69,23 +64,8 @@ def recipe(
     )
 
 
-def show(seeds: int = 2) -> list[Figure]:
+def show() -> list[Figure]:
     """Chains with and without a break, rewards of groups, and the agent in its web."""
-    chain = ("<E0> is near <E1>.", "<E1> is near <E2>.")
-    right, broken = [citations.connected(chain, supported) for supported in ((True, True), (False, True))]
-    worst = citations.mixed([0.0, 1.0], [1.0, 0.2], alpha=0.3)[0]
-    group = citations.mixed([1.0] * 3, [0.2, 0.4, 0.8], alpha=0.3)
-    learnt = [toy.learnt(alpha, seeds) for alpha in (0.0, 0.3)]
-    return [
-        Figure("rubrics of a whole chain", sum(right) / 2, 1),
-        Figure("rubrics behind a break", sum(broken) / 2, 0),
-        Figure("the same by shares of supported ones", toy.unconnected(), 0.5),
-        Figure("reward of a wrong answer with all rubrics", worst, 0, 0),
-        *(
-            Figure(f"reward at R_r = {r}", got, wanted)
-            for r, got, wanted in zip((0.2, 0.4, 0.8), group, (0.775, 0.85, 1.0), strict=True)
-        ),
-        at_most("rubrics earned after outcomes alone", learnt[0].rubric, 0.5),
-        at_least("rubrics earned after C-GRPO", learnt[1].rubric, 0.8),
-        at_least("right answers above those of outcomes", learnt[1].outcome - learnt[0].outcome, -0.03),
-    ]
+    from fuserl.engine.toys import c_grpo
+
+    return c_grpo.figures(standardized, clipped(high=0.28, reduce=token_mean))

@@ -18,19 +18,15 @@ one vocabulary, or are refused.
 Check: engine/toys/carrying.py; demonstrations in which nothing slips, and 5 seeds.
 """
 
-import torch
-
-from fuserl.engine import distilling, hindsight, prompts, rewards
-from fuserl.engine.batch import Batch
+from fuserl.engine import hindsight, prompts, rewards
+from fuserl.engine.advantages import uniform
 from fuserl.engine.checks import Figure
-from fuserl.engine.contracts import require
-from fuserl.engine.losses import Loss, clipped, token_mean, truncated
+from fuserl.engine.distilling import gap, on_policy
 from fuserl.engine.recipe import Recipe
 from fuserl.engine.rollouts import sampled
 from fuserl.engine.second_models import Teacher
 
 DEFAULTS = {"group_size": 8, "lr": 5e-6}
-FORMS = ("opd", "reverse_kl", "forward_kl", "hard_ce", "ppo", "reinforce")
 
 
 def recipe(config, *, form: str = "opd", low: float = 0.2, high: float = 0.2, weigh_lengths: bool = False) -> Recipe:
@@ -41,41 +37,21 @@ def recipe(config, *, form: str = "opd", low: float = 0.2, high: float = 0.2, we
         low, high: the ratio is clipped to [1 - low, 1 + high], with ppo.
         weigh_lengths: weigh each rollout by its length over max_new_tokens.
     """
-    require("vla_opd", "form", form, form in FORMS, f"one of {', '.join(FORMS)}")
-    scorer, sampled_form = rewards.scorer(config), form in ("opd", "ppo")
+    scorer, of_gap = rewards.scorer(config), form in ("opd", "ppo")
     return Recipe(
         name="vla_opd",
         prompts=prompts.sampler(config),
         rollout=sampled(config.group_size),
         reward=scorer if config.teacher else hindsight.Shown(scorer, hindsight.answered),
-        advantage=gap if sampled_form else lambda batch: torch.zeros_like(batch.rewards),
-        loss=loss_of(form, low=low, high=high, most=config.max_new_tokens if weigh_lengths else None),
-        reads=("old_logprobs", "teacher_logprob") if sampled_form else (),
+        advantage=gap if of_gap else uniform,
+        loss=on_policy(form, low=low, high=high, most=config.max_new_tokens if weigh_lengths else None),
+        reads=("old_logprobs", "teacher_logprob") if of_gap else (),
         teacher=Teacher(),
     )
-
-
-def gap(batch: Batch) -> torch.Tensor:
-    """r[t], raw, (N,)."""
-    return batch.extra["teacher_logprob"] - batch.old_logprobs
-
-
-def loss_of(form: str, *, low: float = 0.2, high: float = 0.2, most: int | None = None) -> Loss:
-    """The loss of a form; with `most` tokens of an episode, weighed by its length over that."""
-
-    def reduce(batch: Batch) -> torch.Tensor:
-        return token_mean(batch) if most is None else token_mean(batch) * batch.to_tokens(batch.lengths) / most
-
-    return {
-        "opd": lambda: truncated(low=0.0, high=0.0, reduce=reduce),  # no ratio, and so no bound
-        "ppo": lambda: clipped(low=low, high=high, reduce=reduce),
-        "reinforce": lambda: distilling.following(reduce=reduce),
-        "hard_ce": lambda: distilling.hard(reduce=reduce),
-    }.get(form, lambda: distilling.distilled(form, reduce=reduce))()
 
 
 def show() -> list[Figure]:
     """The gradient's identity, three optima that are known, and the arm on its grid."""
     from fuserl.engine.toys import carrying, tied
 
-    return [*tied.identity(gap, loss_of), *tied.optima(loss_of), *carrying.figures(gap, loss_of("opd"))]
+    return [*tied.identity(gap, on_policy), *tied.optima(on_policy), *carrying.figures(gap, on_policy("opd"))]

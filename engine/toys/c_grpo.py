@@ -7,22 +7,23 @@ of, and cites what it opened. Rewards are those of real texts, by rule.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fuserl.engine import tabular, webs
-from fuserl.engine.advantages import standardized
+from fuserl.engine import citations, tabular, webs
 from fuserl.engine.batch import Batch
-from fuserl.engine.citations import Ruled, citation_aware, rubric_share
+from fuserl.engine.checks import Figure, at_least, at_most
 from fuserl.engine.judges import Judge
-from fuserl.engine.losses import clipped, token_mean
+from fuserl.engine.losses import Loss
 from fuserl.engine.problems import Problem
 from fuserl.engine.tabular import Table
 
 HOPS, OPENED, GROUP, STEPS = 3, 4, 16, 120
 PAGES = HOPS + 2  # the chain, the one that tells, and one beside the matter
+CHAIN = ("<E0> is near <E1>.", "<E1> is near <E2>.")
 
 
 class Earned(NamedTuple):
@@ -57,9 +58,9 @@ async def _exactly(arguments: dict) -> float:
     return float(f"<answer>{arguments['answer']}</answer>" in arguments["completion"])
 
 
-def rewarded(batch: Batch, several: list[Problem], alpha: float, **how) -> Batch:
+def rewarded(batch: Batch, several: list[Problem], alpha: float) -> Batch:
     """The batch with the rewards of its texts, and what they are made of as facts."""
-    reward = citation_aware(Judge(rule=_exactly), alpha=alpha, **how)
+    reward = citations.citation_aware(Judge(rule=_exactly), alpha=alpha)
     drawn = batch.tokens.view(len(several), -1, OPENED).tolist()
 
     async def of_all() -> list[dict]:
@@ -74,28 +75,21 @@ def rewarded(batch: Batch, several: list[Problem], alpha: float, **how) -> Batch
     return batch.replace(rewards=columns.pop("reward"), facts=columns)
 
 
-def learnt(alpha: float, seeds: int, steps: int = STEPS) -> Earned:
+def state(context: int, said: Tensor) -> int:
+    """The table's row of a problem and of how many and which pages were opened."""
+    opened = sum(1 << page for page in set(said.tolist()))
+    return (context * OPENED + len(said)) * 2**PAGES + opened
+
+
+def learnt(alpha: float, advantage: Callable, loss: Loss, seeds: int) -> Earned:
     """What the agent earns after training on two problems with this weight of rubrics, averaged over seeds."""
     outcome, rubric = 0.0, 0.0
     for seed in range(seeds):
-        several = webs.Web(f"hops={HOPS},others=1").distinct(seed, 2)
-        sets = 2**PAGES
-
-        def state(context: int, said: Tensor, sets: int = sets) -> int:
-            opened = sum(1 << page for page in set(said.tolist()))
-            return (context * OPENED + len(said)) * sets + opened
-
-        table = Table(
-            torch.zeros(2 * OPENED * sets, PAGES),
-            state=state,
-            length=OPENED,
-            lr=0.1,
-            optimizer=torch.optim.Adam,
-            seed=seed,
-        )
-        for _ in range(steps):
+        several, logits = webs.Web(f"hops={HOPS},others=1").distinct(seed, 2), torch.zeros(2 * OPENED * 2**PAGES, PAGES)
+        table = Table(logits, state=state, length=OPENED, lr=0.1, optimizer=torch.optim.Adam, seed=seed)
+        for _ in range(STEPS):
             batch = rewarded(table.drawn([0, 1], GROUP, lambda *_: 0.0), several, alpha)
-            tabular.learnt(table, batch, standardized, clipped(high=0.28, reduce=token_mean))
+            tabular.learnt(table, batch, advantage, loss)
         batch = rewarded(table.drawn([0, 1], 100, lambda *_: 0.0), several, alpha)
         outcome += float(batch.facts["outcome"].mean()) / seeds
         rubric += float(batch.facts["rubric"].mean()) / seeds
@@ -106,5 +100,24 @@ def unconnected() -> float:
     """The share of rubrics of a response that cites the second of two hops alone, without the walk from the answer."""
     known = {"E0": "Ada", "E1": "Bela", "E2": "Cora"}
     found = webs.Episode({"u": ["Bela is near Cora."]}, "u", "Ada, as Bela is near Cora [1](u).")
-    rubrics = ("<E0> is near <E1>.", "<E1> is near <E2>.")
-    return asyncio.run(rubric_share(Ruled(known), "", found, rubrics, connect=False))
+    return asyncio.run(citations.rubric_share(citations.Ruled(known), "", found, CHAIN, connect=False))
+
+
+def figures(advantage: Callable, loss: Loss, seeds: int = 2) -> list[Figure]:
+    """Chains with and without a break, rewards of groups, and the agent in its web."""
+    right, broken = [citations.connected(CHAIN, supported) for supported in ((True, True), (False, True))]
+    worst = citations.mixed([0.0, 1.0], [1.0, 0.2], alpha=0.3)[0]
+    group = citations.mixed([1.0] * 3, [0.2, 0.4, 0.8], alpha=0.3)
+    outcomes, ours = (learnt(alpha, advantage, loss, seeds) for alpha in (0.0, 0.3))
+    return [
+        Figure("rubrics of a whole chain", sum(right) / 2, 1),
+        Figure("rubrics behind a break", sum(broken) / 2, 0),
+        Figure("the same by shares of supported ones", unconnected(), 0.5),
+        Figure("reward of a wrong answer with all rubrics", worst, 0, 0),
+        Figure("reward at R_r = 0.2", group[0], 0.775),
+        Figure("reward at R_r = 0.4", group[1], 0.85),
+        Figure("reward at R_r = 0.8", group[2], 1.0),
+        at_most("rubrics earned after outcomes alone", outcomes.rubric, 0.5),
+        at_least("rubrics earned after C-GRPO", ours.rubric, 0.8),
+        at_least("right answers above those of outcomes", ours.outcome - outcomes.outcome, -0.03),
+    ]

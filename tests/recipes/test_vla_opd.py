@@ -9,7 +9,7 @@ import tiny_runs
 import torch
 from batches import config, gradient, ragged, recipe, rollouts
 
-from fuserl.engine import catalogue, hindsight, loop, models
+from fuserl.engine import catalogue, distilling, hindsight, loop, models
 from fuserl.engine.losses import every_token
 from fuserl.engine.prompts import Prompt
 from fuserl.engine.second_models import Teacher
@@ -124,21 +124,14 @@ def test_a_users_teacher_is_approached(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_ten_arms():
     """The grid with twice the seeds of `show`."""
-    assert all(figure.holds for figure in carrying.figures(_gap, _loss("opd"), seeds=10))
-
-
-def _gap(batch):
-    return catalogue._module("vla_opd").gap(batch)
-
-
-def _loss(form):
-    return catalogue._module("vla_opd").loss_of(form)
+    assert all(figure.holds for figure in carrying.figures(distilling.gap, distilling.on_policy("opd"), seeds=10))
 
 
 def test_figures_of_the_toys_can_fail():
     """A teacher's gap of the wrong sign is seen by the identity and on the grid."""
-    assert not all(figure.holds for figure in tied.identity(lambda batch: -_gap(batch), _loss, draws=100))
-    assert not carrying.figures(lambda batch: -_gap(batch), _loss("opd"), seeds=1)[0].holds
+    wrong = lambda batch: -distilling.gap(batch)  # noqa: E731
+    assert not all(figure.holds for figure in tied.identity(wrong, distilling.on_policy, draws=100))
+    assert not carrying.figures(wrong, distilling.on_policy("opd"), seeds=1)[0].holds
 
 
 def test_a_resolved_configuration_has_the_papers_numbers(tmp_path):
