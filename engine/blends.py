@@ -77,6 +77,7 @@ class Blend:
         sources = [task.source for task in tasks]
         self.unverifiable = next((each.unverifiable for each in sources if each.unverifiable), None)
         self.conversational = any(each.conversational for each in sources)
+        self.reply = next((each.reply for each in sources if hasattr(each, "reply")), None)
         sizes = [each.size for each in sources]
         self.size = None if None in sizes else sum(sizes)
 

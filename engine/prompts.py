@@ -2,6 +2,7 @@
 
 task("reasoning_gym:chain_sum:max_terms=2,max_digits=1")    problems without end, with a verifier of their own
 task("web:hops=3,others=4")                                 questions to be answered from small generated webs
+task("grid:size=5,slips=0.1")                               an arm on a grid, played a line a turn
 task("symbolic_videos")                                     made-up videos, several kinds of questions
 task("problems.jsonl")                                      a user's rows: prompt, answer, chosen, rejected, metadata
 
@@ -335,10 +336,10 @@ def _source(name: str, columns: Sequence[str]) -> Source:
         raise ValueError(f"columns: they must go with a file (--data); got {', '.join(columns)} for {name}.")
     if name.startswith(_GYM):
         return Generated(name.removeprefix(_GYM))
-    if name.partition(":")[0] == "web":
-        from fuserl.engine import webs
+    if name.partition(":")[0] in ("web", "grid"):
+        from fuserl.engine import grids, webs
 
-        return webs.Web(name.partition(":")[2])
+        return {"web": webs.Web, "grid": grids.Grids}[name.partition(":")[0]](name.partition(":")[2])
     known, bare = lookup.package("reasoning_gym.factory", "tasks").DATASETS, name.partition(":")[0]
     near = f"Did you mean '{_GYM}{name}'?" if bare in known else lookup.nearest(bare, known)
     raise ValueError(f"task: name must be {_GYM}DATASET or a {', '.join(files.SUFFIXES)} file; got {name!r}. {near}")

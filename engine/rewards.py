@@ -271,7 +271,7 @@ def verifier(task: prompts.Task, *, partial_credit: bool = False) -> Callable:
         return ByTask({name: (function, wanted(function)) for name, function in each.items()})
     if isinstance(task.source, problems.Generated):
         return Verifier(task.name.partition(":")[2], partial_credit, task.source)
-    return exact
+    return getattr(task.source, "judge", exact)
 
 
 def wanted(function: Callable) -> tuple[str, ...]:

@@ -13,12 +13,13 @@ vocabulary is that of reverse_kl.
 
 Ours: without --teacher the teacher is the model as it starts, which reads each question behind itself solved; a user's
 teacher reads what the student reads. Text is the action space: tokens end where the episode does, and both models share
-one vocabulary, or are refused.
+one vocabulary, or are refused. `--task grid` is played: an arm acts a line a turn and reads where it is, which is
+neither drawn nor taught; with chunk=N it makes up to N moves a line, with bins=256 a move is seven numbers.
 
 Check: engine/toys/carrying.py; demonstrations in which nothing slips, and 5 seeds.
 """
 
-from fuserl.engine import hindsight, prompts, rewards
+from fuserl.engine import evaluation, hindsight, prompts, rewards
 from fuserl.engine.advantages import uniform
 from fuserl.engine.checks import Figure
 from fuserl.engine.distilling import gap, on_policy
@@ -38,15 +39,17 @@ def recipe(config, *, form: str = "opd", low: float = 0.2, high: float = 0.2, we
         weigh_lengths: weigh each rollout by its length over max_new_tokens.
     """
     scorer, of_gap = rewards.scorer(config), form in ("opd", "ppo")
+    reply = getattr(prompts.configured(config).source, "reply", None)  # of a task that is played
     return Recipe(
         name="vla_opd",
         prompts=prompts.sampler(config),
-        rollout=sampled(config.group_size),
+        rollout=sampled(config.group_size, reply=reply),
         reward=scorer if config.teacher else hindsight.Shown(scorer, hindsight.answered),
         advantage=gap if of_gap else uniform,
         loss=on_policy(form, low=low, high=high, most=config.max_new_tokens if weigh_lengths else None),
         reads=("old_logprobs", "teacher_logprob") if of_gap else (),
         teacher=Teacher(),
+        evaluate=evaluation.talked(reply, scorer, config.eval_samples) if reply else None,
     )
 
 

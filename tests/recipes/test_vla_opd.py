@@ -9,7 +9,8 @@ import tiny_runs
 import torch
 from batches import config, gradient, ragged, recipe, rollouts
 
-from fuserl.engine import catalogue, distilling, hindsight, loop, models
+from fuserl.engine import catalogue, distilling, hindsight, loop, models, policy
+from fuserl.engine.config import Config
 from fuserl.engine.losses import every_token
 from fuserl.engine.prompts import Prompt
 from fuserl.engine.second_models import Teacher
@@ -119,6 +120,42 @@ def test_a_users_teacher_is_approached(tmp_path, monkeypatch):
     )  # fmt: skip
     rows = [row["distilled"] for row in tiny_runs.rows(loop.train(asked)) if "distilled" in row]
     assert rows[-1] < 0.9 * rows[0]
+
+
+@pytest.mark.parametrize("teacher", [None, "folder"])
+def test_a_grid_is_played_and_the_moves_alone_are_taught(teacher, tmp_path, monkeypatch):
+    """What is credited is drawn tokens, each with the teacher's gap, as both models read plainly say."""
+    other = tiny_models.model()
+    for parameter in other.parameters():
+        parameter.data.mul_(0.8)
+    load = {None: tiny_models.model, "folder": lambda: other}
+    monkeypatch.setattr(models, "load", lambda name, *_: (load[name](), tiny_runs.Characters()))
+    batches, update = [], policy.Policy.update
+    seen = lambda self, batch, *given, **named: batches.append(batch) or update(self, batch, *given, **named)  # noqa: E731
+    monkeypatch.setattr(policy.Policy, "update", seen)
+    asked = dict(
+        tiny_runs.SETTINGS, recipe="vla_opd", task="grid:size=3,slips=0,most=3", teacher=teacher, steps=1, eval_every=0,
+        max_new_tokens=60, eval_problems=3, stop=tuple("+-= \n"), out=str(tmp_path / "run"),
+    )  # fmt: skip
+    rows = tiny_runs.rows(loop.train(Config.from_dict(asked)))
+    assert rows[0]["problems"] == 3 and "accuracy" in rows[-1]
+    [batch] = batches
+    assert any(len(chunk) > length for [chunk], length in zip(batch.completions, batch.lengths, strict=True))
+    at = batch.offsets.tolist()
+    for b, [tokens] in enumerate(batch.completions):
+        asked, own = batch.prompt_tokens[int(batch.group[b])], slice(at[b], at[b + 1])
+        shown = asked if teacher else batch.teacher_prompts[b]
+        gap = plain(other if teacher else tiny_models.model(), shown, tokens) - plain(
+            tiny_models.model(), asked, tokens
+        )
+        torch.testing.assert_close(batch.advantages[own], gap[batch.place[own]], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def plain(model, prompt, tokens):
+    """Log-probs (n,) of tokens behind a prompt, from one ordinary forward."""
+    logits = model(torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
 @pytest.mark.slow
