@@ -24,7 +24,7 @@ from fuserl.engine.advantages import uniform
 from fuserl.engine.checks import Figure
 from fuserl.engine.distilling import gap, on_policy
 from fuserl.engine.recipe import Recipe
-from fuserl.engine.rollouts import sampled
+from fuserl.engine.rollouts import sampled, scored
 from fuserl.engine.second_models import Teacher
 
 DEFAULTS = {"group_size": 8, "lr": 5e-6}
@@ -39,17 +39,19 @@ def recipe(config, *, form: str = "opd", low: float = 0.2, high: float = 0.2, we
         weigh_lengths: weigh each rollout by its length over max_new_tokens.
     """
     scorer, of_gap = rewards.scorer(config), form in ("opd", "ppo")
+    reward = scorer if config.teacher else hindsight.Shown(scorer, hindsight.answered)
     reply = getattr(prompts.configured(config).source, "reply", None)  # of a task that is played
+    draw = sampled(config.group_size, reply=reply)
+    judge = evaluation.talked(reply, scorer, config.eval_samples)
+    played = {"rollout": scored(draw, reward), "reward": None, "evaluate": judge}
     return Recipe(
         name="vla_opd",
         prompts=prompts.sampler(config),
-        rollout=sampled(config.group_size, reply=reply),
-        reward=scorer if config.teacher else hindsight.Shown(scorer, hindsight.answered),
+        **(played if reply else {"rollout": draw, "reward": reward}),
         advantage=gap if of_gap else uniform,
         loss=on_policy(form, low=low, high=high, most=config.max_new_tokens if weigh_lengths else None),
         reads=("old_logprobs", "teacher_logprob") if of_gap else (),
         teacher=Teacher(),
-        evaluate=evaluation.talked(reply, scorer, config.eval_samples) if reply else None,
     )
 
 

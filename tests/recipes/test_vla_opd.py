@@ -9,7 +9,7 @@ import tiny_runs
 import torch
 from batches import config, gradient, ragged, recipe, rollouts
 
-from fuserl.engine import catalogue, distilling, hindsight, loop, models, policy
+from fuserl.engine import catalogue, distilling, hindsight, loop, models, policy, prompts
 from fuserl.engine.config import Config
 from fuserl.engine.losses import every_token
 from fuserl.engine.prompts import Prompt
@@ -124,7 +124,7 @@ def test_a_users_teacher_is_approached(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("teacher", [None, "folder"])
 def test_a_grid_is_played_and_the_moves_alone_are_taught(teacher, tmp_path, monkeypatch):
-    """What is credited is drawn tokens, each with the teacher's gap, as both models read plainly say."""
+    """What is credited are drawn tokens, each with the teacher's gap, as both models read plainly say."""
     other = tiny_models.model()
     for parameter in other.parameters():
         parameter.data.mul_(0.8)
@@ -149,6 +149,19 @@ def test_a_grid_is_played_and_the_moves_alone_are_taught(teacher, tmp_path, monk
             tiny_models.model(), asked, tokens
         )
         torch.testing.assert_close(batch.advantages[own], gap[batch.place[own]], atol=1e-4, rtol=1e-4)
+
+
+def test_held_out_grids_are_played_too(tmp_path):
+    made = recipe(tmp_path, "vla_opd", data=None, task="grid:slips=0", eval_problems=2, few_shot=0)
+    held = prompts.task("grid:slips=0", shots=0, held_out=2).held_out()
+
+    def generate(asked, *, reply=None, **drawing):
+        """One who knows the way, and who is lost when nobody tells where it is."""
+        texts = [each.answer if reply(each, "grip\n").startswith("you") else "" for each in asked]
+        return dataclasses.replace(rollouts(), prompts=asked, group=torch.arange(2), texts=texts, finish=["stop"] * 2)
+
+    found = loop.evaluated(SimpleNamespace(generate=generate, sync=lambda: None), made, held, 0)
+    assert found["accuracy"] == 1.0 and found["problems"] == 2
 
 
 @torch.no_grad()
