@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fuserl.engine import problems
@@ -134,7 +135,7 @@ def demonstration(grid: Grid) -> str:
     return "\n".join(lines[:-1])
 
 
-class Grids:
+class Grids(problems.Endless):
     """Grids drawn at random: `grid`, or `grid:size=5,slips=0.1,chunk=1,bins=0,most=24`. Answers are demonstrations.
 
     A model needs --max-new-tokens for its moves and what it is told behind each.
@@ -143,7 +144,7 @@ class Grids:
         ValueError: an option that is unknown or no number in its range.
     """
 
-    conversational, size, unverifiable, judge = False, None, None, staticmethod(carried)
+    place, judge = "grid", staticmethod(carried)
 
     def __init__(self, description: str = ""):
         options = {"size": 5, "slips": 0.1, "chunk": 1, "bins": 0, "most": 24}
@@ -166,27 +167,11 @@ class Grids:
         require("task", "grid's bins", options["bins"], options["bins"] not in (1, 2), "0, or at least 3")
         self.options = options
 
-    def distinct(self, seed: int, count: int, exclude: frozenset[str] = frozenset()) -> list[Problem]:
-        """`count` problems with different questions; fewer where there are no more after many draws."""
-        found, draws = {}, random.Random(seed)
-        for _ in range(100 * count):
-            if len(found) == count:
-                break
-            each = self._drawn(draws)
-            if each.question not in exclude:
-                found.setdefault(each.question, each)
-        return list(found.values())
-
-    def take(self, seed: int, start: int, count: int, exclude: frozenset[str]) -> list[Problem]:
-        """Fresh problems for every `start`, exactly `count`."""
-        found = self.distinct(problems.far_seed(seed, start), count, exclude)
-        if not found:
-            raise ValueError("task: grid must have problems left to train on; all are held out. Take a larger one.")
-        return [found[number % len(found)] for number in range(count)]
-
-    def sample(self) -> list[Problem]:
-        """A few, always the same."""
-        return self.distinct(0, 4)
+    def drawn(self, seed: int) -> Iterator[Problem]:
+        """Grids, each with a demonstration."""
+        draws = random.Random(seed)
+        while True:
+            yield self._drawn(draws)
 
     def opening(self, question: str) -> str:
         """The question, which says what there is to do; moves begin on a line of their own."""
@@ -210,4 +195,4 @@ class Grids:
         unit = f"{DIMENSIONS} numbers below {grid.bins}" if grid.bins else ", ".join(MOVES)
         what = unit if grid.chunk == 1 else f"up to {grid.chunk} times {unit}"
         question = _HOW.format(what=what, **dataclasses.asdict(grid))
-        return Problem(question.rstrip("\n"), demonstration(grid), {"grid": dataclasses.asdict(grid)}, place="grid")
+        return Problem(question.rstrip("\n"), demonstration(grid), {"grid": dataclasses.asdict(grid)}, place=self.place)

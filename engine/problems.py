@@ -68,18 +68,52 @@ class Source(Protocol):
         """How right `answer` is, 0 to 1; `problem` is a problem's metadata."""
 
 
-class Generated:
+class Endless:
+    """A source that draws: what it has is what `drawn(seed)` yields; `place` is what errors call it."""
+
+    unverifiable, conversational, size = None, False, None
+    place: str
+
+    def drawn(self, seed: int) -> Iterator[Problem]:
+        """Problems without end, in the source's own frequencies."""
+        raise NotImplementedError
+
+    def distinct(self, seed: int, count: int, exclude: frozenset[str] = frozenset()) -> list[Problem]:
+        """Up to `count` problems with different questions; fewer where many draws in a row bring nothing new."""
+        found: dict[str, Problem] = {}
+        idle, draws = 0, self.drawn(seed)
+        while len(found) < count and idle < _PATIENCE:
+            problem = next(draws)
+            idle += 1
+            if problem.question not in exclude and problem.question not in found:
+                found[problem.question] = problem
+                idle = 0
+        return list(found.values())
+
+    def take(self, seed: int, start: int, count: int, exclude: frozenset[str]) -> list[Problem]:
+        """Fresh draws for every `start`: distinct among themselves unless the source has fewer than `count`."""
+        found = self.distinct(far_seed(seed, start), count, exclude)
+        if not found:
+            raise ValueError(
+                f"task: {self.place} must have problems left to train on; all that it has are held out or examples. "
+                "Take a harder task, or a smaller --eval-problems."
+            )
+        return list(itertools.islice(itertools.cycle(found), count))
+
+    def sample(self) -> list[Problem]:
+        """A few draws, always the same."""
+        return self.distinct(far_seed(0), _SAMPLE)
+
+
+class Generated(Endless):
     """Problems of a reasoning-gym dataset, `name:option=value,option=value`, judged by the dataset's own verifier.
 
     The answer is a problem's `chosen`, and the answer of a neighbour among the generator's draws its `rejected`.
     """
 
-    conversational, size = False, None
-
     def __init__(self, description: str):
         gym = lookup.package("reasoning_gym", "tasks")
         self._factory = lookup.package("reasoning_gym.factory", "tasks")
-        self.unverifiable: str | None = None
         self.name, *options = re.split(r":|,(?=\w+=)", description)
         if self.name not in self._factory.DATASETS:
             raise ValueError(
@@ -93,35 +127,11 @@ class Generated:
                 f"task: each option of reasoning_gym:{self.name} must be given once; got {', '.join(options)}. Leave "
                 "one out."
             )
-        self._judge = self._dataset(0)
+        self._judge, self.place = self._dataset(0), f"reasoning_gym:{self.name}"
 
-    def distinct(self, seed: int, count: int, exclude: frozenset[str] = frozenset()) -> list[Problem]:
-        """Up to `count` problems with different questions, in the generator's own frequencies."""
-        found: dict[str, Problem] = {}
-        idle = 0
-        entries = self._entries(seed)
-        while len(found) < count and idle < _PATIENCE:
-            entry, others = next(entries)
-            question = entry["question"]
-            idle += 1
-            if question not in exclude and question not in found:
-                found[question] = self._problem(entry, others)
-                idle = 0
-        return list(found.values())
-
-    def take(self, seed: int, start: int, count: int, exclude: frozenset[str]) -> list[Problem]:
-        """Fresh draws for every `start`: distinct among themselves unless the generator has fewer than `count`."""
-        found = self.distinct(far_seed(seed, start), count, exclude)
-        if not found:
-            raise ValueError(
-                f"task: reasoning_gym:{self.name} must have problems left to train on; all that it has are held out or "
-                "examples. Take a harder task, or a smaller --eval-problems."
-            )
-        return list(itertools.islice(itertools.cycle(found), count))
-
-    def sample(self) -> list[Problem]:
-        """A few draws, always the same."""
-        return self.distinct(far_seed(0), _SAMPLE)
+    def drawn(self, seed: int) -> Iterator[Problem]:
+        """Every entry of the generator, with the answer of one behind it in its block as a wrong one."""
+        return itertools.starmap(self._problem, self._entries(seed))
 
     def opening(self, question: str) -> str:
         """`5 - 9 =` for a question that ends in an equation, else the question and a line that asks for the answer."""
@@ -143,8 +153,7 @@ class Generated:
         answer, wrong = entry["answer"], None
         if answer is not None:
             wrong = next((other for other in others if other is not None and other.strip() != answer.strip()), None)
-        place = f"reasoning_gym:{self.name}"
-        return Problem(entry["question"], answer, {"entry": entry}, chosen=answer, rejected=wrong, place=place)
+        return Problem(entry["question"], answer, {"entry": entry}, chosen=answer, rejected=wrong, place=self.place)
 
     def _option(self, text: str) -> tuple[str, object]:
         name, equals, value = text.partition("=")

@@ -12,7 +12,7 @@ import itertools
 import random
 from collections.abc import Iterator
 
-from fuserl.engine.problems import Problem, far_seed, matching
+from fuserl.engine.problems import Endless, Problem, matching
 
 NAME = "symbolic_videos"
 DATASETS = {"ward": (4, ("wipe", "cut", "tie")), "theatre": (12, ("wipe", "cut", "tie", "clip", "burn", "pull"))}
@@ -20,26 +20,17 @@ TOOLS = ("hook", "clamp", "needle")
 TASKS = ("TAG", "STG", "VS", "RC")
 
 
-class Videos:
+class Videos(Endless):
     """A source of problems without end, each pair of data set and task in turn."""
 
-    unverifiable, conversational, size = None, False, None
+    place = NAME
 
-    def distinct(self, seed: int, count: int, exclude: frozenset[str] = frozenset()) -> list[Problem]:
-        """`count` problems with different questions."""
-        fresh, seen = (each for each in self._drawn(seed) if each.question not in exclude), {}
-        while len(seen) < count:
-            problem = next(fresh)
-            seen.setdefault(problem.question, problem)
-        return list(seen.values())
-
-    def take(self, seed: int, start: int, count: int, exclude: frozenset[str]) -> list[Problem]:
-        """Fresh draws for every `start`."""
-        return self.distinct(far_seed(seed, start), count, exclude)
-
-    def sample(self) -> list[Problem]:
-        """A few draws, always the same."""
-        return self.distinct(far_seed(0), 16)
+    def drawn(self, seed: int) -> Iterator[Problem]:
+        """A question of each pair of data set and task in turn."""
+        draw = random.Random(seed)
+        for dataset, task in itertools.cycle(itertools.product(DATASETS, TASKS)):
+            question, answer = _QUESTIONS[task](draw, *DATASETS[dataset])
+            yield Problem(question, answer, {"dataset": dataset, "task": task, "answer": answer}, place=self.place)
 
     def opening(self, question: str) -> str:
         """The question, and a line that asks for the answer."""
@@ -48,12 +39,6 @@ class Videos:
     def score(self, answer: str, problem: dict) -> float:
         """Whether it is the answer, letter for letter."""
         return matching(answer, problem)
-
-    def _drawn(self, seed: int) -> Iterator[Problem]:
-        draw = random.Random(seed)
-        for dataset, task in itertools.cycle(itertools.product(DATASETS, TASKS)):
-            question, answer = _QUESTIONS[task](draw, *DATASETS[dataset])
-            yield Problem(question, answer, {"dataset": dataset, "task": task, "answer": answer}, place=NAME)
 
 
 def _acted(draw: random.Random, frames: int, actions: tuple[str, ...]) -> list[tuple[str, int, int]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from fuserl.engine import problems
@@ -100,7 +100,7 @@ Question: {question}
 """
 
 
-class Web:
+class Web(problems.Endless):
     """Generated questions over `hops` hops, each with a web of its own: `web`, or `web:hops=3,others=4`.
 
     Each fact of the chain is on a page of its own. One more page tells the answer and nothing else, and `others` have
@@ -111,7 +111,7 @@ class Web:
         ValueError: an option that is unknown or no number in its range.
     """
 
-    conversational, size, unverifiable = False, None, None
+    place = "web"
 
     def __init__(self, description: str = ""):
         options = {"hops": "3", "others": "4"}
@@ -125,27 +125,11 @@ class Web:
                 raise ValueError(f"task: web's {name} must be {least} to {most}; got {options[name]!r}. Correct it.")
         self.hops, self.others = int(options["hops"]), int(options["others"])
 
-    def distinct(self, seed: int, count: int, exclude: frozenset[str] = frozenset()) -> list[Problem]:
-        """`count` problems with different questions; fewer where there are no more after many draws."""
-        found, draws = {}, random.Random(problems.far_seed(seed, self.hops, self.others))
-        for _ in range(100 * count):
-            if len(found) == count:
-                break
-            each = self._drawn(draws)
-            if each.question not in exclude:
-                found.setdefault(each.question, each)
-        return list(found.values())
-
-    def take(self, seed: int, start: int, count: int, exclude: frozenset[str]) -> list[Problem]:
-        """Fresh problems for every `start`, exactly `count`."""
-        found = self.distinct(problems.far_seed(seed, start), count, exclude)
-        if not found:
-            raise ValueError("task: web must have problems left to train on; all are held out. Take more hops.")
-        return [found[number % len(found)] for number in range(count)]
-
-    def sample(self) -> list[Problem]:
-        """A few, always the same."""
-        return self.distinct(0, 4)
+    def drawn(self, seed: int) -> Iterator[Problem]:
+        """Questions, each with a web of its own."""
+        draws = random.Random(problems.far_seed(seed, self.hops, self.others))
+        while True:
+            yield self._drawn(draws)
 
     def opening(self, question: str) -> str:
         """What there is to do, and the question."""
@@ -174,4 +158,4 @@ class Web:
             f"Who is {' of '.join(relations)} of the owner of a {thing}?" if relations else f"Who owns a {thing}?"
         )
         metadata = {"pages": {url: pages[url] for url in addresses}, "rubrics": rubrics, "entities": entities}
-        return Problem(question, chain[0], metadata, place="web")
+        return Problem(question, chain[0], metadata, place=self.place)
