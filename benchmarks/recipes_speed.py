@@ -41,6 +41,11 @@ SIZES = {
     "cuda": dict(groups=64, group_size=16, max_new_tokens=128),
     "tiny": dict(groups=2, group_size=4, max_new_tokens=3),
 }
+OF_THEIR_OWN = {
+    "sdpo": {"reward": "recipes_speed:halved"},  # it learns from right answers, of which the other reward has none
+    "c_grpo": {"stop": ("\n",)},  # it learns from what ends by itself
+    "advantage_alignment": {"rounds": 2},  # of two agents that talk in turn
+}
 PHASES = ("generate", "reward", "score", "update", "other")
 RATES = (
     "generate_tokens_per_s", "generate_share", "generate_tflops", "generate_gb_per_s", "read_tokens_per_s",
@@ -51,6 +56,11 @@ RATES = (
 def spread(completion: str) -> float:
     """A reward that two different completions seldom share."""
     return zlib.crc32(completion.encode()) % 1009 / 1009
+
+
+def halved(completion: str) -> float:
+    """A reward that half of all completions have."""
+    return float(spread(completion) < 0.5)
 
 
 def problems(folder: Path, count: int) -> str:
@@ -81,7 +91,7 @@ def measured(recipe: str, model: str | None, steps: int, once: bool = False) -> 
         recipe=recipe, steps=steps, **SIZES[kind], reward="recipes_speed:spread", reward_workers=0, few_shot=0, stop=(),
         eval_problems=0, eval_every=0, save_every=0, samples=0,
     )  # fmt: skip
-    given |= {"epochs": 1, "minibatches": 1} if once else {}
+    given |= OF_THEIR_OWN.get(recipe, {}) | ({"epochs": 1, "minibatches": 1} if once else {})
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if kind == "tiny":

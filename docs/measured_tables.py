@@ -151,7 +151,7 @@ def speed() -> str:
 
 def _updates_once(path: Path) -> dict[tuple[str, ...], str]:
     """How long one optimizer step on a whole batch takes in the newest rows of it, over the median of grpo's."""
-    rows = [row for row in _rows([path]) if row.get("once")]
+    rows = [row for row in _rows([path]) if row.get("once") and row.get("update_tokens_per_s")]
     plain: dict[tuple, list[float]] = {}
     for row in rows:
         if row["recipe"] == "grpo":

@@ -50,7 +50,7 @@ class Config:
     model: str | None = _task(None, doc="a transformers folder or hub name; default the built-in SmolLM2-135M-Instruct")
     task: str | None = _task(
         None,
-        doc="a reasoning-gym dataset with options: reasoning_gym:DATASET:option=value,...",
+        doc="reasoning_gym:DATASET:option=value,..., web, grid or symbolic_videos; several are joined by +",
     )
     data: str | None = _task(
         None,

@@ -342,7 +342,10 @@ def _source(name: str, columns: Sequence[str]) -> Source:
         return {"web": webs.Web, "grid": grids.Grids}[name.partition(":")[0]](name.partition(":")[2])
     known, bare = lookup.package("reasoning_gym.factory", "tasks").DATASETS, name.partition(":")[0]
     near = f"Did you mean '{_GYM}{name}'?" if bare in known else lookup.nearest(bare, known)
-    raise ValueError(f"task: name must be {_GYM}DATASET or a {', '.join(files.SUFFIXES)} file; got {name!r}. {near}")
+    files_of = ", ".join(files.SUFFIXES)
+    raise ValueError(
+        f"task: name must be {_GYM}DATASET, web, grid, symbolic_videos or a {files_of} file; got {name!r}. {near}"
+    )
 
 
 def _most_tokens(text: str) -> float:
