@@ -17,7 +17,7 @@ from fuserl.engine.batch import Rollouts
 from fuserl.engine.games import Game
 from fuserl.engine.past_selves import PastSelves
 from fuserl.engine.problems import far_seed
-from fuserl.engine.prompts import Prompt
+from fuserl.engine.prompts import Prompt, templated
 from fuserl.engine.rollouts import joined, selected
 
 Speaker = Callable  # (prompts, games) -> Rollouts of one completion each, or texts
@@ -208,13 +208,9 @@ class Arena:
 
         def speak(prompts: list[Prompt], games: list[Game]) -> Rollouts:
             if self.chat:
-                prompts = [dataclasses.replace(each, text=_chatted(policy.tokenizer, each.text)) for each in prompts]
+                turns = [[{"role": "user", "content": each.text}] for each in prompts]
+                prompts = [Prompt(templated(policy.tokenizer, each)) for each in turns]
             with contextlib.nullcontext() if which is None else self.past.speaking(policy, which):
                 return policy.generate(prompts, stream=stream)
 
         return speak
-
-
-def _chatted(tokenizer, text: str) -> str:
-    turns = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

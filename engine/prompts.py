@@ -139,7 +139,6 @@ def chat(tokenizer, instruction: str | None = None, *, texts: bool = True) -> Ca
             "chat: tokenizer must have a chat template; it has none. Take an instruct model, or prompts of plain text "
             "without --chat."
         )
-    opens_itself = tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     refusals = lookup.package("jinja2.exceptions", "engine").TemplateError
 
     def render(source: Source, examples: Sequence[Problem], problem: Problem) -> str:
@@ -151,7 +150,7 @@ def chat(tokenizer, instruction: str | None = None, *, texts: bool = True) -> Ca
         solved = [[*_turns(each)[1], {"role": "assistant", "content": each.answer}] for each in examples]
         turns = [*system, *itertools.chain(*solved), *asked]
         try:
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            return templated(tokenizer, turns)
         except refusals as error:
             says = " ".join(str(error).split()).rstrip(".")
             roles = ", ".join(turn["role"] for turn in turns)
@@ -159,10 +158,16 @@ def chat(tokenizer, instruction: str | None = None, *, texts: bool = True) -> Ca
                 f"{problem.place}: the messages must be such that the model's chat template takes them; got the roles "
                 f"{roles}, and it says: {says}. Change the row, or take another model."
             ) from error
-        # A tokenizer that opens every text with its own mark would put a second one before the template's.
-        return text.removeprefix(tokenizer.bos_token) if opens_itself else text
 
     return render
+
+
+def templated(tokenizer, turns: list[dict]) -> str:
+    """A conversation as a tokenizer's chat template writes it, to where the assistant speaks; it is then tokenized."""
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    # A tokenizer that opens every text with its own mark would put a second one before the template's.
+    opens_itself = tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(tokenizer.bos_token) if opens_itself else text
 
 
 def task(

@@ -1,18 +1,20 @@
 """Matches: who is asked what in which call, which turns are kept, and branches that differ in one agent's move only."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
 import torch
 from batches import made
 
-from fuserl.engine import games, matches
+from fuserl.engine import games
 from fuserl.engine.batch import batch_of
 from fuserl.engine.matches import Arena, Match, branched, collected, play, scripted
 from fuserl.engine.past_selves import PastSelves
 from fuserl.engine.policy import Policy
 from fuserl.engine.policy_settings import Sampling, Updating
+from fuserl.engine.prompts import Prompt
 
 
 class Speaker:
@@ -132,9 +134,16 @@ def test_numbers_out_of_range_are_refused(name, value):
         PastSelves(**{"most": 1, "every": 1, "seed": 0, name: value})
 
 
-def test_a_chat_model_reads_its_template():
+def test_a_chat_model_reads_its_template_and_one_mark_in_front():
     class Chat:
-        def apply_chat_template(self, turns, tokenize, add_generation_prompt):
-            return f"<{turns[0]['role']}>{turns[0]['content']}<assistant>"
+        bos_token, bos_token_id = "<s>", 1
 
-    assert matches._chatted(Chat(), "1: you") == "<user>1: you<assistant>"
+        def __call__(self, text):
+            return {"input_ids": [1]}
+
+        def apply_chat_template(self, turns, tokenize, add_generation_prompt):
+            return f"<s><{turns[0]['role']}>{turns[0]['content']}<assistant>"
+
+    policy = SimpleNamespace(tokenizer=Chat(), generate=lambda prompts, stream: [each.text for each in prompts])
+    arena = Arena(None, size=1, seed=0, past=None, chat=True)
+    assert arena.speaker(policy)([Prompt("1: you")], []) == ["<user>1: you<assistant>"]
