@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fuserl.engine import mixtures, rollouts
 from fuserl.engine.batch import Batch, Counts, Rollouts, offsets_of
-from fuserl.engine.contracts import require
+from fuserl.engine.contracts import require, require_one_of
 from fuserl.engine.prompts import Prompt
 
 ORACLES = ("larger", "bradley_terry")
@@ -65,6 +65,11 @@ def apart(batch: Batch) -> tuple[Batch, Batch]:
     return tuple(batch.rollouts_at(each.flatten()).counted() for each in (index[:, :2], index[:, 2]))
 
 
+def beside(batch: Batch) -> list[Batch]:
+    """A step's one batch of given pairs: these are objective 0, the rollouts that calibrate are objective 1."""
+    return [mixtures.joined(*apart(batch))]
+
+
 def preferred(pairs: Batch, oracle: str, chance: torch.Generator) -> Batch:
     """The pairs with rewards of 1 and 0 for what an oracle prefers; where it cannot, a pair is left out.
 
@@ -74,7 +79,7 @@ def preferred(pairs: Batch, oracle: str, chance: torch.Generator) -> Batch:
             chance sigmoid(its reward - the other's).
         chance: what the second one draws from.
     """
-    require("preferred", "oracle", oracle, oracle in ORACLES, f"one of {', '.join(ORACLES)}")
+    require_one_of("preferred", "oracle", oracle, ORACLES)
     one, two = pairs.group.argsort(stable=True).view(-1, 2).unbind(1)
     more = pairs.rewards[one] - pairs.rewards[two]
     if oracle == "larger":
@@ -96,7 +101,7 @@ class Buffer:
     """
 
     def __init__(self, oracle: str, replay: int | None, seed: int):
-        require("Buffer", "oracle", oracle, oracle in ORACLES, f"one of {', '.join(ORACLES)}")
+        require_one_of("Buffer", "oracle", oracle, ORACLES)
         require("Buffer", "replay", replay, replay is None or replay >= 0, "an integer >= 0, or None for all")
         self.oracle, self.replay, self.seed = oracle, replay, seed
         self.kept: list[tuple[Batch, Batch]] = []

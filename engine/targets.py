@@ -167,6 +167,8 @@ def inferred(
     require("inferred", "beta", beta, 0 <= beta < math.inf and (beta > 0 or free), "> 0; 0 for kl_rl to a posterior")
     reverse = objective == "kl_rl" or (objective == "fdpg" and divergence == "reverse_kl")
     require("inferred", "target", target, target != "pointwise" or not reverse, "above 0 everywhere for a reverse KL")
+    known = target != "moments" or moments is not None
+    require("inferred", "moments", moments, known, "given for the target moments")
     score = {"posterior": posterior(beta), "pointwise": pointwise, "moments": moments and with_moments(moments)}[target]
     partition = Partition() if partition is None else partition
 

@@ -54,27 +54,19 @@ def recipe(
         proposal: who draws: policy, or best: the policy when it was nearest to the target.
     """
     rollout, best = sampled(config.group_size), Proposal.of(config, proposal)
-    partition = targets.Partition(z_rate)
     moments = targets.Moments(numbers("kl_bayes", "moment", moment), lr=moment_lr, steps=moment_steps)
-    state = {"partition": partition, "moments": moments if target == "moments" else None, "proposal": best}
+    kept = {"partition": targets.Partition(z_rate)}
+    kept |= {"moments": moments} if target == "moments" else {}
+    kept |= {"proposal": best} if best else {}
     return Recipe(
         name="kl_bayes",
         prompts=prompts.sampler(config),
         rollout=best.drawing(rollout) if best else rollout,
         reward=targets.with_distinct(rewards.scorer(config)),
-        advantage=targets.inferred(
-            objective,
-            target,
-            beta=beta,
-            divergence=divergence,
-            baseline=baseline,
-            partition=partition,
-            moments=moments,
-            proposal=best,
-        ),
+        advantage=targets.inferred(objective, target, beta=beta, divergence=divergence, baseline=baseline, **kept),
         loss=targets.reinforced(),
         reads=("old_logprobs", "ref_logprobs"),
-        state={name: each for name, each in state.items() if each},
+        state=kept,
     )
 
 

@@ -23,7 +23,7 @@ from functools import partial
 from fuserl.engine import comparisons, evaluation, mixtures, prompts, rewards
 from fuserl.engine.advantages import uniform
 from fuserl.engine.checks import Figure
-from fuserl.engine.contracts import require
+from fuserl.engine.contracts import require, require_one_of
 from fuserl.engine.losses import Loss, summed
 from fuserl.engine.preferences import preference, value_bonus
 from fuserl.engine.recipe import Recipe
@@ -34,8 +34,9 @@ FIXED = {"group_size": 2}
 
 def objective(*, beta: float, alpha: float, bound: float, online: bool, calibration: str) -> Loss:
     """The loss: of pairs alone where the data's completions calibrate, else of pairs and what the reference drew."""
-    bonus = partial(value_bonus, beta=beta, alpha=alpha if online else -alpha)
-    bonus = partial(bonus, bound=bound) if online else bonus
+    bonus = partial(value_bonus, beta=beta, alpha=-alpha)
+    if online:
+        bonus = partial(value_bonus, beta=beta, alpha=alpha, bound=bound)
     if calibration == "reference":
         return mixtures.mixture(preference(beta=beta), bonus())
     return summed(preference(beta=beta), bonus(chosen=calibration == "chosen"), 1.0)
@@ -65,32 +66,30 @@ def recipe(
         second: who draws a pair's second completion online: policy or reference.
         replay: earlier steps whose pairs each step learns from again online; default all.
     """
-    calibration = calibration or ("reference" if online else "chosen")
     known = ("reference",) if online else ("chosen", "responses", "reference")
-    require("vpo", "calibration", calibration, calibration in known, " or ".join(known))
+    calibration = calibration or known[0]
+    require_one_of("vpo", "calibration", calibration, known)
     require("vpo", "overlap", config.overlap, not (online and config.overlap), "off: the reference draws in between")
     if alpha is None:
         alpha = 0.1 if online else (config.steps * config.groups) ** -0.5
     require("vpo", "alpha", alpha, alpha >= 0, "a number >= 0; the sign is that of online")
-    scorer = rewards.scorer(config, required=online)
-    buffer = comparisons.Buffer(oracle, replay, config.seed)
-    slot, batches = pairs, None
+    reward, buffer = rewards.scorer(config, required=online), comparisons.Buffer(oracle, replay, config.seed)
     if online:
-        slot, batches = comparisons.calibrated(comparisons.drawn(scorer, second=second)), buffer.grown
-    elif calibration == "reference":
-        slot, batches = comparisons.calibrated(pairs), lambda batch: [mixtures.joined(*comparisons.apart(batch))]
+        draw = comparisons.calibrated(comparisons.drawn(reward, second=second))
+        slots = {"rollout": draw, "batches": buffer.grown, "state": {"buffer": buffer}}
+    else:
+        judged = partial(evaluation.of_completions, pairs, preference(beta=beta))
+        slots = {"rollout": pairs, "learns_from": ("chosen", "rejected"), "evaluate": judged}
+        if calibration == "reference":
+            slots |= {"rollout": comparisons.calibrated(pairs), "batches": comparisons.beside}
     return Recipe(
         name="vpo",
         prompts=prompts.sampler(config),
-        rollout=slot,
-        reward=scorer,
+        reward=reward,
         advantage=uniform,
         loss=objective(beta=beta, alpha=alpha, bound=bound, online=online, calibration=calibration),
         reads=("ref_logprobs",),
-        learns_from=() if online else ("chosen", "rejected"),
-        batches=batches,
-        evaluate=None if online else partial(evaluation.of_completions, pairs, preference(beta=beta)),
-        state={"buffer": buffer} if online else {},
+        **slots,
     )
 
 

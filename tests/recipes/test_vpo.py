@@ -87,8 +87,8 @@ def test_options_reach_the_loss_and_the_buffer(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"online": True, "calibration": "chosen"}, "calibration must be reference"),
-     ({"calibration": "else"}, "calibration must be chosen or responses or reference"),
+    [({"online": True, "calibration": "chosen"}, "calibration must be one of reference;"),
+     ({"calibration": "else"}, "calibration must be one of chosen, responses, reference;"),
      ({"alpha": -1.0}, "alpha must be"), ({"online": True, "oracle": "me"}, "oracle must be one of"),
      ({"online": True, "second": "me"}, "second must be policy or reference"),
      ({"online": True, "replay": -1}, "replay must be"), ({"beta": 0.0}, "beta must be"),
