@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fuserl.engine import rewards
 from fuserl.engine.batch import Rollouts
+from fuserl.engine.contracts import require
 from fuserl.engine.prompts import Prompt
 
 
@@ -72,9 +73,10 @@ def reprompted(scorer: Callable, *, success: float, most: int, skip_solved: bool
     Args:
         scorer: whose function may give feedback: see `rewards.feedback`.
         success: a rollout with this reward is a solution.
-        most: characters of the notes, and so at least as many tokens.
+        most: characters of the notes, which are no fewer tokens.
         skip_solved: a rollout that succeeds itself is not taught.
     """
+    require("reprompted", "most", most, most >= 1, "an integer >= 1")
 
     def texts(rollouts: Rollouts, scored: Tensor) -> tuple[list[str], dict]:
         said, found, taught = rewards.feedback(scorer, rollouts), [], []

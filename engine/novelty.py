@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fuserl.engine import elliptical, evaluation, lookup
+from fuserl.engine import elliptical, evaluation
 from fuserl.engine.advantages import standardized
 from fuserl.engine.batch import Batch, batch_of
-from fuserl.engine.contracts import require
+from fuserl.engine.contracts import require, require_one_of
 from fuserl.engine.elliptical import Covariances
 from fuserl.engine.problems import far_seed
 
@@ -45,11 +45,7 @@ class Bonus:
     warned: bool = False
 
     def __post_init__(self):
-        if self.normalisation not in NORMALISATIONS:
-            raise ValueError(
-                f"Bonus: normalisation must be one of {', '.join(NORMALISATIONS)}; got {self.normalisation!r}. "
-                f"{lookup.nearest(self.normalisation, NORMALISATIONS)}"
-            )
+        require_one_of("Bonus", "normalisation", self.normalisation, NORMALISATIONS)
 
     def __call__(self, batch: Batch) -> Tensor:
         """(B,) float64; warns, once, where the bonuses of no group differ by more than `ALIKE`."""
@@ -130,7 +126,6 @@ def selection(reward: Callable, *, pool: int, size: int, lamb: float, k: int, se
         none, averaged over problems; "calls_random": that of a random order, on average; "calls_ratio"; and
         "selected@size": share of problems with a correct response among the first `size` picks; "random@size"}.
     """
-
     require("selection", "select", size, 1 <= size <= pool, f"an integer in [1, {pool}]")
 
     def evaluate(policy, prompts) -> dict[str, float]:

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fuserl.engine import adapters, lookup, sharding
+from fuserl.engine import adapters, sharding
+from fuserl.engine.contracts import require_one_of
 from fuserl.kernels.second_head import Reference
 
 WEIGHTS = ("initial", "current", "old", "average", "mixed")
@@ -40,11 +41,7 @@ class Teacher:
                 f"Teacher: renewed must be a number of updates >= 0 of initial weights; got {self.renewed} of "
                 f"{self.weights}. Leave it out."
             )
-        if self.weights not in WEIGHTS:
-            raise ValueError(
-                f"Teacher: weights must be one of {', '.join(WEIGHTS)}; got {self.weights!r}. "
-                f"{lookup.nearest(self.weights, WEIGHTS)}"
-            )
+        require_one_of("Teacher", "weights", self.weights, WEIGHTS)
         if not 0 <= self.rate <= 1:
             raise ValueError(f"Teacher: rate must be in [0, 1]; got {self.rate!r}. 0 never moves, 1 follows at once.")
 

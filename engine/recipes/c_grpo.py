@@ -1,4 +1,4 @@
-"""53. C-GRPO: citation-aware rubric rewards of search agents (Zhang et al., arXiv:2601.06021).
+"""C-GRPO (53): citation-aware rubric rewards of search agents (Zhang et al., arXiv:2601.06021).
 
     R_r = share of the question's rubrics whose entities the response names, that the pages it cites support, and that
           hang together with the answer through supported rubrics;   R_o = 1 where the answer is right, else 0

@@ -1,12 +1,12 @@
-"""45 LaSeR: reinforcement learning with last-token self-rewarding (Yang et al., arXiv:2510.14943).
+"""LaSeR (45): reinforcement learning with last-token self-rewarding (Yang et al., arXiv:2510.14943).
 
     score = beta_v (log pi(z | prompt, answer) - c_ref), z a special token that no text has, right after the answer
     loss  = GRPO's + alpha mean over finished answers of w (score - reward)^2, w such that right and wrong weigh alike
     A'    = (1 - tau) A + tau A_s, A_s of scores held to [0, 1] in groups where they differ (standard deviation > .1)
 
-The squared error begins after step w1, the mixing of advantages after step w1 + w2. A verifier that says z and is paid
-the reward has log pi(z) = reward / beta_v + log pi_ref(z) - log Z at its KL-regularised best, and Z is nearly 1. An
-answer that was cut has no score (0 in A_s). With --eval-samples answers are elected by number and by sum of scores.
+The squared error begins after step w1, the mixing after step w1 + w2. A verifier that says z and is paid the reward has
+log pi(z) = reward / beta_v + log pi_ref(z) - log Z at its KL-regularised best, and Z is nearly 1. An answer cut short
+has no score (0 in A_s). With --eval-samples answers are elected by number and by sum of scores.
 
 Limit: with alpha and tau 0, or before w1, it is GRPO.
 
@@ -48,8 +48,7 @@ def recipe(
         tau: share of the scores' advantages.
         w1: steps before the squared error; 0 for a model that has been trained by reinforcement.
         w2: steps from there to the mixing of advantages.
-        verdict: the token z.
-        verdict_id: its id, where it has no text.
+        verdict, verdict_id: the token z, or its id where it has no text.
         low, high: the ratio is clipped to [1 - low, 1 + high].
     """
     scorer, known = rewards.scorer(config), verdicts.known(verdict, verdict_id)

@@ -1,4 +1,4 @@
-"""59. MedGRPO: rewards of several tasks brought to one scale by a baseline's medians (Su et al., arXiv:2512.06581).
+"""MedGRPO (59): rewards of several tasks brought to one scale by a baseline's medians (Su et al., arXiv:2512.06581).
 
     rnorm(x) = 1 / (1 + exp(-k (x - p50) / max(p75 - p25, floor)))      quartiles of the model as it starts, for each
                                                                         data set and task, as the problems name them

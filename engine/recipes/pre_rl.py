@@ -1,4 +1,4 @@
-"""35 PreRL and DSRL: rewards act on P(y), then on P(y|x) (Tan et al., arXiv:2604.14142).
+"""PreRL and DSRL (35): rewards act on P(y), then on P(y|x) (Tan et al., arXiv:2604.14142).
 
     L_P  = mean over tokens of CLIP(ratio, A_P), of log-probs behind [BOS] instead of the prompt; A_P = r - group's mean
     L_RL = mean over tokens of CLIP(ratio, A), of log-probs behind the prompt; A = A_P / the group's standard deviation

@@ -1,4 +1,4 @@
-"""39. RepExp: representation-based exploration (Tuyls et al., arXiv:2510.11686).
+"""RepExp (39): representation-based exploration (Tuyls et al., arXiv:2510.11686).
 
     h[i] = mean of the initial model's last hidden states over response i, projected to k dimensions, less the group's
     b[i] = h[i]^T (lamb I + sum of the group's h h^T)^-1 h[i]
@@ -16,16 +16,13 @@ features' spread every bonus is near (n - 1) / n and tells nothing: a warning sa
 Check: sums of 6.997 are of features of unit variance in each dimension (of unit length they come to 6.91).
 """
 
-import torch
-
-from fuserl.engine import checks, prompts, rewards
+from fuserl.engine import prompts, rewards
 from fuserl.engine.checks import Figure
 from fuserl.engine.elliptical import Covariances
 from fuserl.engine.losses import clipped, token_mean
-from fuserl.engine.novelty import ALIKE, Bonus, explored, selection
+from fuserl.engine.novelty import Bonus, explored, selection
 from fuserl.engine.recipe import Recipe
 from fuserl.engine.rollouts import sampled
-from fuserl.engine.toys import rep_exp as toy
 
 
 def recipe(
@@ -68,7 +65,7 @@ def recipe(
         low, high: the ratio is clipped to [1 - low, 1 + high].
     """
     kept = Covariances(k, lamb) if lasting else None
-    novelty = Bonus(lamb, k, config.seed, loo, normalisation, redraw, kept)
+    novelty = Bonus(lamb=lamb, k=k, seed=config.seed, loo=loo, normalisation=normalisation, redraw=redraw, lasting=kept)
     gates = {"none_correct": off_if_none_correct, "some_correct": off_if_some_correct}
     gates |= {"all_correct": off_if_all_correct, "wrong": off_if_wrong}
     scorer = rewards.scorer(config)
@@ -88,16 +85,6 @@ def recipe(
 
 def show() -> list[Figure]:
     """Identities of the leverages, what they do not depend on, clusters seen by elliptical picks, and the caution."""
-    counts = torch.tensor([toy.until_all(seed, 0.01) for seed in range(50)]).double().median(0).values
-    few, many = toy.leverages(4), toy.leverages(32)  # dimensions of 8 responses
-    return [
-        Figure("sum of b apart from that of s^2 / (s^2 + lamb)", few["sum"] - few["by_singular_values"], 0, 1e-9),
-        Figure("b / (1 - b) apart from the bonus left out", few["left_out_apart"], 0, 1e-9),
-        Figure("b of responses in another order, apart", few["reordered_apart"], 0, 1e-9),
-        Figure("b of rotated features, apart", few["rotated_apart"], 0, 1e-9),
-        checks.at_most("b of a response that is there twice, over that of it alone", few["twice"], 1 - 1e-9),
-        checks.at_most("median picks until 20 clusters were seen", float(counts[0]), 80),
-        checks.at_least("the same in random order", float(counts[1]), 80),
-        checks.at_least("sum of b where n <= k and lamb is small, of at most 7", many["sum"], 6.99),
-        checks.at_most("their spread, of which the warning speaks", many["spread"], ALIKE),
-    ]
+    from fuserl.engine.toys import rep_exp
+
+    return rep_exp.figures()

@@ -6,8 +6,8 @@
            (1 - alpha) KL(p || m) + alpha KL(q || m),  m = (1 - alpha) p + alpha q
 
 over the whole vocabulary, the policy's topk likeliest tokens, or from the sampled tokens alone. A rollout without a
-solution or feedback is not taught. With `question` every step asks that one problem, until it is solved and after:
-`attempts` and `discovered` say when.
+solution or feedback is not taught. With `question` every step asks that one problem, and `attempts` and `discovered`
+say when it was solved.
 
 Limit: KL(p || q) has the gradient of the score function with the reward log q - log p; topk of the whole vocabulary is
 the full divergence.
@@ -20,12 +20,11 @@ Check: engine/toys/feedback.py: 8 problems of 6 tokens, 150 steps, 4 seeds.
 
 from fuserl.engine import prompts, rewards
 from fuserl.engine.checks import Figure
-from fuserl.engine.contracts import require
 from fuserl.engine.distilling import self_distilled, taught
 from fuserl.engine.hindsight import Discovery, Shown, reprompted
 from fuserl.engine.recipe import Recipe
 from fuserl.engine.rollouts import sampled
-from fuserl.engine.second_models import WEIGHTS, Teacher
+from fuserl.engine.second_models import Teacher
 
 DEFAULTS = {"group_size": 8}
 
@@ -60,8 +59,6 @@ def recipe(
         skip_solved: rollouts that succeed are not taught.
         question: number of the one problem to ask at every step; default all of the task.
     """
-    require("sdpo", "self_teacher", self_teacher, self_teacher in WEIGHTS, f"one of {', '.join(WEIGHTS)}")
-    require("sdpo", "reprompt_tokens", reprompt_tokens, reprompt_tokens >= 1, "an integer >= 1")
     scorer = rewards.scorer(config)
     notes = reprompted(scorer, success=success, most=reprompt_tokens, skip_solved=skip_solved)
     found = Discovery(notes, success)

@@ -30,6 +30,12 @@ from fuserl.engine.second_models import Teacher
 DEFAULTS = {"group_size": 8, "lr": 1e-6, "minibatches": 2}
 
 
+def objective(beta: float, **bounds: float) -> Loss:
+    """GRPO's surrogate, and the forward KL where it has a weight."""
+    surrogate = clipped(reduce=token_mean, **bounds)
+    return summed(surrogate, distilling.distilled("forward_kl"), beta) if beta else surrogate
+
+
 def recipe(config, *, beta: float = 0.001, greedy_pass: bool = True, low: float = 0.2, high: float = 0.2) -> Recipe:
     """SELF on the configured task.
 
@@ -38,11 +44,11 @@ def recipe(config, *, beta: float = 0.001, greedy_pass: bool = True, low: float 
         greedy_pass: drop the prompts that greedy decoding answers right.
         low, high: the ratio is clipped to [1 - low, 1 + high].
     """
-    scorer, loss, winners = rewards.scorer(config), loss_of(beta, low=low, high=high), Winners()
+    scorer, loss, winners = rewards.scorer(config), objective(beta, low=low, high=high), Winners()
     return Recipe(
         name="self_interference",
         prompts=prompts.sampler(config),
-        rollout=(unsolved_by_greedy(config.group_size, scorer) if greedy_pass else sampled(config.group_size)),
+        rollout=unsolved_by_greedy(config.group_size, scorer) if greedy_pass else sampled(config.group_size),
         reward=scorer,
         advantage=standardized,
         loss=skipping(loss) if greedy_pass else loss,
@@ -52,14 +58,8 @@ def recipe(config, *, beta: float = 0.001, greedy_pass: bool = True, low: float 
     )
 
 
-def loss_of(beta: float, **bounds: float) -> Loss:
-    """GRPO's surrogate, and the forward KL where it has a weight."""
-    surrogate = clipped(reduce=token_mean, **bounds)
-    return summed(surrogate, distilling.distilled("forward_kl"), beta) if beta else surrogate
-
-
 def show() -> list[Figure]:
     """pass@k enumerated, the divergence's gradient, the paradox in one softmax, and who gets rich."""
     from fuserl.engine.toys import shared_softmax
 
-    return shared_softmax.figures(standardized, loss_of)
+    return shared_softmax.figures(standardized, objective)

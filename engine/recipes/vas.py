@@ -1,4 +1,4 @@
-"""57. MMR1-VAS: variance-aware sampling of prompts (Leng et al., arXiv:2509.21268).
+"""MMR1-VAS (57): variance-aware sampling of prompts (Leng et al., arXiv:2509.21268).
 
     VPS(x) = a P (1 - P) + b TDS       P and TDS of n completions of x, made anew for all x every t_upd steps
     floor(lam groups) prompts of a step with probability VPS / sum VPS, the others by a shuffled walk; then GRPO
@@ -42,8 +42,7 @@ def recipe(
 
     Args:
         lam: share of a step's prompts that is drawn by score.
-        a: weight of the variance of the outcomes in a score.
-        b: weight of the diversity of the completions in a score.
+        a, b: weights in a score of the variance of the outcomes, and of the diversity of the completions.
         n: completions of each prompt that its score is made of.
         t_upd: steps between scores.
         diversity: self_bleu (1 - self-BLEU-123), distinct (distinct-3), edit_distance or similarity (self-BLEU).

@@ -97,8 +97,8 @@ def limits(loss_of: Callable) -> list[Figure]:
         )
     ]
     near = 1e-4
-    for end, alpha, over in ((0.0, near, near), (1.0, 1 - near, near)):
-        ratio = value(alpha) / over / value(end)
+    for end, alpha in ((0.0, near), (1.0, 1 - near)):
+        ratio = value(alpha) / near / value(end)
         found.append(
             at_most(f"family at {alpha:g} over 1e-4, apart from its end {end:g}, relative", abs(ratio - 1), 1e-3)
         )

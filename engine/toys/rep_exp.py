@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from fuserl.engine import elliptical
+from fuserl.engine.checks import Figure, at_least, at_most
+from fuserl.engine.novelty import ALIKE
 
 POINTS, CLUSTERS, DIMENSIONS = 2000, 20, 32
 
@@ -61,3 +63,20 @@ def leverages(k: int, lamb: float = 0.01) -> dict[str, float]:
         "spread": b.max() - b.min(),
     }
     return {name: float(x) for name, x in found.items()}
+
+
+def figures() -> list[Figure]:
+    """Identities of the leverages, what they do not depend on, clusters seen by elliptical picks, and the caution."""
+    counts = torch.tensor([until_all(seed, 0.01) for seed in range(50)]).double().median(0).values
+    few, many = leverages(4), leverages(32)  # dimensions of 8 responses
+    return [
+        Figure("sum of b apart from that of s^2 / (s^2 + lamb)", few["sum"] - few["by_singular_values"], 0, 1e-9),
+        Figure("b / (1 - b) apart from the bonus left out", few["left_out_apart"], 0, 1e-9),
+        Figure("b of responses in another order, apart", few["reordered_apart"], 0, 1e-9),
+        Figure("b of rotated features, apart", few["rotated_apart"], 0, 1e-9),
+        at_most("b of a response that is there twice, over that of it alone", few["twice"], 1 - 1e-9),
+        at_most("median picks until 20 clusters were seen", float(counts[0]), 80),
+        at_least("the same in random order", float(counts[1]), 80),
+        at_least("sum of b where n <= k and lamb is small, of at most 7", many["sum"], 6.99),
+        at_most("their spread, of which the warning speaks", many["spread"], ALIKE),
+    ]
