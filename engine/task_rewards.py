@@ -11,7 +11,7 @@ that are divided by their group's standard deviation do not see any affine diffe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from fuserl.engine.contracts import require
 from fuserl.engine.judges import Judge, JudgedScorer
 
 GROUNDING, CAPTIONS = ("TAG", "STG"), ("VS", "RC")
+COMPARED = GROUNDING + CAPTIONS
 UNREWARDED = ("CVS", "NAP", "SA", "DVC")  # of the paper's tasks those that are only imitated
 ASPECTS = (
     "terminology precision", "instrument and anatomy identification", "specificity", "procedure context",
@@ -76,7 +77,7 @@ async def overlap(arguments: dict) -> float:
 
 
 class TaskScorer:
-    """A reward slot of raw metrics by a prompt's metadata["task"]; a prompt without one has the run's own reward.
+    """A reward slot of raw metrics by a prompt's metadata["task"]; one of no such task has the run's own reward.
 
     Facts: `parts` (B, 2), the metric and 0, or a caption's similarity and judge; `pair` (B, 1), the number of the
     prompt's data set and task among `pairs`; the mean reward of each pair.
@@ -96,10 +97,17 @@ class TaskScorer:
         """(B,) rewards and their facts."""
         asked = [rollouts.prompt_of(b) for b in range(len(rollouts))]
         tasks = [prompt.metadata.get("task") for prompt in asked]
+        for prompt, task in zip(asked, tasks, strict=True):
+            if task in COMPARED and prompt.answer is None:
+                raise ValueError(
+                    f"task: a problem of task {task} must have an answer to compare with; {prompt.text[-80:]!r} has "
+                    "none. Add it, or take the task off the problem."
+                )
         parts, facts = torch.zeros(len(rollouts), 2), {}
-        if None in tasks:
+        others = torch.tensor([task not in COMPARED + UNREWARDED for task in tasks])
+        if others.any():
             own, facts = self.plain(rollouts)
-            parts[:, 0] = torch.where(torch.tensor([task is None for task in tasks]), own, 0.0)
+            parts[:, 0] = torch.where(others, own, 0.0)
         captions = [b for b, task in enumerate(tasks) if task in CAPTIONS]
         if captions:
             texts = [text for b in captions for text in (rollouts.texts[b], asked[b].answer)]
@@ -152,29 +160,26 @@ class Normalised:
 
     def fit(self, rollouts: Rollouts) -> None:
         """Take a baseline's quartiles."""
-        for key, rows, column, parts in self._each(self.raw(rollouts)[1]):
-            self.quantiles.fit(key, parts[rows, column])
+        for key, _, values, _ in self._each(self.raw(rollouts)[1]):
+            self.quantiles.fit(key, values)
 
     def __call__(self, rollouts: Rollouts) -> tuple[Tensor, dict]:
         """(B,) rewards in [0, 1], the mean of a caption's two parts, and the facts of the raw ones."""
         _, facts = self.raw(rollouts)
         rewards = torch.zeros(len(rollouts), dtype=torch.float64)
-        for key, rows, column, parts in self._each(facts):
-            share = 0.5 if self._caption(key) else 1.0
-            rewards[rows] += share * self.quantiles.normalised(key, parts[rows, column])
+        for key, rows, values, share in self._each(facts):
+            rewards[rows] += share * self.quantiles.normalised(key, values)
         return rewards.float(), facts
 
-    def _each(self, facts: dict):
+    def _each(self, facts: dict) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+        """Of each part of each pair the key of its quartiles, the rollouts' rows, their values, its share of a reward."""
         for number, name in enumerate(self.raw.pairs):
-            rows = facts["pair"][:, 0] == number
-            if not rows.any() or name.rpartition("_")[2] in UNREWARDED:
+            rows, task = facts["pair"][:, 0] == number, name.rpartition("_")[2]
+            if not rows.any() or task in UNREWARDED:
                 continue
-            for column in range(1 + self._caption(name)):
-                yield f"{name}:{column}", rows, column, facts["parts"]
-
-    @staticmethod
-    def _caption(name: str) -> bool:
-        return name.partition(":")[0].rpartition("_")[2] in CAPTIONS
+            columns = 2 if task in CAPTIONS else 1
+            for column in range(columns):
+                yield f"{name}:{column}", rows, facts["parts"][rows, column], 1 / columns
 
 
 class Baseline:

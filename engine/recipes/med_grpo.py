@@ -10,8 +10,8 @@ group_std it is GRPO with this clip.
 
 Ours: the floor; quartiles of one sampled completion of `baseline` training problems before the first step; a judge is
 asked how close a caption is to the reference, by five aspects (without --judge it is the words that they share);
-temporal IoU as it is, unless `threshold` is given; a problem without metadata "task" has the run's own reward for a
-metric. Held-out problems are judged by the raw metric.
+temporal IoU as it is, unless `threshold` is given; a problem of no task of the paper's (its metadata "task") has the
+run's own reward for a metric. Held-out problems are judged by the raw metric.
 
 Check: division by the group's standard deviation cancels every affine difference between tasks, so what normalisation
 does to the balance of tasks shows with adv_norm group_mean.

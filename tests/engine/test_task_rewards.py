@@ -50,6 +50,19 @@ def test_each_task_has_its_metric():
     raw.close()
 
 
+def test_a_task_of_another_name_has_the_runs_own_reward():
+    """As those of a blend, which are named by what they are drawn from."""
+    other = [dataclasses.replace(KINDS[3], metadata={"task": name}) for name in ("reasoning_gym:chain_sum", "CVS")]
+    drawn = dataclasses.replace(made(["a", "b"], torch.tensor([0, 0, 1]), ["3", "4", "3"]), prompts=other)
+    rewards, facts = scorer()(drawn)
+    assert rewards.tolist() == [1, 0, 0] and facts["reward_data_reasoning_gym:chain_sum"] == 0.5
+    ours = Normalised(scorer(), Quantiles())
+    ours.fit(drawn)
+    assert set(ours.quantiles.known) == {"data_reasoning_gym:chain_sum:0"} and ours(drawn)[0][2] == 0
+    with pytest.raises(ValueError, match="a problem of task VS must have an answer to compare with"):
+        scorer()(dataclasses.replace(drawn, prompts=[Prompt("x", None, {"task": "VS"})] * 2))
+
+
 def test_a_judge_gives_the_mean_of_five_aspects_and_sees_the_reference():
     seen = []
 
