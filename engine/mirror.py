@@ -20,10 +20,10 @@ from fuserl.engine.importance import Importance
 from fuserl.engine.losses import Loss, clipped, token_mean
 
 
-def annealed(total: int, least: float = 0.0) -> Callable:
-    """t_k = 1 - (k - 1) / total for turn k = 1, 2, ... of the loop, at least `least`: (Batch) -> a number."""
+def annealed(total: int) -> Callable:
+    """t_k = 1 - (k - 1) / total for turn k = 1, 2, ... of the loop, at least 1 / total: (Batch) -> a number."""
     require("annealed", "total", total, total >= 1, "a number of turns >= 1")
-    return lambda batch: max(1.0 - (batch.step - 1) / total, least, 1.0 / total)
+    return lambda batch: max(1.0 - (batch.step - 1) / total, 1.0 / total)
 
 
 def constant(t: float) -> Callable:

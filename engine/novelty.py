@@ -52,14 +52,13 @@ class Bonus:
         features = batch.facts["features"].double()
         again = self.redraw and self.lasting is None
         seed = far_seed(self.seed, batch.step) if again else self.seed
-        h = features @ elliptical.sparse_projection(features.shape[1], self.k, seed=seed).to(features)
-        bonus = torch.zeros_like(h[:, 0])
-        spread = 0.0
+        h = features @ elliptical.sparse_projection(features.shape[1], self.k, seed=seed)
+        bonus, spread = torch.zeros_like(h[:, 0]), 0.0
         for group in batch.group.unique().tolist():
             mine = (batch.group == group).nonzero().squeeze(-1)
-            found = self._of_group(h[mine].cpu(), batch.prompt_tokens[group])
+            found = self._of_group(h[mine], batch.prompt_tokens[group])
             spread = max(spread, float(found.max() - found.min()))
-            bonus[mine] = (elliptical.left_out(found) if self.loo else found).to(bonus)
+            bonus[mine] = elliptical.left_out(found) if self.loo else found
         if spread < ALIKE and not self.warned:
             self.warned = True
             says = f"bonuses should tell responses apart; within a prompt they differ by at most {spread:.2g}"

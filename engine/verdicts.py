@@ -106,13 +106,16 @@ def squared_verdict(*, alpha: float, beta_v: float, c_ref: float | None) -> Loss
     def loss(out, batch: Batch):
         score, reward = scores(out.logprob, batch, beta_v=beta_v, c_ref=c_ref), batch.to_tokens(batch.rewards)
         error, said = (score - reward).square(), (score > 0.5).to(score.dtype)
-        weight = alpha * batch.extra["balance"] / batch.counts.tokens
-        of_right, of_wrong = (torch.where(side, seen, torch.nan) for side, seen in (
-            (reward > 0.5, said), (reward <= 0.5, 1 - said)
-        ))  # fmt: skip
-        return weight * error, {"verdict_error": error, "verdict_right": of_right, "verdict_wrong": of_wrong}
+        right, weight = reward > 0.5, alpha * batch.extra["balance"] / batch.counts.tokens
+        return weight * error, {
+            "verdict_error": error,
+            "verdict_right": torch.where(right, said, torch.nan),
+            "verdict_wrong": torch.where(right, torch.nan, 1 - said),
+        }
 
-    live = lambda batch: batch.extra["balance"] > 0 if alpha else torch.zeros(len(batch.tokens), dtype=torch.bool)  # noqa: E731
+    def live(batch: Batch) -> Tensor:
+        return alpha * batch.extra["balance"] > 0
+
     return Loss(loss, live=live, reads=("ref_logprobs",) if c_ref is None else ())
 
 
