@@ -1,4 +1,4 @@
-"""How a number that a caller may not give is refused: in one sentence."""
+"""How what a caller may not give is refused: in one sentence."""
 
 from __future__ import annotations
 
@@ -31,3 +31,11 @@ def require_one_of(function: str, name: str, value: str, known: Iterable[str]) -
         raise ValueError(
             f"{function}: {name} must be one of {', '.join(known)}; got {value!r}. {lookup.nearest(value, known)}"
         )
+
+
+def one_token(name: str, tokenizer, text: str) -> int:
+    """The id of the token that a text is; ValueError that `name` must be one where it is none, or several."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        raise ValueError(f"{name}: it must be one token; {text!r} is {len(ids)}. Name a token of the tokenizer.")
+    return int(ids[0])

@@ -8,7 +8,7 @@ import torch
 
 from fuserl.engine.advantages import centred, signed, standardized
 from fuserl.engine.batch import Batch
-from fuserl.engine.contracts import require, require_one_of
+from fuserl.engine.contracts import one_token, require, require_one_of
 from fuserl.engine.mixtures import emptied, joined, only, woven
 
 SIGNS = {
@@ -32,10 +32,7 @@ def token(tokenizer, text: str | None = None) -> int:
         ValueError: `text` is no one token, or there is none of the three.
     """
     if text is not None:
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        if len(ids) != 1:
-            raise ValueError(f"bos: it must be one token; {text!r} is {len(ids)}. Name a token of the tokenizer.")
-        return int(ids[0])
+        return one_token("bos", tokenizer, text)
     named = getattr(tokenizer, "bos_token_id", None)
     if named is None and hasattr(tokenizer, "get_vocab"):
         named = tokenizer.get_vocab().get(_USUAL)

@@ -172,7 +172,7 @@ class Normalised:
         return rewards.float(), facts
 
     def _each(self, facts: dict) -> Iterator[tuple[str, Tensor, Tensor, float]]:
-        """Of each part of each pair the key of its quartiles, the rollouts' rows, their values, its share of a reward."""
+        """Each part of each pair: its quartiles' key, the rows of its rollouts, their values, its share of a reward."""
         for number, name in enumerate(self.raw.pairs):
             rows, task = facts["pair"][:, 0] == number, name.rpartition("_")[2]
             if not rows.any() or task in UNREWARDED:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fuserl.engine.advantages import standardized
 from fuserl.engine.batch import Batch, Rollouts, batch_of
-from fuserl.engine.contracts import WEIGHT, require
+from fuserl.engine.contracts import WEIGHT, one_token, require
 from fuserl.engine.evaluation import EVALUATION
 from fuserl.engine.losses import Loss
 from fuserl.engine.mixtures import appended
@@ -38,10 +38,7 @@ def token(tokenizer, text: str | None = None, number: int | None = None) -> int:
     if number is not None:
         return number
     if text is not None:
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        if len(ids) != 1:
-            raise ValueError(f"verdict: it must be one token; {text!r} is {len(ids)}. Name a token of the tokenizer.")
-        return int(ids[0])
+        return one_token("verdict", tokenizer, text)
     used = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "unk")}
     spare = sorted({*getattr(tokenizer, "all_special_ids", ())} - used)
     found = spare[-1] if spare else tokenizer.eos_token_id
