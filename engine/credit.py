@@ -8,6 +8,7 @@ Sums of it order completions of a prompt as the preferences do, and each says wh
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -52,6 +53,29 @@ def heat_map(policy, rollouts: Rollouts, beta: float) -> list[dict]:
         }
         for b in range(len(rollouts))
     ]
+
+
+def kept(batch: Batch, rollouts: Rollouts, tokenizer, count: int) -> list[dict]:
+    """The advantages of the first `count` completions' tokens, a row per completion, as samples.jsonl holds it.
+
+    Returns:
+        rows of "credit", one number where all tokens have the same; else of "tokens" (each as text) and "credit", NaN
+        for what others put in. No rows where the batch is of other tokens than the rollouts.
+    """
+    own = rollouts.trained
+    if batch.advantages is None or not torch.equal(batch.tokens.cpu(), rollouts.tokens[own]):
+        return []
+    found = torch.full(own.shape, torch.nan, dtype=torch.float64)
+    found[own] = batch.advantages.detach().double().cpu()
+    rows = []
+    for begin, end in itertools.pairwise(rollouts.offsets[: count + 1].tolist()):
+        credit = found[begin:end]
+        if len(credit) and (credit == credit[0]).all():
+            rows.append({"credit": float(credit[0])})
+        else:
+            tokens = [tokenizer.decode([token]) for token in rollouts.tokens[begin:end].tolist()]
+            rows.append({"tokens": tokens, "credit": credit.tolist()})
+    return rows
 
 
 def of_reference(policy, prompts: list[Prompt], *, beta: float, samples: int) -> dict[str, float]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuserl.engine import catalogue, ceiling, evaluation, learners, prompts, ranks, sources, traces, trackers
+from fuserl.engine import catalogue, ceiling, credit, evaluation, learners, prompts, ranks, sources, traces, trackers
 from fuserl.engine.ahead import Ahead
 from fuserl.engine.batch import Rollouts, batch_of
 from fuserl.engine.config import Config
@@ -104,7 +104,6 @@ def step(
     rollouts, drawn = ahead.take(state.step)
     with policy.meter.phase("reward"):
         rewards, facts = rollouts.scores or recipe.reward(rollouts)
-    run.sampled(state.step, rollouts, rewards)
     taught = facts.pop("teacher_prompts", None)
     batch = batch_of(rollouts, rewards, step=state.step)
     batch = batch.replace(teacher_prompts=taught and [policy.encode(text) for text in taught])
@@ -114,6 +113,7 @@ def step(
     batch = policy.score(batch, [field for field in recipe.reads if field != "values"])
     advantages = recipe.advantage(batch)
     batch = batch.with_advantages(advantages) if isinstance(advantages, Tensor) else advantages
+    run.sampled(state.step, rollouts, rewards, None, functools.partial(credit.kept, batch, rollouts, policy.tokenizer))
     batches = [batch] if recipe.batches is None else recipe.batches(batch)
     statistics = _averaged([policy.update(each, recipe.loss) for each in batches])
     if critic is not None:

@@ -2,7 +2,7 @@
 
 config.json           settings in force, reasons of the automatic ones, versions, machine, commit, when it was resumed
 metrics.jsonl         one JSON object a step, and one per evaluation (it has `accuracy`)
-samples.jsonl         some completions of every step
+samples.jsonl         some completions of every step, with the credit of their tokens
 trace-step-N.json     what ran when in a step, as Chrome and Perfetto show it
 failed-step-N.jsonl   all completions of a step whose reward failed
 checkpoints/          what a run resumes from
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -116,13 +117,17 @@ class Run:
         if row:
             self.log({"step": step, **row})
 
-    def sampled(self, step: int, rollouts: Rollouts, rewards: Tensor | Sequence, count: int | None = None) -> None:
+    def sampled(
+        self, step: int, rollouts: Rollouts, rewards: Tensor | Sequence, count: int | None = None,
+        more: Callable = lambda count: (),
+    ) -> None:  # fmt: skip
         """Append the first `count` (default `config.samples`) completions of a step, with their rewards (B,).
 
-        They are in samples.jsonl, on the disk, when this returns; raises as `log`.
+        What `more(count)` has of each goes beside. All is in samples.jsonl, on the disk, on return; raises as `log`.
         """
         count = self.config.samples if count is None else count
-        self._append(_SAMPLES, _completions(step, rollouts, rewards)[:count])
+        rows = itertools.zip_longest(_completions(step, rollouts, rewards)[:count], more(count), fillvalue={})
+        self._append(_SAMPLES, [row | each for row, each in rows])
 
     def failed(self, step: int, rollouts: Rollouts, rewards: Tensor | Sequence | None) -> Path:
         """Save every completion of a step whose reward failed, and return the file.

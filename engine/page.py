@@ -5,15 +5,13 @@ The file needs nothing else: no network, no script. It follows the reader's choi
 
 from __future__ import annotations
 
-import html
 import json
-import math
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fuserl.engine import atomic, catalogue, figures, metrics, panels, report
+from fuserl.engine import atomic, catalogue, completions, figures, metrics, panels, report
+from fuserl.engine.completions import clean, legible
 from fuserl.engine.config import settings
 from fuserl.engine.models import DEFAULT
 
@@ -21,11 +19,8 @@ _SECTIONS = {
     "learning": "Learning", "policy": "Policy", "optimizer": "Optimizer", "machine": "Machine", "more": "More",
 }  # fmt: skip
 _LARGE = 2  # panels on top, larger than the rest
-_SHOWN = 4  # completions of the first and of the last step
-_LONG = 280  # characters of a text that is shown without opening it
 _DASHES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dashed"}
 _PARTS = {"config": dict, "reasons": dict, "versions": dict, "machine": dict, "resumed": list}  # of config.json
-_ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,7 @@ def page(records: list[Record]) -> str:
         _comparison(records, names) if several else _head(records[0]),
         *_panels(runs),
         _differences(records, names) if several else _settings(records[0]),
-        *([] if several else [_samples(records[0].samples)]),
+        *([] if several else [completions.table(records[0].samples)]),
         f"<footer>Bold lines are centred means over about a fifth of the run. Intervals are 95 %: Wilson's for an "
         f"accuracy, Newcombe's for a rise. Written by fuserl on {clean(time.strftime('%d %B %Y, %H:%M'))}.</footer>",
     ]
@@ -94,11 +89,6 @@ def page(records: list[Record]) -> str:
         + "\n".join(body)
         + "\n</body>\n</html>\n"
     )
-
-
-def clean(value: object) -> str:
-    """A value as HTML text: markup escaped, and what would not show or would reorder the line made visible."""
-    return html.escape(_ODD.sub(_visible, str(value)))
 
 
 def _record(folder: Path) -> Record:
@@ -134,7 +124,7 @@ def _names(records: list[Record]) -> list[str]:
     """The folders' own names, or their whole paths where two are called alike."""
     folders = [record.folder.resolve() for record in records]
     alike = len({folder.name for folder in folders}) < len(folders)
-    names = [_ODD.sub(_visible, str(folder) if alike else folder.name) for folder in folders]
+    names = [legible(str(folder) if alike else folder.name) for folder in folders]
     return [name if name not in names[:at] else f"{name} ({at + 1})" for at, name in enumerate(names)]
 
 
@@ -142,7 +132,7 @@ def _title(records: list[Record]) -> str:
     if len(records) > 1:
         return f"{len(records)} runs compared"
     config = records[0].config
-    return _ODD.sub(_visible, f"{config.get('recipe', 'run')} · {_model(config)} · {_subject(config)}")
+    return legible(f"{config.get('recipe', 'run')} · {_model(config)} · {_subject(config)}")
 
 
 def _model(config: dict) -> str:
@@ -334,59 +324,3 @@ def _defaults(recipe: object) -> dict[str, object]:
 
 def _value(value: object) -> str:
     return value if isinstance(value, str) and value.strip() == value != "" else json.dumps(value, ensure_ascii=False)
-
-
-def _samples(rows: list[dict]) -> str:
-    """Completions of the first and of the last step that has any."""
-    steps = [row.get("step") for row in rows if isinstance(row.get("step"), int | float)]
-    if not steps:
-        return ""
-    picked = []
-    for step in dict.fromkeys((min(steps), max(steps))):
-        picked += [row for row in rows if row.get("step") == step][:_SHOWN]
-    heads = "".join(f"<th>{name}</th>" for name in ("step", "prompt", "completion", "answer"))
-    heads += '<th class="number">reward</th>'
-    return (
-        "<h2>Completions <small>of the first and the last step</small></h2>\n"
-        f'<div class="scroll"><table class="samples stacked"><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{''.join(map(_sample, picked))}</tbody></table></div>"
-    )
-
-
-def _sample(row: dict) -> str:
-    reward, finish = row.get("reward"), row.get("finish")
-    score = f"{reward:.3g}" if isinstance(reward, int | float) and math.isfinite(reward) else "none"
-    cut = f"<small>{clean(finish)}</small>" if finish not in (None, "stop") else ""
-    cells = {
-        "step": clean(row.get("step")),
-        "prompt": _text(row.get("prompt"), tail=True),
-        "completion": _text(row.get("completion")),
-        "answer": _text(row.get("answer")),
-    }
-    written = "".join(f'<td data-label="{name}">{cell}</td>' for name, cell in cells.items())
-    return f'<tr>{written}<td class="number score" data-label="reward">{score}{cut}</td></tr>'
-
-
-def _text(value: object, *, tail: bool = False) -> str:
-    """A text that a model read or wrote; a long one is folded, and shows its end (`tail`) or its beginning."""
-    if value is None:
-        return ""
-    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-        value = "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in value)
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    whole = f'<div class="text mono">{clean(text)}</div>'
-    if len(text) <= _LONG:
-        return whole
-    end, start = text[-_LONG // 2 :], text[: _LONG // 2]
-    short = f"… {end.partition(' ')[2] or end}" if tail else f"{start.rpartition(' ')[0] or start} …"
-    return f'<details><summary class="mono">{clean(short)}</summary>{whole}</details>'
-
-
-def _visible(found: re.Match) -> str:
-    """A control character as its picture, another odd one as its number."""
-    code = ord(found[0])
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if 0xD800 <= code <= 0xDFFF:
-        return "\ufffd"
-    return f"⟨U+{code:04X}⟩"

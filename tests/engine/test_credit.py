@@ -1,13 +1,17 @@
 """Credit of tokens: what a policy and its reference imply of them, as a map, as a dense reward, and to be watched."""
 
+import json
+import math
+
 import pytest
 import tiny_runs
 import torch
 from batches import config, ragged
 
-from fuserl.engine import catalogue, credit, learners
+from fuserl.engine import catalogue, credit, learners, loop
 from fuserl.engine.advantages import generalised, implicit, rewards_to_go
-from fuserl.engine.batch import batch_of
+from fuserl.engine.batch import Rollouts, batch_of
+from fuserl.engine.policy import Policy
 from fuserl.engine.prompts import Prompt
 from fuserl.engine.rollouts import from_reference
 
@@ -81,3 +85,46 @@ def test_dense_rewards_reach_the_advantages():
         assert found[mine].tolist() == pytest.approx([float(x) for x in expected], abs=1e-4)
     with pytest.raises(ValueError, match="beta must be a finite number > 0"):
         implicit(batch, 0.0)
+
+
+class Letters:
+    def decode(self, tokens):
+        return "".join("abcdefghij"[token] for token in tokens)
+
+
+def test_what_is_kept_is_the_credit_of_drawn_tokens_alone():
+    tokens = torch.arange(6)
+    drawn = Rollouts(
+        prompts=[Prompt("?")], prompt_tokens=[tokens[:1]], group=torch.zeros(3, dtype=torch.int64), tokens=tokens,
+        offsets=torch.tensor([0, 3, 5, 6]), rollout_logprobs=torch.zeros(6), texts=["abc", "de", "f"],
+        finish=["stop"] * 3, trained=torch.tensor([True, False, True, True, True, True]),
+    )  # fmt: skip
+    batch = batch_of(drawn, torch.zeros(3)).with_advantages(torch.tensor([0.5, 0.5, -2.0, -2.0, 1.0]))
+    first, second, third = credit.kept(batch, drawn, Letters(), 4)
+    assert first["tokens"] == ["a", "b", "c"] and first["credit"][::2] == [0.5, 0.5] and math.isnan(first["credit"][1])
+    assert (second, third) == ({"credit": -2.0}, {"credit": 1.0})
+    assert [len(credit.kept(batch, drawn, Letters(), count)) for count in (0, 1, 2)] == [0, 1, 2]
+    other = batch.replace(tokens=batch.tokens + 1)
+    assert credit.kept(other, drawn, Letters(), 4) == [] == credit.kept(batch.replace(advantages=None), drawn, None, 4)
+
+
+@pytest.mark.parametrize(("recipe", "several"), [("grpo", False), ("ppo", True)])
+def test_a_run_keeps_the_credit_that_its_update_saw(recipe, several, tmp_path, monkeypatch):
+    tiny_runs.use(monkeypatch)
+    seen, update = [], Policy.update
+
+    def updated(self, batch, loss):
+        seen.append(batch)
+        return update(self, batch, loss)
+
+    monkeypatch.setattr(Policy, "update", updated)
+    folder = loop.train(
+        tiny_runs.config(tmp_path, "run", recipe=recipe, reward="tiny_runs:shortness", steps=1, samples=3, eval_every=0)
+    )
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    batch = seen[0]  # of the policy, not of its critic
+    assert len(rows) == 3
+    for row, expected in zip(rows, batch.advantages.split(batch.offsets.diff().tolist()), strict=False):
+        got = row["credit"] if several else [row["credit"]] * len(expected)
+        assert got == pytest.approx(expected.tolist(), rel=1e-5) and ("tokens" in row) == several
+        assert not several or "".join(row["tokens"]).startswith(row["completion"])

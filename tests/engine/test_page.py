@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import math
 import os
 import re
 
@@ -152,6 +153,30 @@ def test_completions_are_of_the_first_and_the_last_step_and_long_ones_are_folded
     assert found.tags.count("summary") == 7 and "… the final answer" in found.said  # and one of the settings
     chat = [{"step": 1, "prompt": [{"role": "user", "content": "hi <b>"}], "completion": {"odd": 1}, "reward": 0.25}]
     assert 'user: hi <b> {"odd": 1} 0.25' in read(page.write([run(tmp_path / "chat", told=chat)]))[0].said
+
+
+def test_completions_have_the_credit_of_their_tokens_behind_them(tmp_path):
+    asked = {"step": 1, "prompt": "?", "answer": "4", "reward": 1.0, "finish": "stop"}
+    told = [
+        {**asked, "completion": "a<b", "tokens": ["a", "<", "b"], "credit": [0.5, None, -2.0]},
+        {**asked, "completion": "all of it", "credit": 1.0},
+        {**asked, "completion": "unknown"},
+        {**asked, "completion": "cut", "tokens": ["c"], "credit": [1.0, 2.0]},
+    ]
+    found, text = read(page.write([run(tmp_path / "run", told=told)]))
+    spans = re.findall(r'<span class="(\w+)"(?: style="--much: (\d+)%")? title="([^"]*)">(.*?)</span>', text)
+    assert spans == [
+        ("gain", "15", "+0.5", "a"),
+        ("told", "", "not its own", "&lt;"),
+        ("loss", "60", "-2", "b"),
+        ("gain", "30", "+1", "all of it"),
+    ]
+    assert "unknown" in found.said and "cut" in found.said and "2 the strongest" in found.said
+    assert ".gain { background: color-mix(" in text and ".loss { background: color-mix(" in text
+    for credit in ("x", [math.inf, "x"], {"a": 1}, [[1]]):  # by hand, or by a later version
+        odd = [{**asked, "completion": "odd", "tokens": ["o", "d"], "credit": credit}]
+        assert "odd" in read(page.write([run(tmp_path / "odd", told=odd)]))[0].said.replace(" ", "")
+        assert "strongest" not in read(page.write([run(tmp_path / "odd", told=odd)]))[1]
 
 
 def test_several_runs_are_compared(tmp_path):
