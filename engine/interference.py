@@ -48,14 +48,22 @@ def unsolved_by_greedy(group_size: int, reward: Callable) -> Callable:
 
 
 def skipping(loss: Loss) -> Loss:
-    """The loss without a gradient for rollouts whose fact `solved` is 1."""
+    """The loss, 0 for rollouts whose fact `solved` is 1."""
+
+    def function(out, batch: Batch):
+        each, statistics = loss(out, batch)
+        return torch.where(_left(batch), each, 0.0), statistics
 
     def live(batch: Batch) -> Tensor:
-        alive, left = loss.live(batch), batch.to_tokens(batch.facts["solved"] == 0)
+        alive, left = loss.live(batch), _left(batch)
         return left if alive is None else alive & left
 
     again = loss.weighed and (lambda given: skipping(loss.weighed(given)))
-    return dataclasses.replace(loss, live=live, weighed=again)
+    return dataclasses.replace(loss, function=function, live=live, weighed=again)
+
+
+def _left(batch: Batch) -> Tensor:
+    return batch.to_tokens(batch.facts["solved"] == 0)
 
 
 def matrix(towards: Tensor, steps: Tensor) -> Tensor:

@@ -1,12 +1,10 @@
 """ace: GRPO or DAPO whose wrong rollouts weigh more, the more the policy has grown confident of them."""
 
-import dead_rows
 import pytest
 import tiny_runs
 import torch
 from batches import gradient, ragged, recipe
 
-from fuserl.engine import checks
 from fuserl.engine.toys import ace as toy
 
 SHORT = "tiny_runs:shortness"
@@ -46,12 +44,6 @@ def test_options_reach_the_advantage(tmp_path):
         recipe(tmp_path, "ace", base="dago")
     with pytest.raises(ValueError, match="ace: attempts must be an integer >= 1; got 0"):
         recipe(tmp_path, "ace", attempts=0)
-
-
-def test_groups_that_agree_are_skipped_and_change_nothing(tmp_path):
-    ace = recipe(tmp_path, "ace")
-    batch = checks.credited(mixed_batch(), ace.advantage)
-    assert dead_rows.dropped(ace.loss, batch, logprob=batch.old_logprobs + torch.linspace(-0.5, 0.5, 16)) == 5
 
 
 def test_the_overconfident_arm_is_unlearnt_faster(tmp_path):

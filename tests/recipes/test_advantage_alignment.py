@@ -80,14 +80,6 @@ def test_the_loss_is_cut_at_the_cap_and_has_an_entropy_term(tmp_path):
     assert ours.loss.live(batch.with_advantages(ours.advantage(batch))).dtype == torch.bool
 
 
-def test_leaving_out_rows_known_dead_changes_nothing(tmp_path):
-    ours = recipe(tmp_path, "advantage_alignment", entropy_coef=0.0)
-    batch = turns().replace(rewards=torch.ones(36))
-    each = losses(ours, batch, logprob=batch.old_logprobs)
-    live = ours.loss.live(batch.with_advantages(ours.advantage(batch)))
-    assert not live.any() and not each.any()
-
-
 def test_games_and_their_options_reach_the_prompts(tmp_path):
     texts = {
         name: recipe(tmp_path, "advantage_alignment", game=name).prompts(1)[0].text

@@ -7,10 +7,9 @@ import tiny_runs
 import torch
 from batches import config, made, recipe
 
-from fuserl.engine import catalogue, checks, judges, tournaments
+from fuserl.engine import checks, judges, tournaments
 from fuserl.engine.advantages import standardized
 from fuserl.engine.batch import batch_of
-from fuserl.engine.losses import every_token
 from fuserl.engine.meter import Meter
 from fuserl.engine.rollouts import beside
 from fuserl.engine.toys import arena_rl as toy
@@ -121,23 +120,11 @@ def test_unknown_words_are_refused(option, value, tmp_path):
         recipe(tmp_path, "arena_rl", **{option: value})
 
 
-def test_bounds_reach_the_loss_and_dropping_changes_nothing(tmp_path, monkeypatch):
+def test_bounds_reach_the_loss(tmp_path, monkeypatch):
     tiny_runs.use(monkeypatch)
     settings = dict(recipe="arena_rl", reward="tiny_runs:shortness", steps=1, group_size=4)
     plain = tiny_runs.numbers(tiny_runs.run(tmp_path, "plain", **settings))
     assert any("matches" in row and row["matches"] == 6 for row in plain)
-    real = catalogue.recipe
-
-    def undropped(given):
-        built = real(given)
-        return dataclasses.replace(built, loss=dataclasses.replace(built.loss, live=every_token))
-
-    monkeypatch.setattr(catalogue, "recipe", undropped)
-    kept = tiny_runs.numbers(tiny_runs.run(tmp_path, "kept", **settings))
-    for name in ("loss", "grad_norm", "reward"):
-        one, other = ([row[name] for row in rows if "grad_norm" in row] for rows in (plain, kept))
-        assert one == pytest.approx(other, rel=1e-5)
-    monkeypatch.setattr(catalogue, "recipe", real)
     again = {"epochs": 2, "lr": 0.1}
     runs = [
         tiny_runs.numbers(tiny_runs.run(tmp_path, str(number), **settings, **again, **bounds))

@@ -18,7 +18,7 @@ from fuserl.engine.meter import Meter
 from fuserl.engine.policy import Policy, Sampling, Updating
 from fuserl.engine.prompts import Prompt
 from fuserl.engine.recipes import dph_rl
-from fuserl.engine.rehearsal import Rehearsal, beside
+from fuserl.engine.rehearsal import Rehearsal
 from fuserl.engine.toys import dph_rl as toys
 
 KINDS = list(generators.KINDS)
@@ -161,26 +161,6 @@ def test_where_nothing_is_solved_it_is_grpo(tmp_path):
     batch = batch.replace(rewards=torch.tensor([1.0, 0, 0, 1]), step=1)
     grpo = checks.gradient(batch.with_advantages(standardized(batch)), clipped(low=0.2, high=0.28, reduce=token_mean))
     assert torch.equal(checks.gradient(made.advantage(batch), made.loss), grpo) and grpo.any()
-
-
-@pytest.mark.parametrize("divergence", [*KINDS, "none"])
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_what_is_known_dead_has_no_loss(divergence, beta, tmp_path):
-    made, policy, asked = solving(tmp_path, divergence=divergence, beta=beta, mean_share=0.5)
-    made.rollout(policy, asked)
-    gone = set()
-    for step in range(1, 7):
-        batch = ragged((2, 3, 4, 1), (0, 0, 1, 1)).replace(
-            rewards=torch.tensor([0.0, 1.0, 1.0, 1.0]), old_logprobs=None, extra={}, step=step
-        )
-        batch = batch if made.reads else batch.replace(ref_logprobs=None)
-        seen = beside(checks.credited(batch, standardized), made.state["rehearsal"].batch(asked, batch))
-        seen = seen.replace(rollout_logprobs=torch.linspace(-2, -1, len(seen.tokens)))
-        live, got = made.loss.live(seen), checks.gradient(seen, made.loss)
-        assert not got[~live].any()
-        assert torch.equal(checks.gradient(seen.take(live.nonzero().squeeze(-1)), made.loss), got[live])
-        gone.add(int((~live).sum()))
-    assert len(gone) == 1 + (divergence == "jensen_shannon_definition" and not beta)  # its second half comes and goes
 
 
 def test_interleaved_losses_have_an_update_each(tmp_path):

@@ -1,13 +1,12 @@
 """kl_bayes: without KL it is REINFORCE; with it, or another objective, a policy is brought to its target."""
 
-import dead_rows
 import pytest
 import tiny_models
 import tiny_runs
 import torch
 from batches import gradient, ragged, recipe
 
-from fuserl.engine import adapters, checks, targets
+from fuserl.engine import adapters, targets
 from fuserl.engine.policy import Policy, Sampling, Updating
 from fuserl.engine.proposals import Proposal
 from fuserl.engine.toys import kl_bayes as toy
@@ -78,13 +77,6 @@ def test_what_goes_on_from_batch_to_batch_is_kept(tmp_path):
         with pytest.raises(ValueError, match=r"^kl_bayes: moment must be numbers, separated by commas; got "):
             recipe(tmp_path, "kl_bayes", moment=moment)
     assert recipe(tmp_path, "kl_bayes", target="moments", moment="0.3, 1").state["moments"].moments.tolist() == [0.3, 1]
-
-
-def test_dead_rollouts_change_nothing(tmp_path):
-    ours = recipe(tmp_path, "kl_bayes", objective="dpg", target="pointwise", baseline=False)
-    batch = on_policy().replace(rewards=torch.tensor([1.0, 0, 0, 1]))
-    credited = checks.credited(batch, ours.advantage)
-    assert dead_rows.dropped(ours.loss, credited, logprob=batch.old_logprobs) == 6
 
 
 def test_a_proposal_is_adopted_where_it_is_nearer_and_restored_after_drawing():

@@ -4,7 +4,6 @@ import itertools
 import math
 from types import SimpleNamespace
 
-import dead_rows
 import pytest
 import tiny_runs
 import torch
@@ -143,16 +142,6 @@ def test_on_policy_both_ratios_have_the_gradient_of_macros_and_off_it_they_clip_
         kept = (rho <= 1.2) if a > 0 else (rho >= 0.8)
         torch.testing.assert_close(slopes[3][begin:end], (-a * rho / 25 * kept).expand(end - begin))
     assert not torch.allclose(slopes[2], slopes[3]) and macro.loss.scope == "rollout"
-
-
-@pytest.mark.parametrize("ratio", ["token", "macro"])
-def test_dead_tokens_change_nothing(ratio, tmp_path):
-    each = recipe(tmp_path, "ma_rlhf", ratio=ratio, separate_critic=True)
-    batch = checks.credited(rollouts_of(), each.advantage)
-    dead = batch.replace(advantages=batch.advantages.masked_fill(batch.rollout == 3, 0.0))
-    assert dead_rows.dropped(each.loss, dead, logprob=batch.rollout_logprobs) == 12
-    whole = recipe(tmp_path, "ma_rlhf", ratio=ratio)
-    assert dead_rows.dropped(whole.loss, dead, logprob=batch.rollout_logprobs, value=batch.values / 2) == 0
 
 
 def test_what_is_read_is_what_is_needed(tmp_path):

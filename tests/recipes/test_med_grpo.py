@@ -58,13 +58,6 @@ def test_options_reach_their_places(tmp_path):
             recipe(tmp_path, "med_grpo", **{name: value})
 
 
-def test_leaving_out_rows_known_dead_changes_nothing(tmp_path):
-    med, batch = recipe(tmp_path, "med_grpo"), paired(rewards=torch.tensor([1.0, 1.0, 0.0, 1.0]))
-    live = med.loss.live(med.advantage(batch))
-    each = losses(med, batch, logprob=batch.old_logprobs)
-    assert live.tolist() == [False] * 5 + [True] * 5 and not each[:5].any() and each[5:].all()
-
-
 def media(folder):
     """A file of two tasks in letters that the tiny tokenizer knows, and of sums without a task."""
     kinds = [({"task": "TAG"}, "0-{n}"), ({"task": "VS"}, "{n} {n}"), ({}, "{n}")]

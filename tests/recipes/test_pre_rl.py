@@ -75,22 +75,6 @@ def test_fixed_advantages_keep_groups_without_a_right_answer(tmp_path):
     assert plain.counts.rollouts == 2 and fixed.counts.rollouts == 5 and (fixed.advantages == -1).all()
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-@pytest.mark.parametrize("step", [1, 21])
-@pytest.mark.parametrize("mixed", [False, True])
-def test_what_is_known_dead_has_no_loss(step, mixed, beta, tmp_path):
-    pre = recipe(tmp_path, "pre_rl", mixed=mixed, beta=beta, pre_samples="both")
-    seen = pre.advantage(batch(step, rewards=(1.0, 1, 1, 1, 0, 0)))
-    seen = seen.replace(rollout_logprobs=torch.linspace(-2, -1, len(seen.tokens)))
-    seen = seen.replace(ref_logprobs=seen.rollout_logprobs - 0.1)
-    live = pre.loss.live(seen)
-    if not (beta and (mixed or step == 21)):
-        assert not live.all() and live.any()
-    got, rows = checks.gradient(seen, pre.loss), live.nonzero().squeeze(-1)
-    assert not got[~live].any()
-    assert torch.equal(checks.gradient(seen.take(rows), pre.loss), got[rows])
-
-
 def test_losses_are_scaled_clipped_and_held(tmp_path):
     options = dict(mixed=True, weight=0.5, low=0.1, high=0.3, dual=4.0, beta=0.2)
     pre = recipe(tmp_path, "pre_rl", **options)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_runs
 import torch
-from batches import config, gradient, losses, ragged, recipe
+from batches import config, gradient, ragged, recipe
 from tiny_runs import numbers, run
 
 from fuserl.engine import elliptical, loop
@@ -105,14 +105,6 @@ def test_a_bonus_that_tells_nothing_is_warned_of(tmp_path, capsys):
     ours.advantage(wide)
     recipe(tmp_path, "rep_exp", k=2).advantage(batch())
     assert not capsys.readouterr().err
-
-
-def test_leaving_out_rows_known_dead_changes_nothing(tmp_path):
-    ours, given = recipe(tmp_path, "rep_exp", k=2), batch()
-    credited = ours.advantage(given)
-    live = ours.loss.live(credited)
-    each = losses(ours, given, logprob=given.rollout_logprobs)
-    assert 0 < int(live.sum()) < len(live) and not each[~live].any()
 
 
 class Pool:

@@ -178,16 +178,6 @@ def test_a_buffer_goes_to_a_checkpoint_and_back(partly):
     assert len(empty) == 0
 
 
-@pytest.mark.parametrize("advantages", ["batch", "group"])
-def test_what_is_known_dead_has_no_loss(advantages, tmp_path):
-    rorecomp = recipe(tmp_path, "rorecomp", advantages=advantages)
-    for rewards in (REWARDS, (1.0, 1, 1, 1, 1, 0, 0, 1)):
-        for part in rorecomp.batches(credited(rorecomp, batch(rewards))):
-            live, got = rorecomp.loss.live(part), checks.gradient(part, rorecomp.loss)
-            assert not got[~live].any()
-            assert torch.equal(checks.gradient(part.take(live.nonzero().squeeze(-1)), rorecomp.loss), got[live])
-
-
 def test_wrong_options_are_refused(tmp_path):
     for options, words in (
         ({"alpha": 1.5}, "alpha must be in"),

@@ -1,6 +1,5 @@
 """rover: on-policy twice REINFORCE; off-policy each log-ratio is regressed on its reward and the state after it."""
 
-import dead_rows
 import pytest
 import tiny_runs
 import torch
@@ -56,14 +55,6 @@ def test_on_policy_the_gradient_is_twice_reinforces(tmp_path):
     assert torch.equal(table.gradient(batch, rover.loss), expected) and expected.any()
     others = checks.credited(batch, reinforce.advantage).advantages  # from the mean of the group's other 31
     torch.testing.assert_close(batch.advantages, others * 31 / 32)
-
-
-def test_no_token_is_known_to_be_dead(tmp_path):
-    rover = recipe(tmp_path, "rover")
-    batch = checks.credited(scored().replace(rewards=torch.ones(5)), rover.advantage)
-    means = batch.extra["old_mean_logprob"]
-    assert dead_rows.dropped(rover.loss, batch, logprob=batch.rollout_logprobs, mean_logprob=means) == 0
-    assert gradient(rover, batch, batch.rollout_logprobs, mean_logprob=means).all()
 
 
 def test_values_that_are_no_scale_are_refused(tmp_path):

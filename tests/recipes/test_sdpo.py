@@ -1,7 +1,6 @@
 """sdpo: what the teacher is shown, who is taught, the family of losses with its options, and the test-time row."""
 
 import copy
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,7 @@ from batches import config, ragged, recipe
 from test_second_models import adapted as with_adapters
 from test_second_models import batch_, gradients, logits_of, policy
 
-from fuserl.engine import adapters, catalogue, hindsight, loop, rewards
+from fuserl.engine import adapters, hindsight, loop, rewards
 from fuserl.engine.batch import Rollouts, offsets_of
 from fuserl.engine.distilling import distilled, self_distilled, taught
 from fuserl.engine.prompts import Prompt
@@ -157,22 +156,10 @@ FORMS = [*(each[0] for each in OPTIONS), {"self_teacher": "mixed"}, {"is_clip": 
 
 
 @pytest.mark.parametrize("options", FORMS)
-def test_a_step_and_skipping_dead_rows_changes_nothing(options, tmp_path, monkeypatch):
+def test_a_step_of_every_form(options, tmp_path, monkeypatch):
     tiny_runs.use(monkeypatch)
-    rows, real = run(tmp_path, "on", **options), catalogue.recipe
-
-    def off(config):
-        made = real(config)
-        everything = lambda batch: torch.ones(len(batch.tokens), dtype=torch.bool)  # noqa: E731
-        return dataclasses.replace(made, loss=dataclasses.replace(made.loss, live=everything))
-
-    monkeypatch.setattr(catalogue, "recipe", off)
-    others = run(tmp_path, "off", **options)
-    assert any(row["taught"] > 0 for row in rows)
-    pairs = [(one, other) for one, other in zip(rows, others, strict=True) if one["taught"] > 0]
-    for one, other in pairs:
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4, abs=1e-7)
-        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3) and one["grad_norm"] > 0
+    taught = [row for row in run(tmp_path, "run", **options) if row["taught"] > 0]
+    assert taught and all(row["grad_norm"] > 0 for row in taught)
 
 
 def test_one_question_is_asked_until_it_is_solved_and_a_resumed_run_knows(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from test_second_models import batch_, policy
 
 from fuserl.engine import catalogue, checks, interference, loop
 from fuserl.engine.batch import Rollouts, offsets_of
-from fuserl.engine.losses import clipped, every_token, token_mean
+from fuserl.engine.losses import clipped, token_mean
 from fuserl.engine.meter import Meter
 from fuserl.engine.prompts import Prompt
 from fuserl.engine.second_models import Teacher
@@ -85,25 +85,6 @@ def test_a_step_of_solved_prompts_is_skipped_and_others_are_not(tmp_path, monkey
         (row,) = (row for row in rows if "live" in row)
         assert row["live"] == live and row["dropped"] == row["solved"] == 1 - live
         assert ("grad_norm" in row) == bool(live)
-
-
-def test_skipping_dead_rows_never_changes_a_loss(tmp_path, monkeypatch):
-    tiny_runs.use(monkeypatch)
-    real, found = catalogue.recipe, []
-
-    def whole(config):
-        made = real(config)
-        return dataclasses.replace(made, loss=dataclasses.replace(made.loss, live=every_token))
-
-    for alive in (False, True):
-        if alive:
-            monkeypatch.setattr(catalogue, "recipe", whole)
-        for beta in (0.0, 0.1):
-            settings = dict(beta=beta, reward="tiny_runs:modest", steps=2, eval_every=0, minibatches=1)
-            rows = tiny_runs.run(tmp_path, f"{alive} {beta}", recipe="self_interference", **settings)
-            found.append([(row["loss"], row["grad_norm"]) for row in rows if "loss" in row])
-    for one, other in zip(found[:2], found[2:], strict=True):
-        assert one == [pytest.approx(each, rel=1e-4, abs=1e-7) for each in other]
 
 
 def test_the_matrix_by_trial_is_the_one_of_gradients_for_a_small_step():

@@ -8,11 +8,8 @@ import torch
 from batches import config, gradient, made, ragged, recipe
 from tiny_runs import numbers, run
 
-from fuserl.engine import checks, loop, prompts
-from fuserl.engine.advantages import standardized
-from fuserl.engine.losses import clipped
+from fuserl.engine import loop, prompts
 from fuserl.engine.meter import Meter
-from fuserl.engine.toys import vas as toy
 
 SHORT = "tiny_runs:shortness"
 
@@ -108,13 +105,3 @@ def test_a_generator_is_a_data_set_of_as_many_problems_as_pool(tmp_path):
     assert len({prompt.text for prompt in asked}) == 20
     held = prompts.held_out(config(tmp_path, "vas", **settings))
     assert not {prompt.text for prompt in asked} & {prompt.text for prompt in held}
-
-
-def test_leaving_out_rows_known_dead_changes_nothing():
-    table, loss = toy.bank(0), clipped()
-    batch = checks.credited(table.drawn([0, 97, 98, 99], 8, toy.right), standardized)
-    live = loss.live(batch)
-    assert 0 < int(live.sum()) < len(live)
-    each = loss(table.outputs(batch), batch)[0]
-    kept = batch.take(live.nonzero().squeeze(-1))
-    torch.testing.assert_close(loss(table.outputs(kept), kept)[0].sum(), each.sum(), rtol=0, atol=1e-15)
