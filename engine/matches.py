@@ -15,7 +15,7 @@ import torch
 from fuserl.engine import evaluation
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.games import Game
-from fuserl.engine.past_selves import PastSelves
+from fuserl.engine.past_selves import PastSelves, speaking
 from fuserl.engine.problems import far_seed
 from fuserl.engine.prompts import Prompt, templated
 from fuserl.engine.rollouts import joined, selected
@@ -210,7 +210,7 @@ class Arena:
             if self.chat:
                 turns = [[{"role": "user", "content": each.text}] for each in prompts]
                 prompts = [Prompt(templated(policy.tokenizer, each)) for each in turns]
-            with contextlib.nullcontext() if which is None else self.past.speaking(policy, which):
+            with contextlib.nullcontext() if which is None else speaking(policy, self.past.weights[which]):
                 return policy.generate(prompts, stream=stream)
 
         return speak

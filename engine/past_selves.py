@@ -38,19 +38,9 @@ class PastSelves:
     def keep(self, policy, step: int) -> None:
         """Keep the policy as it is when this step begins, where one is due."""
         if self.most and (step - 1) % self.every == 0:
-            self.weights[step] = _weights(policy)
+            self.weights[step] = weights(policy)
             for old in sorted(self.weights)[: -self.most]:
                 del self.weights[old]
-
-    @contextlib.contextmanager
-    def speaking(self, policy, which: int) -> Iterator[None]:
-        """The policy completes prompts as it was; its weights come back bit for bit."""
-        now = _weights(policy)
-        try:
-            _put(policy, self.weights[which])
-            yield
-        finally:
-            _put(policy, now)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All weights kept, by step and name."""
@@ -64,13 +54,25 @@ class PastSelves:
             self.weights.setdefault(int(step), {})[name] = value.clone()
 
 
-def _weights(policy) -> dict[str, Tensor]:
+def weights(policy) -> dict[str, Tensor]:
+    """A copy of what a policy trains, by name, whole and on the host; every rank must ask for it."""
     return {name: sharding.whole(x.detach()).to("cpu", copy=True) for name, x in policy.parameters().items()}
 
 
+@contextlib.contextmanager
+def speaking(policy, others: dict[str, Tensor]) -> Iterator[None]:
+    """The policy completes prompts with other weights; its own come back bit for bit."""
+    now = weights(policy)
+    try:
+        _put(policy, others)
+        yield
+    finally:
+        _put(policy, now)
+
+
 @torch.no_grad()
-def _put(policy, weights: dict[str, Tensor]) -> None:
+def _put(policy, values: dict[str, Tensor]) -> None:
     for name, parameter in policy.parameters().items():
-        sharding.assign(parameter, weights[name].to(parameter.device))
+        sharding.assign(parameter, values[name].to(parameter.device))
     if policy.source.apart:
         policy.source.sync()

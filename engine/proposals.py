@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from fuserl.engine import adapters
+from fuserl.engine import past_selves
 from fuserl.engine.batch import Rollouts
 from fuserl.engine.contracts import require, require_one_of
 
@@ -15,7 +14,7 @@ from fuserl.engine.contracts import require, require_one_of
 class Proposal:
     """The weights that rollouts are drawn with: those of the policy when it was last adopted, at first as it starts.
 
-    Memory: what is trained, once more.
+    Memory: what is trained, twice on the host.
     """
 
     def __init__(self):
@@ -40,18 +39,12 @@ class Proposal:
     def drawing(self, rollout: Callable) -> Callable:
         """The rollout slot, drawn with these weights; the policy has its own back when it returns, or raises."""
 
-        @torch.no_grad()
         def slot(policy, prompts) -> Rollouts:
-            ours = adapters.trained(policy.model)
             if not self.weights:
-                self.weights = {name: x.detach().clone() for name, x in ours.items()}
+                self.weights = past_selves.weights(policy)
                 return rollout(policy, prompts)
-            kept = {name: x.detach().clone() for name, x in ours.items()}
-            _assign(ours, self.weights)
-            try:
+            with past_selves.speaking(policy, self.weights):
                 return rollout(policy, prompts)
-            finally:
-                _assign(ours, kept)
 
         return slot
 
@@ -62,8 +55,3 @@ class Proposal:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on with a `state_dict`."""
         self.weights = dict(state)
-
-
-def _assign(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])

@@ -11,7 +11,7 @@ from batches import made
 from fuserl.engine import games
 from fuserl.engine.batch import batch_of
 from fuserl.engine.matches import Arena, Match, branched, collected, play, scripted
-from fuserl.engine.past_selves import PastSelves
+from fuserl.engine.past_selves import PastSelves, speaking
 from fuserl.engine.policy import Policy
 from fuserl.engine.policy_settings import Sampling, Updating
 from fuserl.engine.prompts import Prompt
@@ -115,7 +115,7 @@ def test_against_its_past_the_policy_changes_seats_and_gets_its_weights_back():
     rollouts = one.rollout(own, one.starts(2, 2))
     assert all(torch.equal(x, now[name]) for name, x in own.parameters().items())
     assert {(start, agent) for start, _, agent, _ in rollouts.facts["seat"].tolist()} == {(0, 0), (1, 1)}
-    with one.past.speaking(own, 1):
+    with speaking(own, one.past.weights[1]):
         assert all(torch.equal(x, before[name]) for name, x in own.parameters().items())
     one.rollout(own, one.starts(3, 2))
     assert list(one.past.weights) == [2, 3]  # the newest ones
