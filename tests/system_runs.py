@@ -2,19 +2,26 @@
 
 import json
 
+import tiny_models
 import tiny_runs
+import torch
 
-from fuserl.engine import atomic, catalogue
+from fuserl.engine import atomic, catalogue, models, webs
 
 VERDICTS = dict(stop=tuple("\n12345"), max_new_tokens=12)
 FEW = dict(rounds=2, groups=2, group_size=2)
-REHEARSED = dict(solved=0.25, presamples=4)
+REHEARSED = dict(solved=0.75, presamples=4)
 
 
 def uneven(completion, answer):
     """1 for some problems whatever is said, 0 for others, and by chance for the rest."""
     kind = sum(map(ord, answer)) % 4
     return 1.0 if kind == 0 else 0.0 if kind == 2 else float(len(completion) % 2)
+
+
+def answered(prompt, text):
+    """A tool that says the same to everyone, twice."""
+    return "1+" if text.count("1+") < 2 else None
 
 
 # A case begins with the name of its recipe.
@@ -38,9 +45,9 @@ CASES = {name: {} for name in catalogue.RECIPES} | {
     "dph_rl": REHEARSED,
     "dph_rl interleaved": {**REHEARSED, "interleaved": True, "divergence": "reverse"},
     "dph_rl definition": {
-        **REHEARSED, "divergence": "jensen_shannon_definition", "mean_share": 0.5, "eta": 0.2,
+        **REHEARSED, "divergence": "jensen_shannon_definition", "mean_share": 0.15, "eta": 0.2,
     },
-    "dph_rl leash": {**REHEARSED, "divergence": "jensen_shannon_definition", "mean_share": 0.5, "beta": 0.1},
+    "dph_rl leash": {**REHEARSED, "divergence": "jensen_shannon_definition", "mean_share": 0.15, "beta": 0.1},
     "dph_rl none": {**REHEARSED, "divergence": "none", "beta": 0.1},
     "ace dapo": {"base": "dapo", "attempts": 2},
     "rorecomp critic": {"advantages": "critic"},
@@ -67,10 +74,18 @@ CASES = {name: {} for name in catalogue.RECIPES} | {
     "med_grpo": {"baseline": 6, "recompute": 2},
     "med_grpo tasks": {"normalise": False, "adv_norm": "task_batch_std"},
     "c_grpo": {**tiny_runs.ENDING, "group_size": 8},  # only what ends by itself is right
+    "c_grpo answered": {**tiny_runs.ENDING, "group_size": 8},
     "mdpo": {"epochs": 2},
     **{f"vla_opd {form}": {"form": form} for form in ("reverse_kl", "hard_ce", "ppo", "reinforce")},
 }  # fmt: skip
 OF_SYSTEMS = [case for case in CASES if case.split()[0] in catalogue.SYSTEMS]
+
+
+def use(patch, case):
+    """Let a case run on the tiny model in float64, in which no rounding becomes another token."""
+    patch.setattr(models, "load", lambda *_: (tiny_models.model(dtype=torch.float64), tiny_runs.Characters()))
+    if case == "c_grpo answered":
+        patch.setattr(webs, "reply", answered)
 
 
 def config(folder, name, case, **changes):
