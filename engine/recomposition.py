@@ -29,7 +29,8 @@ def priority(batch: Batch, alpha: float, measure: Tensor) -> Tensor:
     for side, sign in ((right, 1), (~right, -1)):
         index = side.nonzero().squeeze(-1)
         order = (sign * measure[index]).argsort(stable=True)
-        chosen[index[order[: int(alpha * len(index))]]] = True
+        share = int(round(alpha * len(index), 9))  # 0.29 of 100 is 28.999999999999996
+        chosen[index[order[:share]]] = True
     return chosen
 
 

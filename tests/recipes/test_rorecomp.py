@@ -53,6 +53,12 @@ def test_with_one_side_empty_nothing_has_priority():
     )
 
 
+def test_a_share_that_is_whole_rollouts_is_taken_whole():
+    given = ragged((1,) * 101, [0] * 101).replace(rewards=torch.cat([torch.ones(100), torch.zeros(1)]))
+    found = priority(given, 0.29, torch.arange(101))
+    assert found.nonzero().squeeze(-1).tolist() == list(range(29))
+
+
 def test_each_response_is_learnt_from_once_the_oldest_first(tmp_path):
     rorecomp, seen, given = recipe(tmp_path, "rorecomp"), [], []
     waiting = rorecomp.state["buffer"]
