@@ -8,14 +8,13 @@
 Limit: with shaping 0 the credit is REINFORCE's with a leave-one-out baseline, bit for bit.
 
 Ours: games of one start share their chance (hands, values, who begins); what cannot be read is the move that does its
-speaker no good; against its past the policy is agent 0 of every other start, and in the first step, when there is none,
-it plays and trains both agents. Held-out problems are the task's, answered as usual: what games cost. Defaults are
-those of the dilemma; for trust gamma is 0.96 and shaping 2. Other moves (`alternatives`) are tried where both agents
-act at once.
+speaker no good; against its past the policy is agent 0 of every other start, and in the first step, without a past, it
+plays and trains both agents. Held-out problems are the task's: what games cost. Defaults are those of the dilemma; for
+trust gamma is 0.96 and shaping 2. Other moves (`alternatives`) are tried where both agents act at once.
 
 Check: two players with tables of five states, the start and the last round; logits of D begin at -1, 128 games of 16
-rounds, 600 steps of Adam at 0.05. `fuserl check` trains one seed (and a naive pair for 200 steps), a slow test three.
-Shaping 1 came to 2.44 to 2.62 a round, 2 to 2.39 to 2.58, 0.5 to 2.23.
+rounds, 600 steps of Adam at 0.05, one seed (a naive pair for 200 steps), in a slow test three. Shaping 1 came to 2.44
+to 2.62 a round, 2 to 2.39 to 2.58, 0.5 to 2.23.
 """
 
 from fuserl.engine import games, rewards

@@ -5,16 +5,16 @@
     rehearsed  one right answer of each solved problem: eta f(u), u = exp(logprob - that of the initial policy)
     loss       their sum over a step's problems of either kind, each by its own mean; `interleaved`: an update each
 
-f is one of `generators`: forward, jensen_shannon, alpha, reverse, or jensen_shannon_definition, which has a second term
-on explored rollouts in a share of the steps; "none" rehearses nothing, and with `beta` is GRPO with its KL.
+f is one of `generators`; jensen_shannon_definition has a second term on explored rollouts in a share of the steps, and
+"none" rehearses nothing: with `beta` it is GRPO with its KL.
 
 Limit: where the initial policy solves nothing it is GRPO with the mean over tokens.
 
 Ours: problems are those that the run will ask; solved is all right (8 of 8); stored log-probs are scored by the model
 that learns; a step that has solved problems only explores one of them; the second term's steps are drawn by the seed.
 
-Check: eight arms are what the initial policy gives, and rewards are for two (toys/dph_rl.py): two seeds here, eight and
-reverse and jensen_shannon in a slow test. The means are of p and q near enough that no value is held to its bound.
+Check: engine/toys/dph_rl.py: the initial policy gives eight arms, two are rewarded; two seeds, in a slow test eight,
+with reverse and jensen_shannon. The means are of p and q near enough that no value is held to its bound.
 """
 
 from fuserl.engine import generators, prompts, rewards

@@ -12,8 +12,7 @@ Limit: in a tree of tokens all of that holds exactly; trained, it is DPO loss an
 Ours: beams at the temperature of the run, without a norm for length; a text that has ended keeps its place until a
 better one comes. `guided` beams score texts by sums of beta log p / p_ref among the 2 max(width, 4) likeliest tokens.
 
-Check: engine/toys/r_to_q.py, random trees of 4^5 leaves; the limit of infinitely many preferences on 4^3 leaves, where
-the test of it that is slow takes 4^5.
+Check: engine/toys/r_to_q.py, random trees of 4^5 leaves; infinitely many preferences on 4^3, in a slow test on 4^5.
 """
 
 from fuserl.engine import evaluation, prompts, rewards

@@ -9,13 +9,13 @@ prompt are drawn and an oracle prefers one by the rewards; each step goes once t
 
 Limit: with alpha 0 the loss and its gradient are DPO's.
 
-Ours: online the reference draws one completion of each prompt to calibrate, anew each step. The paper's alpha weighs a
-sum over N pairs and grows as sqrt(N) offline: here, beside the mean, it is 1 / sqrt(N) by default, N the pairs that a
-run sees, and 0.1 online. What calibrates is held within beta log p / p_ref = -+bound online, where nothing else bounds
-optimism. That optimism pays online is not claimed: on a toy of twelve arms its regret was no different from DPO's.
+Ours: online the reference draws one completion of each prompt to calibrate, anew each step, which is held within
+beta log p / p_ref = -+bound, as nothing else bounds optimism. The paper's alpha weighs a sum over N pairs and grows as
+sqrt(N) offline: here, beside the mean, it is 1 / sqrt(N), N the pairs of the run, and 0.1 online. That optimism pays
+online is not claimed: on a toy of twelve arms its regret was no different from DPO's.
 
-Check: engine/toys/vpo.py, a closed form, and 40 offline problems (200 in the test that is slow) with rewards in [-1, 1]
-and a reference of normal logits times 2, both our choice; there alpha is the sum's.
+Check: engine/toys/vpo.py: a closed form, and 40 offline problems (in a slow test 200) with rewards in [-1, 1] and a
+reference of normal logits times 2, both our choice; there alpha is the sum's.
 """
 
 from functools import partial
