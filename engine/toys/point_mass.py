@@ -187,11 +187,11 @@ def limits() -> list[Figure]:
     ]
 
 
-def figures(*several: Settings) -> list[Figure]:
+def figures(*several: Settings, steps: int = 300, seed: int = 0) -> list[Figure]:
     """What the off-policy form learns, with each of some settings."""
     found = []
     for settings in several or (Settings(),):
-        before, after = learnt(settings)
+        before, after = learnt(settings, steps, seed)
         name = f"lam {settings.lam}, q {settings.q}"
         found.append(at_least(f"point's mean reward, {name}, from {before:.3f}", after, before / 3))
     return found
