@@ -220,7 +220,11 @@ def objectives() -> str:
     facts = dict.fromkeys(_facts(row, "device") for row in ordered)
     image = f"![pass@1 and pass@16 of every recipe](benchmarks/results/{path.with_suffix('.png').name})"
     counted = f"{ordered[0]['training_steps']} steps, {len(ordered[0]['pass@1'])} seeds."
-    return f"{table(heads, rows)}\n\n{counted} {'; '.join(facts)}.\n\n{image}"
+    apart = (
+        "`advantage_alignment` is not here: it learns games of two agents. Its "
+        "[check](docs/checks.md#advantage_alignment) has what it earns of itself and of one who always defects."
+    )
+    return f"{table(heads, rows)}\n\n{counted} {'; '.join(facts)}.\n\n{apart}\n\n{image}"
 
 
 def _over_seeds(values: list[float]) -> str:

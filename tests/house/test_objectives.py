@@ -9,8 +9,10 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "docs"))
 
 import baselines
+import measured_tables
 import objectives
 
 from fuserl.engine import catalogue
@@ -62,6 +64,19 @@ def test_all_systems_are_judged_but_the_one_whose_task_is_a_game(monkeypatch):
     monkeypatch.setattr(objectives, "run", lambda recipe, seed: judged.append(recipe) or found(recipe, seed))
     objectives.main(["--seeds", "1"])
     assert set(catalogue.RECIPES) - set(judged) == {*objectives.BASELINES, "advantage_alignment"}
+
+
+def test_the_table_has_the_newest_row_of_each_and_says_who_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(measured_tables, "RESULTS", tmp_path)
+    facts = {"training_steps": 9, "device": "a CPU", "commit": "0123", "python": "3", "torch": "2", "triton": "3"}
+    rows = [{"recipe": "sdpo", **{name: [0.1, 0.3] for name in found("", 0)}, **facts}]
+    rows.append(
+        {"recipe": "sdpo", **{name: [found("", seed)[name] for seed in (0, 1)] for name in found("", 0)}, **facts}
+    )
+    (tmp_path / "objectives.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = measured_tables.objectives()
+    assert "| 0.55 ± 0.05 | 1 ± 0 | 0.1 ± 0 | never |" in text and text.count("`sdpo`") == 1
+    assert "9 steps, 2 seeds." in text and "`advantage_alignment` is not here" in text
 
 
 @pytest.mark.slow
