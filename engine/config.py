@@ -107,8 +107,8 @@ class Config:
         None, doc="a folder for a server's answers, asked for once over all runs; default memory only"
     )
     reward_model: str | None = _judge(
-        None, doc="a classifier of one label as fuserl export writes it, http(s)://HOST[:PORT] of a server that"
-        " has /pooling, or a module:function of what a reward sees; default the run's own reward",
+        None, doc="a classifier of one label as fuserl export writes it, a run of reward_model, http(s)://HOST[:PORT]"
+        " of a server that has /pooling, or a module:function of what a reward sees; default the run's own reward",
     )  # fmt: skip
     reward_model_name: str | None = _judge(None, doc="the reward model's name at the server; default none")
     embedder: str | None = _judge(

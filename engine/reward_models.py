@@ -1,12 +1,13 @@
 """Reward models: a frozen classifier of one label that scores completions, as `fuserl export` writes them.
 
-score = reward_models.configured(config)  # --reward-model FOLDER
+score = reward_models.configured(config)  # --reward-model FOLDER, or a run of the recipe reward_model
 scores = score(prompt, completions)
 """
 
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from fuserl.engine import judges, lookup, models, rewards
+from fuserl.engine import checkpoint, export, judges, learners, lookup, models, rewards, state
 from fuserl.engine.answerers import Rule, waited
+from fuserl.engine.config import Config
 from fuserl.engine.endpoint import Endpoint
+
+_KIND = "AutoModelForSequenceClassification"
 
 
 class RewardModel:
@@ -136,7 +140,8 @@ def configured(config) -> Callable[..., Tensor]:
     Without it, the run's own reward as a rule.
 
     Raises:
-        ValueError: there is no classifier of one label in the folder, or it is a run's; a server without a model.
+        ValueError: there is no classifier of one label in the folder, or it is the run of another recipe; a server
+            without a model.
     """
     name, end = config.reward_model, config.stop[0] if config.stop else None
     if name is None:
@@ -145,13 +150,32 @@ def configured(config) -> Callable[..., Tensor]:
         return ServedRewardModel(judges.endpoint(config, "reward_model", name, "reward_model_name"), end=end or "")
     if ":" in name and not Path(name).is_dir():
         return RuledRewardModel(judges.ruled(config, lookup.function(name)))
-    if (Path(name) / "metrics.jsonl").is_file():
-        raise ValueError(
-            f"reward_model: it must be a model's folder; {name} is a run's. Use fuserl export {name} --out NEW."
-        )
     dtype = getattr(torch, config.dtype)
-    model, tokenizer = models.frozen(name, "AutoModelForSequenceClassification", config.device, dtype)
+    if (Path(name) / "metrics.jsonl").is_file():
+        model, tokenizer = _of_run(name, config.device, dtype)
+    else:
+        model, tokenizer = models.frozen(name, _KIND, config.device, dtype)
     return RewardModel(model, tokenizer, end=end, tokens=config.micro_tokens)
+
+
+def _of_run(run: str, device: str, dtype: torch.dtype) -> tuple:
+    """The newest checkpoint of a run as the classifier that an export of it is, and its tokenizer."""
+    settings = Config.read(Path(run) / "config.json").replace(device=device, shard="none").resolved()
+    if settings.recipe != "reward_model":
+        raise ValueError(
+            f"reward_model: a run must have trained a reward model; {run} is one of {settings.recipe}. Name a run of "
+            "the recipe reward_model, or a classifier's folder."
+        )
+    found = checkpoint.newest(Path(run))
+    if found is None:
+        raise ValueError(
+            f"reward_model: the run must have a checkpoint; {run} has none yet. Wait for --save-every steps."
+        )
+    policy = learners.policy_of(settings, value=True)
+    state.copy(policy.parameters(), found.tensors("policy"), f"{found.path.name} of {run}")
+    with tempfile.TemporaryDirectory() as scratch:
+        export.write(policy.model, policy.tokenizer, Path(scratch) / "model", dtype=dtype, score=policy.value)
+        return models.frozen(f"{scratch}/model", _KIND, device, dtype)
 
 
 def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Reward models: the scores of transformers' own classifier, at the last token, in any batch, and what is refused."""
 
 import asyncio
+import shutil
 
 import pytest
 import tiny_models
@@ -10,7 +11,7 @@ import transformers
 from loopback import Reply, in_turn, serving
 from tolerance import check
 
-from fuserl.engine import export, models, reward_models
+from fuserl.engine import export, loop, models, reward_models, trained
 from fuserl.engine.config import Config
 from fuserl.engine.endpoint import Endpoint
 from fuserl.engine.reward_models import RewardModel, ServedRewardModel, batches, padded
@@ -119,11 +120,27 @@ def test_without_one_the_runs_own_reward_scores(workers, tmp_path):
     assert score("1+1=", ["2", "234"]).tolist() == [0.75, 0.25] and score("1+1=", []).shape == (0,)
 
 
-def test_what_is_no_reward_model_is_refused(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"reward_model: .* is a run's\. Use fuserl export .*run --out NEW"):
-        reward_models.configured(config(str(tmp_path / "run")))
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}])
+def test_a_run_scores_as_what_is_exported_of_it(changes, tmp_path, monkeypatch):
+    tiny_runs.use(monkeypatch)
+    run = str(loop.train(tiny_runs.config(tmp_path, "run", recipe="reward_model", lr=0.1, eval_every=0, **changes)))
+    trained.export(run, str(tmp_path / "new"), "float32")
+    direct, exported = (reward_models.configured(config(folder)) for folder in (run, str(tmp_path / "new")))
+    assert torch.equal(direct("1+1=", COMPLETIONS), exported("1+1=", COMPLETIONS))
+    assert direct("1+1=", COMPLETIONS).abs().min() > 0
+    assert not any(parameter.requires_grad for parameter in direct.model.parameters())
+
+
+def test_what_is_no_reward_model_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as using:
+        tiny_runs.use(using)
+        run = loop.train(tiny_runs.config(tmp_path, "run", reward="tiny_runs:shortness", steps=1, eval_every=0))
+        with pytest.raises(ValueError, match=r"must have trained a reward model; .*run is one of grpo\. Name a run"):
+            reward_models.configured(config(str(run)))
+        young = loop.train(tiny_runs.config(tmp_path, "young", recipe="reward_model", steps=1, eval_every=0))
+        shutil.rmtree(young / "checkpoints")
+        with pytest.raises(ValueError, match=r"must have a checkpoint; .*young has none yet"):
+            reward_models.configured(config(str(young)))
     export.write(tiny_models.model(), None, tmp_path / "plain")
     with pytest.raises(ValueError, match=r"lacks score\.weight"):
         reward_models.configured(config(str(tmp_path / "plain")))
