@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fuserl.engine import rollouts as slots
 from fuserl.engine.batch import Batch, Rollouts, batch_of
+from fuserl.engine.contracts import require
+from fuserl.engine.evaluation import EVALUATION
 from fuserl.engine.losses import Loss
 from fuserl.engine.prompts import Prompt
 
@@ -116,6 +118,37 @@ def winners(base: Tensor, change: Tensor, edges: Sequence[float] = EDGES) -> dic
 def crossing(base: Sequence[float], trained: Sequence[float]) -> int | None:
     """The first k from 1 at which a base's pass@k is no smaller than the trained one's; None where it never is."""
     return next((k for k, pair in enumerate(zip(base, trained, strict=True), 1) if pair[0] >= pair[1]), None)
+
+
+class Trial:
+    """An evaluation slot: what an update on each of some held-out problems does to the answers of all, by trial.
+
+    Each is answered as in training, and the policy is afterwards as before. An update is the run's own, with its
+    momentum; where a problem's answers are rewarded alike it is none, and the row 0, but for what else the loss has.
+
+    Args:
+        count: the first of the problems that have an answer.
+        group_size: completions of each.
+        reward, advantage, loss: as of a recipe; the loss of any rollouts.
+    """
+
+    def __init__(self, count: int, group_size: int, reward: Callable, advantage: Callable, loss: Loss):
+        require("Trial", "count", count, count >= 2, "an integer >= 2")
+        self.count, self.group_size = count, group_size
+        self.reward, self.advantage, self.loss = reward, advantage, loss
+
+    def __call__(self, policy, prompts: list[Prompt]) -> dict:
+        """{"interference": a row for each problem, "negative_interference": the mass off its diagonal}."""
+        known = [prompt for prompt in prompts if prompt.answer is not None][: self.count]
+        if len(known) < 2:
+            return {}
+        drawn = policy.generate(known, group_size=self.group_size, stream=EVALUATION)
+        batch = batch_of(drawn, self.reward(drawn)[0])
+        batch = batch.with_advantages(self.advantage(batch))
+        parts = [batch.rollouts_at((batch.group == at).nonzero().squeeze(-1)).counted() for at in range(len(known))]
+        given = slots.demonstrations(policy, known)
+        found = measured(policy, parts, self.loss, batch_of(given, given.scores[0]))
+        return {"interference": found.tolist(), "negative_interference": negative_mass(found)}
 
 
 class Winners:

@@ -10,9 +10,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fuserl.engine import atomic, catalogue, completions, figures, metrics, panels, report
-from fuserl.engine.completions import clean, legible
+from fuserl.engine import atomic, catalogue, figures, heat, metrics, panels, report
 from fuserl.engine.config import settings
+from fuserl.engine.heat import clean, legible
 from fuserl.engine.models import DEFAULT
 
 _SECTIONS = {
@@ -77,7 +77,7 @@ def page(records: list[Record]) -> str:
         _comparison(records, names) if several else _head(records[0]),
         *_panels(runs),
         _differences(records, names) if several else _settings(records[0]),
-        *([] if several else [completions.table(records[0].samples)]),
+        *([] if several else [heat.interference(records[0].rows), heat.completions(records[0].samples)]),
         f"<footer>Bold lines are centred means over about a fifth of the run. Intervals are 95 %: Wilson's for an "
         f"accuracy, Newcombe's for a rise. Written by fuserl on {clean(time.strftime('%d %B %Y, %H:%M'))}.</footer>",
     ]

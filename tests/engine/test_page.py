@@ -179,6 +179,20 @@ def test_completions_have_the_credit_of_their_tokens_behind_them(tmp_path):
         assert "strongest" not in read(page.write([run(tmp_path / "odd", told=odd)]))[1]
 
 
+def test_the_last_matrix_of_interference_is_drawn(tmp_path):
+    rows = recorded_run.rows(6)
+    for row, found in zip(
+        (row for row in rows if "accuracy" in row), ([[9.0]], [[1.0, -2.0], [0.0, 0.5]], [[1.0], [2.0]]), strict=False
+    ):
+        row["interference"] = found  # the last one is none
+    text = page.write([run(tmp_path / "run", rows)]).read_text()
+    [table] = re.findall(r'<table class="matrix">(.*?)</table>', text)
+    cells = re.findall(r'<td><span class="(\w+)" style="--much: (\d+)%" title="[^"]*">(.*?)</span></td>', table)
+    assert cells == [("gain", "30", "+1"), ("loss", "60", "-2"), ("loss", "0", "+0"), ("gain", "15", "+0.5")]
+    assert f"after step {[row['step'] for row in rows if 'accuracy' in row][1]};" in text
+    assert 'class="matrix"' not in page.write([run(tmp_path / "none")]).read_text()
+
+
 def test_several_runs_are_compared(tmp_path):
     folders = []
     for seed in range(3):

@@ -132,6 +132,26 @@ def test_a_trial_leaves_policy_optimizer_and_average_as_they_were():
     assert all(torch.equal(x, before[name]) for name, x in state.items())
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_an_evaluation_measures_the_matrix_and_changes_nothing(beta, tmp_path, monkeypatch):
+    tiny_runs.use(monkeypatch)
+    settings = dict(recipe="self_interference", reward="tiny_runs:modest", lr=0.01, eval_every=1, steps=2, beta=beta)
+    plain = tiny_runs.run(tmp_path, "plain", **settings)
+    tried = tiny_runs.run(tmp_path, "tried", interference=3, **settings)
+    found = [row for row in tried if "interference" in row]
+    assert [row["step"] for row in found] == [0, 1, 2]
+    for row in found:
+        table = torch.tensor(row["interference"])
+        assert table.shape == (3, 3) and ((table != 0).all(1) | (table == 0).all(1)).all() and table.any()
+        assert row["negative_interference"] == pytest.approx(interference.negative_mass(table), rel=1e-4)
+    for row in tried:
+        row.pop("interference", None)
+        row.pop("negative_interference", None)
+    assert tiny_runs.numbers(tried) == tiny_runs.numbers(plain)
+    with pytest.raises(ValueError, match="count must be an integer >= 2"):
+        recipe(tmp_path, "self_interference", interference=1)
+
+
 def test_reports():
     found = torch.tensor([[1.0, -2.0], [0.5, -9.0]])
     assert interference.negative_mass(found) == -2.0

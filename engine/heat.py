@@ -1,4 +1,4 @@
-"""Completions as a report shows them: a table of what was asked, written and rewarded, each token with its credit.
+"""What a report colours: completions, each token by its credit, and what learning one problem does to another.
 
 A token's credit is its advantage as the update saw it: blue above 0, orange below, the stronger the further from it.
 """
@@ -26,7 +26,7 @@ def clean(value: object) -> str:
     return html.escape(legible(str(value)))
 
 
-def table(rows: list[dict]) -> str:
+def completions(rows: list[dict]) -> str:
     """Completions of the first and of the last step that has any."""
     steps = [row.get("step") for row in rows if isinstance(row.get("step"), int | float)]
     if not steps:
@@ -42,6 +42,36 @@ def table(rows: list[dict]) -> str:
         f"<h2>Completions <small>of the first and the last step{key}</small></h2>\n"
         f'<div class="scroll"><table class="samples stacked"><thead><tr>{heads}</tr></thead>'
         f"<tbody>{''.join(_sample(row, most) for row in picked)}</tbody></table></div>"
+    )
+
+
+def interference(rows: list[dict]) -> str:
+    """The last matrix of interference that an evaluation measured; empty where none did."""
+    measured = [row for row in rows if _square(row.get("interference"))]
+    if not measured:
+        return ""
+    found = measured[-1]["interference"]
+    most = max(abs(each) for row in found for each in row) or 1.0
+    heads = "".join(f'<th class="number">{at + 1}</th>' for at in range(len(found)))
+    cells = ["".join(f"<td>{_behind(format(x, '+.2g'), x, most)}</td>" for x in row) for row in found]
+    lines = "".join(f'<tr><th class="number">{at + 1}</th>{each}</tr>' for at, each in enumerate(cells))
+    return (
+        "<h2>Interference <small>what an update on a row's problem adds to the mean log-prob of a column's answer, "
+        f"after step {clean(measured[-1].get('step'))}; orange below 0</small></h2>\n"
+        f'<div class="scroll"><table class="matrix"><thead><tr><th></th>{heads}</tr></thead>'
+        f"<tbody>{lines}</tbody></table></div>"
+    )
+
+
+def _square(found: object) -> bool:
+    """Whether a value out of a file is a matrix of numbers, a row for each column."""
+    return (
+        isinstance(found, list)
+        and bool(found)
+        and all(
+            isinstance(row, list) and len(row) == len(found) and all(isinstance(x, int | float) for x in row)
+            for row in found
+        )
     )
 
 
