@@ -184,7 +184,15 @@ def test_figures_hold(name):
     assert sum(figure.tolerance >= 1e-5 for figure in figures) == SAMPLED.get(name, 0)
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
+def one_of_each():
+    """All mutations; those behind the first one of a recipe are slow tests, as each runs the recipe's whole check."""
+    seen = set()
+    for mutation, (name, *_) in MUTATIONS.items():
+        yield pytest.param(mutation, marks=[pytest.mark.slow] if name in seen else [])
+        seen.add(name)
+
+
+@pytest.mark.parametrize("mutation", one_of_each())
 def test_what_is_put_wrong_shows_in_a_figure(mutation, monkeypatch):
     name, where, attribute, wrong = MUTATIONS[mutation]
     where = import_module(f"fuserl.engine.recipes.{name}") if where == "recipe" else where
