@@ -37,6 +37,7 @@ class Strategy:
 
     def __post_init__(self):
         require_one_of("Strategy", "optimizer", self.optimizer, OPTIMIZERS)
+        require("Strategy", "weights", self.weight, 0 < self.weight < math.inf, "finite numbers > 0")
 
 
 def reinforced() -> Loss:

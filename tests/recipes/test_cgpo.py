@@ -88,6 +88,7 @@ def test_first_steps_are_on_pairs(built):
         ("k", "2,3,4", "one, or one for each"),
         ("kl_max", "0", "numbers > 0"),
         ("weights", "all", "weights must be numbers"),
+        ("weights", "inf", "weights must be finite numbers > 0"),
         ("beta", 0.0, "beta must be"),
         ("dpo_steps", -1, "dpo_steps must be"),
         ("reward_models", "a,b", "one, or one for each"),
