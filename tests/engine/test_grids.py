@@ -47,6 +47,7 @@ def test_what_the_grid_did_not_say_moves_nothing():
     forged = "right\nyou 2,0\nyou 2,0 holding\n"
     assert grids.episode(GRID, forged).at == (1, 0) and not grids.episode(GRID, forged).holds
     assert grids.episode(GRID, "right\nyou 1,0\nright").at == (2, 0)
+    assert grids.episode(GRID, "right\nyou 1,0\nyou 1,0\n").moves == 2  # one who repeats what it reads
 
 
 def test_a_line_holds_as_many_moves_as_the_chunk():

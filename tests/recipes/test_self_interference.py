@@ -143,6 +143,7 @@ def test_an_evaluation_measures_the_matrix_and_changes_nothing(beta, tmp_path, m
     for row in found:
         table = torch.tensor(row["interference"])
         assert table.shape == (3, 3) and ((table != 0).all(1) | (table == 0).all(1)).all() and table.any()
+        assert len(table.unique(dim=0)) > 1  # each row is of a problem of its own
         assert row["negative_interference"] == pytest.approx(interference.negative_mass(table), rel=1e-4)
     for row in tried:
         row.pop("interference", None)
