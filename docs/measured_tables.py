@@ -121,13 +121,15 @@ def baselines() -> str:
 def speed() -> str:
     """Tokens a second and the time split of every recipe, by device and model, with the picture of the last rows."""
     path = RESULTS / "recipes_speed.jsonl"
-    newest = _newest([path], "device", "model", "recipe", only=lambda row: not row.get("once"))
+    # A row of the recipe's own epochs and minibatches comes before one of a single update.
+    ordered = sorted(_rows([path]), key=lambda row: not row.get("once"))
+    newest = {(row["device"], row["model"], row["recipe"]): row for row in ordered}
     once = _updates_once(path)
     if not newest:
         return "Not measured yet: `python benchmarks/recipes_speed.py --save` takes the rows."
     order, phases = list(catalogue.RECIPES), ("generate", "reward", "score", "update", "other")
     rows = []
-    for row in sorted(newest, key=lambda row: (row["device"], row["model"], order.index(row["recipe"]))):
+    for key, row in sorted(newest.items(), key=lambda each: (*each[0][:2], order.index(each[0][2]))):
         paces = [
             f"{row[f'{phase}_tokens_per_s']:,.0f} ({row[f'{phase}_share']:.0%})" if f"{phase}_share" in row else ""
             for phase in ("generate", "update")
@@ -135,11 +137,11 @@ def speed() -> str:
         split = " / ".join(f"{row[f'{phase}_s'] / row['seconds']:.0%}" for phase in phases)
         work = f"{row['groups']} x {row['group_size']} x {row['max_new_tokens']}"
         memory = f"{row.get('gpu_gb', row.get('host_gb', 0.0)):.1f}"
-        step = f"{row['seconds']:.3g}"
-        cost = once.get((row["device"], row["model"], row["recipe"]), "")
-        rows.append(
-            [row["recipe"], row["model"], row["device"], work, *paces, step, split, cost, memory, row["commit"]]
-        )
+        step = f"{row['seconds']:.3g}{' (one update)' if row.get('once') else ''}"
+        rows.append([
+            row["recipe"], row["model"], row["device"], work, *paces, step, split, once.get(key, ""), memory,
+            row["commit"],
+        ])  # fmt: skip
     heads = [
         "recipe", "model", "on", "prompts x completions x tokens", "generated tokens/s (of the machine's best)",
         "updated tokens/s", "seconds a step", " / ".join(phases), "one update, of grpo's", "peak GB", "commit",
@@ -151,16 +153,13 @@ def speed() -> str:
 
 def _updates_once(path: Path) -> dict[tuple[str, ...], str]:
     """How long one optimizer step on a whole batch takes in the newest rows of it, over the median of grpo's."""
-    rows = [row for row in _rows([path]) if row.get("once") and row.get("update_tokens_per_s")]
-    plain: dict[tuple, list[float]] = {}
+    rows, found = [row for row in _rows([path]) if row.get("once") and row.get("update_tokens_per_s")], {}
     for row in rows:
-        if row["recipe"] == "grpo":
-            plain.setdefault((row["device"], row["model"], row["commit"]), []).append(row["update_s"])
-    return {
-        (row["device"], row["model"], row["recipe"]): f"{row['update_s'] / statistics.median(plain[run]):.2f}"
-        for row in rows
-        if (run := (row["device"], row["model"], row["commit"])) in plain
-    }
+        alike = [each for each in rows if all(each[name] == row[name] for name in ("device", "model", "commit"))]
+        plain = [each["update_s"] for each in alike if each["recipe"] == "grpo"]
+        if plain:
+            found[row["device"], row["model"], row["recipe"]] = f"{row['update_s'] / statistics.median(plain):.2f}"
+    return found
 
 
 def endtoend() -> str:

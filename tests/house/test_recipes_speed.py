@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import sys
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
@@ -79,7 +80,7 @@ def test_the_table_has_the_newest_row_of_each_recipe_in_order(tmp_path, monkeypa
     assert "Not measured yet" in measured_tables.speed()
     last, first = list(catalogue.RECIPES)[-1], next(iter(catalogue.RECIPES))
     rows = [row(last, seconds=9.0), row(first), row(last, gpu_gb=21.44)]
-    costs = (first, 1.0), (last, 9.0), (last, 3.0), (first, 3.0), (first, 2.0)
+    costs = (first, 1.0), (last, 9.0), (last, 3.0), (first, 3.0), (first, 2.0), ("ppo", 4.0)
     rows += [row(name, once=True, seconds=99.0, update_s=cost) for name, cost in costs]
     del rows[2]["generate_share"], rows[2]["generate_tokens_per_s"]
     (tmp_path / "recipes_speed.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
@@ -89,6 +90,19 @@ def test_the_table_has_the_newest_row_of_each_recipe_in_order(tmp_path, monkeypa
     split = "50% / 0% / 0% / 48% / 2%"
     assert cells == [
         [first, "small", "a CPU", "4 x 8 x 8", "1,234 (25%)", "198 (50%)", "4", split, "1.00", "3.2", "0123"],
+        [
+            "ppo",
+            "small",
+            "a CPU",
+            "4 x 8 x 8",
+            "1,234 (25%)",
+            "198 (50%)",
+            "99 (one update)",
+            ANY,
+            "2.00",
+            "3.2",
+            "0123",
+        ],
         [last, "small", "a CPU", "4 x 8 x 8", "", "198 (50%)", "4", split, "1.50", "21.4", "0123"],
     ]
     (tmp_path / "recipes_speed.png").write_bytes(b"")
