@@ -121,7 +121,6 @@ def baselines() -> str:
 def speed() -> str:
     """Tokens a second and the time split of every recipe, by device and model, with the picture of the last rows."""
     path = RESULTS / "recipes_speed.jsonl"
-    # A row of the recipe's own epochs and minibatches comes before one of a single update.
     ordered = sorted(_rows([path]), key=lambda row: not row.get("once"))
     newest = {(row["device"], row["model"], row["recipe"]): row for row in ordered}
     once = _updates_once(path)

@@ -100,7 +100,7 @@ def credits(
 def annealed(shaping: float, step: int, *, every: int, rate: float, least: float) -> float:
     """The weight times `rate` after each `every` steps, until it is `least`; every 0 leaves it as it is."""
     require("annealed", "rate", rate, 0 < rate <= 1, "in (0, 1]")
-    return max(shaping * rate ** (step // every), min(least, shaping)) if every else shaping
+    return max(shaping * rate ** ((step - 1) // every), min(least, shaping)) if every else shaping
 
 
 def views(batch: Batch, scale: float, *, summed: bool = False) -> tuple[Tensor, ...]:

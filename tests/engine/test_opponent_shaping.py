@@ -79,7 +79,7 @@ def test_credit_adds_what_the_other_gains():
 
 
 def test_annealing():
-    found = [annealed(2.0, step, every=10, rate=0.5, least=0.3) for step in (1, 9, 10, 25, 90)]
+    found = [annealed(2.0, step, every=10, rate=0.5, least=0.3) for step in (1, 10, 11, 25, 90)]
     assert found == [2.0, 2.0, 1.0, 0.5, 0.3]
     assert annealed(0.1, 50, every=10, rate=0.5, least=0.3) == 0.1  # nothing rises
     assert annealed(0.5, 50, every=0, rate=0.5, least=0.1) == 0.5
@@ -110,7 +110,7 @@ def test_a_batch_of_turns_in_any_order_has_the_credit_of_its_rounds():
     torch.testing.assert_close(got.double(), expected[seat[:, 1] * 2 + seat[:, 2], seat[:, 3]], rtol=1e-4, atol=1e-5)
     summed = views(batch, 5.0, summed=True)[0]
     torch.testing.assert_close(summed.double(), (own + other) / 5, rtol=1e-5, atol=1e-6)
-    again = batch.replace(step=20)
+    again = batch.replace(step=21)
     halved = aligned(gamma=0.9, shaping=1.0, scale=5.0, anneal=(10, 0.5, 0.1))(again)
     torch.testing.assert_close(halved, aligned(gamma=0.9, shaping=0.25, scale=5.0)(batch))
     more = again.replace(facts=batch.facts | {"alternatives": torch.randn(24, 2)})
