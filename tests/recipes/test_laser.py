@@ -113,6 +113,16 @@ def test_advantages_are_mixed_where_scores_differ(tmp_path):
     assert laser.reads == ("old_logprobs",)
 
 
+@pytest.mark.parametrize("options", [{}, {"w1": 0}, {"w1": 0, "alpha": 0.0}, {"w1": 0, "w2": 0, "tau": 0.5}])
+def test_what_is_known_dead_has_no_loss(options, tmp_path):
+    laser = recipe(tmp_path, "laser", **options)
+    seen = scored(laser, batch(rewards=(1.0, 1.0, 1.0, 0.0, 0.0, 1.0)), VERDICTS)
+    live, got = laser.loss.live(seen), checks.gradient(seen, laser.loss)
+    assert ("tau" in options or not live.all()) and not got[~live].any()
+    assert "alpha" not in options or not live[seen.objective == 1].any()
+    assert torch.equal(checks.gradient(seen.take(live.nonzero().squeeze(-1)), laser.loss), got[live])
+
+
 @pytest.mark.parametrize("options", [{"alpha": 0.0, "tau": 0.0, "w1": 0}, {}])
 def test_without_its_terms_it_is_grpo(options, tmp_path):
     laser = recipe(tmp_path, "laser", **options)

@@ -119,7 +119,15 @@ def test_options_reach_the_loss(options, outputs, numbers, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"alpha": 1.5}, {"sampled_form": True}, {"self_teacher": "best"}, {"topk": -1}, {"is_clip": 0.0}]
+    "wrong",
+    [
+        {"alpha": 1.5},
+        {"sampled_form": True},
+        {"self_teacher": "best"},
+        {"topk": -1},
+        {"is_clip": 0.0},
+        {"reprompt_tokens": 0},
+    ],
 )
 def test_bad_options_are_refused(wrong, tmp_path):
     with pytest.raises(ValueError, match="must be"):
