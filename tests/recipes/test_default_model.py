@@ -17,6 +17,7 @@ OPTIONS = {
     "advantage_alignment": "--rounds 2 --past-every 1 --group-size 2 --max-new-tokens 4",
     "pre_rl": "--switch 1",
     "rep_exp": "--k 2",
+    "self_interference": "--groups 6",  # of which greedy decoding leaves some that are right by chance
     "laser": "--w1 1 --w2 1",
     "c_grpo": "--max-new-tokens 24",
     "vas": "--n 2 --pool 4 --t-upd 2",
@@ -24,6 +25,7 @@ OPTIONS = {
     "r_to_q": "--beams 1,2",
 }
 PAIRS = ("vpo", "r_to_q")
+HARD = ("c_grpo", "med_grpo")  # the model may earn the same for all that it says in so few tokens
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def test_three_steps_and_the_third_again(system, folder):
     assert [row["step"] for row in steps] == [1, 2, 3] and [row["step"] for row in first if "accuracy" in row] == [0, 3]
     assert all(math.isfinite(value) for row in first for value in row.values() if value is not None)
     assert all(row["loss"] is not None and row["skipped"] == 0 for row in steps if "loss" in row)
-    assert any(row.get("grad_norm", 0) > 0 for row in steps)
+    assert system in HARD or any(row.get("grad_norm", 0) > 0 for row in steps)
     shutil.rmtree(max((folder / "checkpoints").iterdir()))
     assert cli.main(["train", "--resume", str(folder)]) == 0
     again = tiny_runs.rows(folder)

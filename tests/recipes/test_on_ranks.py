@@ -49,7 +49,7 @@ def on_each(folder, case):
 )
 def test_figures_of_two_ranks_are_those_of_one(case, tmp_path):
     trained(tmp_path, "one", case)
-    on_ranks(RANKS, on_each, tmp_path, case)
+    on_ranks(RANKS, on_each, tmp_path, case, seconds=300)
     one = figures(tmp_path, "one")
     last = one[-1]["step"]
     assert sum("tokens" in row for row in one) == last >= STEPS
