@@ -6,7 +6,10 @@ from types import SimpleNamespace
 import pytest
 import tiny_models
 import torch
+import torch.distributed as dist
 from batches import made
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from fuserl.engine import games
 from fuserl.engine.batch import batch_of
@@ -126,6 +129,18 @@ def test_against_its_past_the_policy_changes_seats_and_gets_its_weights_back():
     )
     found = one.evaluate(own, [], 2)
     assert set(found) == {"payoff_self", "payoff_of_self", "payoff_greedy", "payoff_of_greedy"}
+
+
+def test_weights_of_a_checkpoint_speak_where_the_model_is_cut():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        cut = distribute_tensor(torch.zeros(4), init_device_mesh("cpu", (1,)), [Shard(0)])
+        own = SimpleNamespace(parameters=lambda: {"a": cut}, source=SimpleNamespace(apart=False))
+        with speaking(own, {"a": torch.ones(4)}):
+            assert torch.equal(cut.full_tensor(), torch.ones(4))
+        assert torch.equal(cut.full_tensor(), torch.zeros(4))
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("name", "value"), [("most", -1), ("every", 0)])

@@ -15,7 +15,7 @@ from fuserl.engine.metrics import Run
 RANKS, STEPS = 2, 3
 # A loss that sums four log-probs of up to 16 nats, kept in float32, may be off by the last bit of each.
 NEAR = {"kl_bayes": 4e-6}
-QUICK = {"kl_bayes best"}  # whose weights are cut, kept, put back and saved
+QUICK = {"kl_bayes best"}  # whose weights are cut, kept, and put back
 
 
 def trained(folder, name, case, *, again=False, **changes):
