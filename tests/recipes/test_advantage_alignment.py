@@ -59,11 +59,12 @@ def test_sum_of_rewards_gives_both_the_same(tmp_path):
      {"anneal_every": 1}, {"objective": "sum"}],
 )  # fmt: skip
 def test_options_change_the_credit(tmp_path, options):
-    assert not torch.allclose(credit(tmp_path, **options), credit(tmp_path))
+    given = turns(step=2)
+    assert not torch.allclose(credit(tmp_path, given, **options), credit(tmp_path, given))
 
 
 def test_annealing_takes_its_three_numbers(tmp_path):
-    given = turns(step=6)
+    given = turns(step=7)
     options = {"anneal_every": 2, "anneal_rate": 0.5, "anneal_least": 0.2, "shaping": 1.0}
     torch.testing.assert_close(credit(tmp_path, given, **options), credit(tmp_path, given, shaping=0.2))
     options["anneal_least"] = 0.0
