@@ -26,10 +26,10 @@ class Tally:
         for name, value in totals.items():
             self._totals[name] = self._totals.get(name, 0) + value
 
-    def agreed(self, **scalars: Tensor) -> None:
-        """Add scalars that every rank has alike, averaged over the calls: they count once."""
+    def agreed(self, **totals: Tensor) -> None:
+        """Add scalars that every rank has alike: they count once."""
         if ranks.first():
-            self.observe({name: value[None] for name, value in scalars.items()})
+            self.add(**totals)
 
     def observe(self, statistics: dict[str, Tensor]) -> None:
         """Add statistics: (n,), averaged over the rows that are not NaN; or policy_loss's own (chunks, K)."""

@@ -19,14 +19,6 @@ def test_totals_are_averaged_over_steps():
     assert tally.means() == {"loss": 4.5, "skipped": 0.5}
 
 
-def test_what_all_ranks_have_alike_is_averaged_over_the_calls():
-    tally = Tally()
-    tally.steps = 3  # one of which had nothing to learn from, and took none
-    for lr in (0.1, 0.2):
-        tally.agreed(lr=torch.tensor(lr, dtype=torch.float64))
-    assert tally.means()["lr"] == pytest.approx(0.15)
-
-
 def test_statistics_are_averaged_over_the_rows_that_have_them():
     tally = Tally()
     tally.observe({"nll": torch.tensor([1.0, torch.nan, 3.0]), "margin": torch.tensor([torch.nan])})
